@@ -1,0 +1,96 @@
+"""Memory-mapped reading of dataset folders; damaged ones are refused by the name of the damaged file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dreamenv.artifacts import sha256_file
+from dreamenv.data.writer import COLUMNS, FORMAT_VERSION
+from dreamenv.errors import DatasetError
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Memory-mapped columns of one shard; dtypes and shapes in `dreamenv.data.writer`."""
+
+    name: str
+    frames: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    first: np.ndarray
+    level_seeds: np.ndarray
+    policies: np.ndarray
+
+    def __len__(self) -> int:
+        """Steps in the shard."""
+        return len(self.actions)
+
+
+class Dataset:
+    """A complete dataset folder, opened read-only.
+
+    Args:
+        folder: where `manifest.json` is.
+        verify: "size" checks every file's header and length (fast); "sha256" also every byte.
+
+    Attributes:
+        manifest: the parsed manifest.
+        facts: how it was collected (game, levels, policy mix ...).
+        shards: list of `Shard`.
+
+    Raises:
+        DatasetError: missing, incomplete, truncated, altered, or of another format; names the file.
+    """
+
+    def __init__(self, folder: str | Path, verify: str = "size") -> None:
+        self.folder = Path(folder)
+        self.manifest = self._read_manifest()
+        self.facts: dict[str, Any] = self.manifest["facts"]
+        self.shards = [self._open(entry, verify) for entry in self.manifest["shards"]]
+
+    def __len__(self) -> int:
+        """Steps in the dataset."""
+        return sum(len(s) for s in self.shards)
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self.folder / "manifest.json"
+        try:
+            manifest = json.loads(path.read_text())
+        except OSError:
+            raise DatasetError(f"{path}: not found; collect one with: python -m envs.collect") from None
+        except ValueError as error:
+            raise DatasetError(f"{path}: is not JSON ({error}); collect the dataset again") from None
+        version = manifest.get("format_version") if isinstance(manifest, dict) else None
+        if version != FORMAT_VERSION:
+            raise DatasetError(f"{path}: format_version {version!r}; this release reads {FORMAT_VERSION}")
+        if missing := {"facts", "shards", "complete", "steps"} - set(manifest):
+            raise DatasetError(f"{path}: key {sorted(missing)[0]!r} is missing; collect the dataset again")
+        if not manifest["complete"]:
+            raise DatasetError(f"{path}: {len(manifest['shards'])} of {manifest['facts']['num_shards']} shards; "
+                               "run the same collection again to finish it")  # fmt: skip
+        return manifest
+
+    def _open(self, entry: dict[str, Any], verify: str) -> Shard:
+        columns = {}
+        for name, (dtype, shape) in COLUMNS.items():
+            path = self.folder / entry["name"] / f"{name}.npy"
+            if not path.exists():
+                raise DatasetError(f"{path}: missing; delete {path.parent} and its manifest entry, or collect again")
+            try:
+                column = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (ValueError, OSError, EOFError, SyntaxError) as error:
+                raise DatasetError(f"{path}: truncated or altered ({error}); collect the dataset again") from None
+            if column.dtype != dtype or column.shape != (entry["steps"], *shape):
+                raise DatasetError(f"{path}: holds {column.dtype} {column.shape}, the manifest says {dtype} "
+                                   f"{(entry['steps'], *shape)}; collect the dataset again")  # fmt: skip
+            if verify == "sha256" and sha256_file(path) != entry["sha256"][name]:
+                raise DatasetError(f"{path}: sha256 differs from manifest.json; collect the dataset again")
+            columns[name] = column
+        return Shard(entry["name"], **columns)

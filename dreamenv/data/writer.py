@@ -1,0 +1,117 @@
+"""Dataset folders: `manifest.json` + `shard-00000/*.npy`, each shard renamed into place, the manifest last.
+
+One shard holds E environments x T steps, environment-major and flat, so time runs along axis 0 within a segment:
+
+| file | dtype, shape | at index t |
+|---|---|---|
+| frames.npy | uint8 (S, 64, 64, 3) | the observation |
+| actions.npy | uint8 (S,) | the action taken at it |
+| rewards.npy | float32 (S,) | the reward that action earned |
+| terminated.npy, truncated.npy | bool (S,) | whether that action ended the episode |
+| first.npy | bool (S,) | an episode or a segment starts here: t - 1 is not its past |
+| level_seeds.npy | int32 (S,) | the level being played |
+| policies.npy | uint8 (S,) | which component of the policy mix acted |
+
+A terminal transition keeps its reward and flags; there is no next frame, because Procgen never shows one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dreamenv.artifacts import atomic_folder, recover_folder, sha256_file, write_json
+from dreamenv.errors import DatasetError
+
+FORMAT_VERSION = 1
+COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "frames": ("uint8", (64, 64, 3)),
+    "actions": ("uint8", ()),
+    "rewards": ("float32", ()),
+    "terminated": ("bool", ()),
+    "truncated": ("bool", ()),
+    "first": ("bool", ()),
+    "level_seeds": ("int32", ()),
+    "policies": ("uint8", ()),
+}
+
+
+class DatasetWriter:
+    """Writes shards of one dataset, in any order, and resumes a folder that was begun with the same facts.
+
+    Args:
+        folder: the dataset folder.
+        facts: JSON-able description of the collection (game, levels, policy mix, seed, number of shards ...);
+            it is stored in the manifest and must be equal for a resume.
+
+    Raises:
+        DatasetError: the folder holds a dataset that was begun with other facts.
+    """
+
+    def __init__(self, folder: str | Path, facts: dict[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.facts = json.loads(json.dumps(facts))
+        self._shards: dict[int, dict[str, Any]] = {}
+        manifest = self.folder / "manifest.json"
+        if manifest.exists():
+            old = json.loads(manifest.read_text())
+            for key in sorted(set(self.facts) | set(old.get("facts", {}))):
+                before, now = old.get("facts", {}).get(key), self.facts.get(key)
+                if before != now:
+                    raise DatasetError(f"{self.folder}: was begun with {key} = {before!r}, now {now!r}; "
+                                       "use the same settings to resume, or another folder")  # fmt: skip
+            self._shards = {s["index"]: s for s in old["shards"]}
+
+    @property
+    def done(self) -> set[int]:
+        """Indices of the shards that are complete on disk."""
+        return set(self._shards)
+
+    def shard_name(self, index: int) -> str:
+        """Folder name of one shard."""
+        return f"shard-{index:05d}"
+
+    def write_shard(self, index: int, columns: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Write one shard folder atomically and return its manifest entry (see `commit`).
+
+        Raises:
+            DatasetError: a column is missing or has another dtype or shape.
+        """
+        length = len(columns["frames"])
+        for name, (dtype, shape) in COLUMNS.items():
+            column = columns.get(name)
+            if column is None or column.dtype != dtype or column.shape != (length, *shape):
+                found = "nothing" if column is None else f"{column.dtype} {column.shape}"
+                raise DatasetError(f"column {name}: expected {dtype} {(length, *shape)}, got {found}")
+        path = self.folder / self.shard_name(index)
+        with atomic_folder(path) as temporary:
+            for name in COLUMNS:
+                np.save(temporary / f"{name}.npy", columns[name], allow_pickle=False)
+            hashes = {name: sha256_file(temporary / f"{name}.npy") for name in COLUMNS}
+        done = columns["terminated"] | columns["truncated"]
+        values, counts = np.unique(columns["rewards"], return_counts=True)
+        return {
+            "index": index, "name": path.name, "steps": length, "episodes": int(done.sum()),
+            "rewards": {repr(float(v)): int(c) for v, c in zip(values, counts, strict=True)},
+            "levels": [int(columns["level_seeds"].min()), int(columns["level_seeds"].max())],
+            "sha256": hashes,
+        }  # fmt: skip
+
+    def commit(self, entry: dict[str, Any]) -> None:
+        """Add a written shard to the manifest, atomically."""
+        self._shards[entry["index"]] = entry
+        shards = [self._shards[i] for i in sorted(self._shards)]
+        complete = len(shards) == self.facts["num_shards"]
+        write_json(self.folder / "manifest.json", {
+            "format_version": FORMAT_VERSION, "complete": complete, "facts": self.facts,
+            "steps": sum(s["steps"] for s in shards), "episodes": sum(s["episodes"] for s in shards),
+            "reward_set": sorted({float(v) for s in shards for v in s["rewards"]}), "shards": shards,
+        })  # fmt: skip
+
+    def recover(self) -> None:
+        """Finish or undo shard swaps that a kill interrupted."""
+        for index in range(self.facts["num_shards"]):
+            recover_folder(self.folder / self.shard_name(index))

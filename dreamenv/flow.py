@@ -1,0 +1,90 @@
+"""Probability path and samplers of the latent flow. Nothing here knows a network.
+
+The path is x_tau = (1 - tau) * noise + tau * clean (rectified flow, Liu et al. 2023), the network predicts `clean`
+(x-prediction), and the velocity follows: v = (clean - x_tau) / (1 - tau).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dreamenv.config import check
+
+Predict = Callable[[Tensor | None, float], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How a next latent is drawn."""
+
+    nfe: int = 1
+    """Network function evaluations per step; 1 is the deterministic predictor (the mean), more sharpen."""
+    solver: Literal["euler", "heun"] = "euler"
+    """Euler, or Heun's second order (an odd nfe: two evaluations a step, one for the last)."""
+    temperature: float = 1.0
+    """Scales the starting noise; 0 removes it."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance on the action (Ho & Salimans 2022); 1 is off, else each evaluation costs two."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises `ConfigError`."""
+        check(isinstance(self.nfe, int) and not isinstance(self.nfe, bool) and 1 <= self.nfe <= 256,
+              f"nfe {self.nfe!r}: must be an integer in 1..256")
+        check(self.solver in ("euler", "heun"), f"solver {self.solver!r}: must be 'euler' or 'heun'")
+        check(self.solver == "euler" or self.nfe % 2 == 1,
+              f"nfe {self.nfe} with solver 'heun': must be odd (two evaluations a step, one for the last)")
+        for name, limit in (("temperature", 10.0), ("guidance_scale", 20.0)):
+            value = getattr(self, name)
+            check(isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= limit,
+                  f"{name} {value!r}: must be a number in 0..{limit:g}")
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether noise reaches the result."""
+        return self.nfe > 1 and self.temperature > 0
+
+
+def interpolate(noise: Tensor, clean: Tensor, tau: Tensor) -> Tensor:
+    """Point on the path, (B, C, H, W), at tau (B,)."""
+    t = tau[:, None, None, None]
+    return (1 - t) * noise + t * clean
+
+
+def velocity(x: Tensor, clean: Tensor, tau: float) -> Tensor:
+    """Velocity of the path at `x`, given the predicted clean latent; tau < 1."""
+    return (clean - x) / (1 - tau)
+
+
+def sample(predict: Predict, noise: Tensor | None, sampler: SamplerConfig) -> tuple[Tensor, Tensor]:
+    """Draw a clean latent.
+
+    Args:
+        predict: (x_tau or None at tau = 0, tau) -> (clean latent (B, C, H, W), log error (B, H, W)).
+        noise: standard normal (B, C, H, W); may be None where `sampler.stochastic` is False.
+        sampler: steps, solver and temperature.
+
+    Returns:
+        The latent (B, C, H, W), and the log error that the first evaluation expected.
+    """
+    clean, log_error = predict(None, 0.0)
+    if sampler.nfe == 1:
+        return clean, log_error
+    x = torch.zeros_like(clean) if noise is None else noise.to(clean.dtype) * sampler.temperature
+    steps = sampler.nfe if sampler.solver == "euler" else (sampler.nfe + 1) // 2
+    for i in range(steps):
+        tau, following = i / steps, (i + 1) / steps
+        if i:
+            clean, _ = predict(x, tau)
+        if i == steps - 1:
+            return clean, log_error
+        v = velocity(x, clean, tau)
+        ahead = x + (following - tau) * v
+        if sampler.solver == "heun":
+            v = (v + velocity(ahead, predict(ahead, following)[0], following)) / 2
+        x = x + (following - tau) * v
+    raise AssertionError("unreachable: the last step returns")

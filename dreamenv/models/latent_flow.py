@@ -1,0 +1,131 @@
+"""The latent dynamics: a conv U-Net with dynamic filters that predicts the clean next latent (x-prediction)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dreamenv.actions import NUM_ACTIONS
+from dreamenv.config import check
+from dreamenv.models.blocks import DynamicFilters, ResBlock, group_norm, sinusoidal, zero_init
+from dreamenv.models.registry import register_model
+
+NULL_ACTION = NUM_ACTIONS  # an extra embedding: "action unknown", for guidance and dropped actions
+
+
+@dataclass(frozen=True)
+class LatentFlowConfig:
+    """Shape of the U-Net."""
+
+    latent_channels: int = 16
+    """C of the latents."""
+    context: int = 4
+    """K past latents the model sees, with the K - 1 actions between them and the current one."""
+    channels: tuple[int, ...] = (64, 96, 128)
+    """Width per resolution level; each level halves the grid."""
+    blocks: tuple[int, ...] = (1, 2, 2)
+    """Residual blocks per level, on the way down and (but for the last level) up."""
+    embedding: int = 128
+    """Width of the conditioning vector."""
+    filter_bank: int = 24
+    """Dynamic filters; 0 turns them off."""
+    filter_size: int = 5
+    """Their kernel size, in cells."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises `ConfigError`."""
+        check(self.latent_channels >= 1, f"latent_channels {self.latent_channels}: must be >= 1")
+        check(1 <= self.context <= 64, f"context {self.context}: must be 1..64")
+        check(1 <= len(self.channels) <= 5, f"channels {self.channels}: must have 1..5 levels")
+        check(len(self.blocks) == len(self.channels),
+              f"blocks {self.blocks}: must have one entry per level, {len(self.channels)}")
+        check(min(self.channels) >= 8, f"channels {self.channels}: must be >= 8 each")
+        check(min(self.blocks) >= 1, f"blocks {self.blocks}: must be >= 1 each")
+        check(self.embedding >= 8 and self.embedding % 4 == 0, f"embedding {self.embedding}: must be a multiple of 4")
+        check(self.filter_bank >= 0, f"filter_bank {self.filter_bank}: must be >= 0")
+        check(self.filter_size % 2 == 1 and self.filter_size >= 1, f"filter_size {self.filter_size}: must be odd")
+
+
+@register_model("latent_flow", LatentFlowConfig)
+class LatentFlow(nn.Module):
+    """Predicts the clean next latent, and how wrong it expects to be, from a noisy one and the context.
+
+    At tau = 0 the noisy latent is pure noise and carries nothing; it is gated out (multiplied by tau), so the
+    deterministic predictor of SEED phase 2 *is* this network at tau = 0, and one function evaluation needs no noise.
+
+    Source: flow matching (Lipman et al. 2023) with x-prediction; U-Net (Ronneberger et al. 2015); context noise with
+    its level as an input (GameNGen, Valevski et al. 2024).
+    """
+
+    def __init__(self, config: LatentFlowConfig) -> None:
+        super().__init__()
+        self.config = config
+        c, k, e, widths = config.latent_channels, config.context, config.embedding, config.channels
+        self.action_embedding = nn.Embedding(NUM_ACTIONS + 1, e // 2)
+        self.condition = nn.Sequential(nn.Linear(k * (e // 2) + 2 * (e // 2), 2 * e), nn.SiLU(), nn.Linear(2 * e, e), nn.SiLU())
+        self.stem = nn.Conv2d(c * (k + 1), widths[0], 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        width = widths[0]
+        for level, (w, n) in enumerate(zip(widths, config.blocks, strict=True)):
+            blocks = nn.ModuleList()
+            for _ in range(n):
+                blocks.append(ResBlock(width, w, e))
+                width = w
+            self.down.append(blocks)
+            if level == len(widths) - 1:
+                break
+        for level in range(len(widths) - 2, -1, -1):
+            blocks = nn.ModuleList()
+            width = width + widths[level]
+            for _ in range(config.blocks[level]):
+                blocks.append(ResBlock(width, widths[level], e))
+                width = widths[level]
+            self.up.append(blocks)
+        self.out_norm = group_norm(width)
+        self.out = zero_init(nn.Conv2d(width, c + 1, 3, padding=1))
+        self.filters = DynamicFilters(c, width, config.filter_bank, config.filter_size) if config.filter_bank else None
+
+    def forward(self, noisy: Tensor | None, tau: Tensor, context: Tensor, actions: Tensor,
+                context_noise: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Predict the next latent.
+
+        Args:
+            noisy: (B, C, H, W), the point at `tau` on the path from noise to the next latent; None means tau = 0.
+            tau: (B,) in [0, 1).
+            context: (B, K, C, H, W), past latents, the current one last.
+            actions: int64 (B, K), the K - 1 actions between them and the one taken now; `NULL_ACTION` is unknown.
+            context_noise: (B,) standard deviation of the noise in the context.
+
+        Returns:
+            The clean latent (B, C, H, W), and the log of its expected squared error per cell (B, H, W).
+        """
+        b, k, c, h, w = context.shape
+        last = context[:, -1]
+        gated = torch.zeros_like(last) if noisy is None else noisy * tau[:, None, None, None]
+        half = self.config.embedding // 2
+        embedded = torch.cat([self.action_embedding(actions).flatten(1),
+                              sinusoidal(tau, half).to(last.dtype), sinusoidal(context_noise, half).to(last.dtype)], 1)  # fmt: skip
+        cond = self.condition(embedded)
+        x = self.stem(torch.cat([gated, context.reshape(b, k * c, h, w)], 1))
+        skips = []
+        for level, blocks in enumerate(self.down):
+            if level:
+                x = F.avg_pool2d(x, 2)
+            for block in blocks:
+                x = block(x, cond)
+            skips.append(x)
+        skips.pop()
+        for blocks in self.up:
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            x = torch.cat([x, skips.pop()], 1)
+            for block in blocks:
+                x = block(x, cond)
+        x = F.silu(self.out_norm(x))
+        out = self.out(x)
+        clean = last + out[:, :c]
+        if self.filters is not None:
+            clean = clean + self.filters(last, x)
+        return clean, out[:, c].float()

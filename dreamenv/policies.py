@@ -1,0 +1,137 @@
+"""Action sources that need no training: random, sticky, biased, saved agents, and mixtures of them.
+
+They drive the real game and the dream alike: collection, demos and comparisons all use this one implementation.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from dreamenv.actions import NUM_ACTIONS
+from dreamenv.errors import PolicyError
+
+DEFAULT_MIX = "random=0.1,sticky=0.2,biased=0.7"
+
+
+class VectorPolicy(Protocol):
+    """Chooses actions for N environments at once."""
+
+    def act(self, observations: np.ndarray, first: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Return int64 actions (N,) for uint8 observations (N, 64, 64, 3); `first` bool (N,) marks new episodes."""
+        ...
+
+
+class StickyPolicy:
+    """Keeps its action with probability `stickiness`, else draws from `weights` (uniform when None)."""
+
+    def __init__(self, stickiness: float, weights: np.ndarray | None = None) -> None:
+        weights = np.ones(NUM_ACTIONS) if weights is None else np.asarray(weights, float)
+        self.stickiness = stickiness
+        self._cumulative = np.cumsum(weights / weights.sum())
+        self._last: np.ndarray | None = None
+
+    def act(self, observations: np.ndarray, first: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """See `VectorPolicy.act`."""
+        n = len(first)
+        draw = np.searchsorted(self._cumulative, rng.random(n)).clip(max=NUM_ACTIONS - 1)
+        keep = (rng.random(n) < self.stickiness) & ~first
+        self._last = draw if self._last is None else np.where(keep, self._last, draw)
+        return self._last.astype(np.int64)
+
+
+class AgentPolicy:
+    """A saved agent (`agent.json` + `agent.safetensors`), sampled from, epsilon-greedy towards uniform actions."""
+
+    def __init__(self, path: str, epsilon: float = 0.0) -> None:
+        from dreamenv.models.impala import load_agent  # needs torch: only when an agent is asked for
+
+        self._agent = load_agent(path)
+        self.epsilon = epsilon
+
+    def act(self, observations: np.ndarray, first: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """See `VectorPolicy.act`."""
+        probabilities = self._agent.probabilities(observations)
+        probabilities = (1 - self.epsilon) * probabilities + self.epsilon / NUM_ACTIONS
+        uniform = rng.random((len(first), 1))
+        return (probabilities.cumsum(1) < uniform).sum(1).clip(max=NUM_ACTIONS - 1)
+
+
+class MixturePolicy:
+    """Gives each environment one of several policies, drawn anew by weight for every episode.
+
+    Attributes:
+        component: int64 (N,), the index of the policy now playing each environment.
+    """
+
+    def __init__(self, policies: list[VectorPolicy], weights: list[float]) -> None:
+        self.policies = policies
+        self.weights = np.asarray(weights, float) / np.sum(weights)
+        self.component: np.ndarray | None = None
+
+    def act(self, observations: np.ndarray, first: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """See `VectorPolicy.act`."""
+        draw = rng.choice(len(self.policies), len(first), p=self.weights)
+        self.component = draw if self.component is None else np.where(first, draw, self.component)
+        actions = np.stack([p.act(observations, first, rng) for p in self.policies])
+        return actions[self.component, np.arange(len(first))]
+
+
+def parse_mix(spec: str) -> list[tuple[str, float]]:
+    """Parse "random=0.2,biased=0.8" (or one bare name) into (name, weight) pairs; "mix" is `DEFAULT_MIX`.
+
+    Raises:
+        PolicyError: an empty part, or a weight that is not a positive number.
+    """
+    parts = (DEFAULT_MIX if spec == "mix" else spec).split(",")
+    pairs = []
+    for part in parts:
+        name, separator, weight = part.strip().rpartition("=") if "=" in part else (part.strip(), "", "1")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = float("nan")
+        if not name or not np.isfinite(value) or value <= 0:
+            raise PolicyError(f"policy {part!r} in {spec!r}: expected name=weight with weight > 0, "
+                              "e.g. random=0.2,biased=0.8")  # fmt: skip
+        pairs.append((name, value))
+    return pairs
+
+
+def make_policy(spec: str, bias: np.ndarray | None = None) -> MixturePolicy:
+    """Build a policy from its specification.
+
+    Args:
+        spec: "random", "sticky", "biased", "agent:FOLDER" or "agent:FOLDER:EPSILON", "mix", or a weighted
+            mixture such as "random=0.2,agent:runs/a:0.1=0.8".
+        bias: action weights (15,) of the game, for "biased".
+
+    Raises:
+        PolicyError: an unknown name or a bad parameter.
+    """
+    pairs = parse_mix(spec)
+    return MixturePolicy([_component(name, bias) for name, _ in pairs], [weight for _, weight in pairs])
+
+
+def _component(name: str, bias: np.ndarray | None) -> VectorPolicy:
+    if name == "random":
+        return StickyPolicy(0.0)
+    if name == "sticky":
+        return StickyPolicy(0.85)
+    if name == "biased":
+        if bias is None:
+            raise PolicyError("policy 'biased' needs the game's action weights; use 'sticky' where they are not known")
+        return StickyPolicy(0.75, bias)
+    if name.startswith("agent:"):
+        path, separator, epsilon = name[len("agent:") :].rpartition(":")
+        try:
+            value = float(epsilon) if separator else 0.0
+        except ValueError:
+            path, value = name[len("agent:") :], 0.0
+        if not separator:
+            path = epsilon
+        if not 0 <= value <= 1:
+            raise PolicyError(f"policy {name!r}: epsilon {value} must be in 0..1")
+        return AgentPolicy(path, value)
+    raise PolicyError(f"policy {name!r}: unknown; there are random, sticky, biased, agent:FOLDER[:EPSILON] and mix")

@@ -1,0 +1,53 @@
+"""The one snapshot layout of both worlds: magic, version, checksum, safetensors payload. Never a pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from dreamenv.errors import SnapshotError
+
+_MAGIC = b"DREAMSNP"
+_VERSION = 1
+_HEADER = struct.Struct("<8sI32s")
+
+
+def pack(world: str, meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
+    """Return snapshot bytes of `arrays` with JSON-able `meta`; `world` names who may restore them."""
+    header = {"world": world, "meta": json.dumps(meta, sort_keys=True)}
+    payload = save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata=header)
+    return _HEADER.pack(_MAGIC, _VERSION, hashlib.sha256(payload).digest()) + payload
+
+
+def unpack(world: str, data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return (meta, arrays) of snapshot bytes.
+
+    Raises:
+        SnapshotError: not bytes, not a snapshot, another version, damaged, or of another world.
+    """
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise SnapshotError(f"snapshot of type {type(data).__name__}: expected the bytes that snapshot() returned")
+    data = bytes(data)
+    if len(data) < _HEADER.size or data[:8] != _MAGIC:
+        raise SnapshotError(f"{len(data)} bytes: not a dreamenv snapshot; pass what snapshot() returned")
+    _, version, digest = _HEADER.unpack_from(data)
+    if version != _VERSION:
+        raise SnapshotError(f"snapshot version {version}: this release reads version {_VERSION}; take it again")
+    payload = data[_HEADER.size :]
+    if hashlib.sha256(payload).digest() != digest:
+        raise SnapshotError("snapshot checksum differs: the bytes are truncated or altered; take it again")
+    try:
+        arrays = load(payload)
+    except SafetensorError as error:
+        raise SnapshotError(f"snapshot payload is malformed ({error}); take it again") from None
+    (length,) = struct.unpack_from("<Q", payload)
+    header = json.loads(payload[8 : 8 + length])["__metadata__"]
+    if header["world"] != world:
+        raise SnapshotError(f"snapshot of a {header['world']} world cannot be restored into a {world} world")
+    return json.loads(header["meta"]), arrays

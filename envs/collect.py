@@ -1,0 +1,193 @@
+"""Collect real episodes: `python -m envs.collect --game coinrun --steps 1000000 --policy mix --out data/coinrun`.
+
+Every shard is decided by (settings, shard index) alone, so a killed collection resumes without a duplicate or a hole
+and ends with the same bytes, and shards may be collected by several processes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dreamenv.config import check
+from dreamenv.data.writer import COLUMNS, DatasetWriter
+from dreamenv.policies import make_policy, parse_mix
+from envs.games import get_game
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """What to collect."""
+
+    game: str = "coinrun"
+    """Game name."""
+    steps: int = 1_000_000
+    """Transitions in all (rounded up to a multiple of num_envs)."""
+    out: str = "data/coinrun"
+    """Dataset folder."""
+    policy: str = "mix"
+    """random | sticky | biased | agent:FOLDER[:EPSILON] | mix | a mixture such as random=0.2,biased=0.8."""
+    start_level: int = 0
+    """First level seed."""
+    num_levels: int = 10000
+    """Number of levels."""
+    distribution_mode: str = "easy"
+    """Procgen's difficulty."""
+    seed: int = 0
+    """Decides levels and actions."""
+    num_envs: int = 32
+    """Games played side by side in one shard."""
+    shard_steps: int = 1024
+    """Steps of each game in one shard."""
+    workers: int = 1
+    """Processes; 1 collects in this one."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises `ConfigError`."""
+        get_game(self.game)
+        parse_mix(self.policy)
+        for name in ("steps", "num_envs", "shard_steps", "workers"):
+            check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
+        check(self.seed >= 0, f"seed {self.seed}: must be >= 0")
+
+    @property
+    def shard_lengths(self) -> list[int]:
+        """Steps of each game, per shard."""
+        total = -(-self.steps // self.num_envs)
+        full, rest = divmod(total, self.shard_steps)
+        return [self.shard_steps] * full + ([rest] if rest else [])
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest records: everything that decides the bytes, and the game's facts."""
+        game = get_game(self.game)
+        facts = {k: v for k, v in asdict(self).items() if k not in ("out", "workers")}
+        facts |= {"backend": f"procgen {_procgen_version()}", "num_shards": len(self.shard_lengths),
+                  "seq_len": self.shard_steps, "policy_mix": [list(p) for p in parse_mix(self.policy)],
+                  "max_steps": game.max_steps, "action_meanings": list(game.meanings)}  # fmt: skip
+        return facts
+
+
+def _procgen_version() -> str:
+    for name in ("procgen-mirror", "procgen"):
+        try:
+            return version(name)
+        except Exception:  # noqa: BLE001 - importlib raises its own PackageNotFoundError; either name may serve
+            continue
+    return "unknown"
+
+
+def collect_shard(config: CollectConfig, index: int, envs: Any = None) -> dict[str, np.ndarray]:
+    """Play one shard and return its columns (see `dreamenv.data.writer`).
+
+    Args:
+        config: the collection.
+        index: which shard; decides all its randomness.
+        envs: a `RealProcgenVectorEnv` to reuse.
+    """
+    from envs.procgen import RealProcgenVectorEnv
+
+    n, length = config.num_envs, config.shard_lengths[index]
+    rng = np.random.Generator(np.random.Philox(key=[config.seed, index]))
+    envs = envs or make_envs(config)
+    assert isinstance(envs, RealProcgenVectorEnv)
+    policy = make_policy(config.policy, np.asarray(get_game(config.game).bias))
+    columns = {name: np.zeros((n, length, *shape), dtype) for name, (dtype, shape) in COLUMNS.items()}
+    first = np.ones(n, bool)
+    frames, infos = envs.reset(seed=rng.integers(2**31 - 1, size=n).tolist())
+    for t in range(length):
+        actions = policy.act(frames, first, rng)
+        columns["frames"][:, t] = frames
+        columns["first"][:, t] = first
+        columns["actions"][:, t] = actions
+        columns["level_seeds"][:, t] = infos["level_seed"]
+        columns["policies"][:, t] = policy.component
+        frames, rewards, terminated, truncated, infos = envs.step(actions)
+        columns["rewards"][:, t] = rewards
+        columns["terminated"][:, t] = terminated
+        columns["truncated"][:, t] = truncated
+        first = terminated | truncated
+    return {k: v.reshape(n * length, *v.shape[2:]) for k, v in columns.items()}
+
+
+def make_envs(config: CollectConfig) -> Any:
+    """Return the vector environment of one collection."""
+    from envs.procgen import RealProcgenVectorEnv
+
+    return RealProcgenVectorEnv(config.num_envs, config.game, config.start_level, config.num_levels,
+                                config.distribution_mode, num_threads=0 if config.workers > 1 else None)  # fmt: skip
+
+
+def _worker(config: CollectConfig, index: int) -> dict[str, Any]:
+    parent = os.getppid()
+    columns = collect_shard(config, index)
+    if os.getppid() != parent:  # orphaned by a kill: another run may own the folder now
+        raise SystemExit(1)
+    return DatasetWriter(config.out, config.facts()).write_shard(index, columns)
+
+
+def collect(config: CollectConfig, progress: bool = True) -> Path:
+    """Collect (or finish collecting) a dataset and return its folder.
+
+    Raises:
+        ConfigError, PolicyError: bad settings.
+        DatasetError: `config.out` holds a dataset collected with other settings.
+    """
+    from tqdm import tqdm
+
+    writer = DatasetWriter(config.out, config.facts())
+    writer.recover()
+    lengths = config.shard_lengths
+    missing = [i for i in range(len(lengths)) if i not in writer.done]
+    total = sum(lengths) * config.num_envs
+    bar = tqdm(total=total, initial=total - sum(lengths[i] for i in missing) * config.num_envs, unit="step",
+               unit_scale=True, desc=f"collect {config.game}", disable=not progress, file=sys.stderr)  # fmt: skip
+
+    def commit(future: Future[dict[str, Any]]) -> None:
+        entry = future.result()
+        writer.commit(entry)
+        bar.update(entry["steps"])
+
+    if config.workers > 1:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(config.workers, mp_context=context) as pool:
+            for future in as_completed([pool.submit(_worker, config, i) for i in missing]):
+                commit(future)
+    elif missing:
+        envs = make_envs(config)
+        with ThreadPoolExecutor(1) as pool:  # one shard is written while the next is played
+            pending: Future[dict[str, Any]] | None = None
+            for index in missing:
+                columns = collect_shard(config, index, envs)
+                if pending is not None:
+                    commit(pending)
+                pending = pool.submit(writer.write_shard, index, columns)
+            if pending is not None:
+                commit(pending)
+        envs.close()
+    bar.close()
+    return Path(config.out)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line: every field of `CollectConfig` is an option."""
+    import tyro
+
+    from dreamenv.errors import DreamenvError
+
+    try:
+        config = tyro.cli(CollectConfig, args=arguments, description=__doc__)
+        collect(config)
+    except DreamenvError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,349 @@
+"""The real Procgen as Gymnasium environments, on gym3's batched `ProcgenGym3Env` (Cobbe et al. 2020)."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box, Discrete
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from dreamenv.actions import check_actions, check_action, keys_to_action
+from dreamenv.config import check
+from dreamenv.errors import ResetError, SnapshotError
+from dreamenv.snapshot import pack, unpack
+from envs.games import Game, get_game
+
+_SEED_LIMIT = 2**31 - 1  # procgen's rand_seed and level seeds are signed 32-bit
+DISTRIBUTION_MODES = ("easy", "hard", "extreme", "memory")
+
+
+def _import_procgen() -> Any:
+    """Import `ProcgenGym3Env`; gym 0.26 announces its end of life on stderr at import, silenced here only."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("GYM_NOTICES", "0")
+        try:
+            import contextlib
+            import io
+
+            with contextlib.redirect_stderr(io.StringIO()):
+                from procgen import ProcgenGym3Env
+        except ImportError as error:
+            raise ImportError(f"the real game needs procgen ({error}): pip install 'dreamenv[procgen]'") from error
+    return ProcgenGym3Env
+
+
+class RealProcgenVectorEnv(VectorEnv):
+    """A batch of real Procgen games with real seeding, real resets and snapshots.
+
+    Observations are uint8 (N, 64, 64, 3), actions integers (N,) in 0..14, rewards float64 (N,) of the game's own
+    magnitudes. Procgen never shows a terminal frame: in SAME_STEP mode the observation of a finished environment is
+    already the next level's and there is no `final_obs`; in DISABLED mode the episode's last frame is repeated.
+
+    Args:
+        num_envs: batch size.
+        game: one of `envs.games.GAMES`.
+        start_level: first level seed.
+        num_levels: how many levels; 0 means all of them (then `start_level` must be 0).
+        distribution_mode: "easy", "hard", "extreme" or "memory", as far as the game has it.
+        autoreset_mode: SAME_STEP, or DISABLED (the caller resets finished environments with `reset_mask`).
+        render_mode: None or "rgb_array".
+        render_size: 64 for the observation's pixels, 512 for Procgen's own large rendering.
+        num_threads: Procgen's worker threads; 0 steps in the calling thread.
+
+    Raises:
+        ConfigError: an argument outside its range.
+    """
+
+    metadata: dict[str, Any] = {
+        "render_modes": ["rgb_array"], "render_fps": 15, "autoreset_mode": AutoresetMode.SAME_STEP,
+    }  # fmt: skip
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        game: str = "coinrun",
+        start_level: int = 0,
+        num_levels: int = 10000,
+        distribution_mode: str = "easy",
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        render_mode: str | None = None,
+        render_size: int = 64,
+        num_threads: int | None = None,
+    ) -> None:
+        self.game: Game = get_game(game)
+        check(isinstance(num_envs, int) and num_envs >= 1, f"num_envs {num_envs!r}: must be an integer >= 1")
+        check(0 <= start_level <= _SEED_LIMIT, f"start_level {start_level}: must be in 0..{_SEED_LIMIT}")
+        check(0 <= num_levels <= _SEED_LIMIT - start_level, f"num_levels {num_levels}: the range leaves 32 bits")
+        check(num_levels > 0 or start_level == 0,
+              f"start_level {start_level} is ignored by Procgen when num_levels is 0: give num_levels >= 1")
+        check(distribution_mode in DISTRIBUTION_MODES,
+              f"distribution_mode {distribution_mode!r}: must be one of {', '.join(DISTRIBUTION_MODES)}")
+        autoreset = AutoresetMode(autoreset_mode)
+        check(autoreset is not AutoresetMode.NEXT_STEP,
+              "autoreset_mode NEXT_STEP: Procgen has no terminal frame to show; use SAME_STEP or DISABLED")
+        check(render_mode in (None, "rgb_array"), f"render_mode {render_mode!r}: must be None or 'rgb_array'")
+        check(render_size in (64, 512), f"render_size {render_size}: must be 64 or 512")
+
+        self.num_envs = num_envs
+        self.render_mode = render_mode
+        self.render_size = render_size
+        self.autoreset_mode = autoreset
+        self.metadata = {**type(self).metadata, "autoreset_mode": autoreset}
+        self.single_observation_space = Box(0, 255, (64, 64, 3), np.uint8)
+        self.single_action_space = Discrete(15)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._options = {
+            "env_name": game, "start_level": start_level, "num_levels": num_levels,
+            "distribution_mode": distribution_mode,
+        }  # fmt: skip
+        threads = min(num_envs // 8, os.cpu_count() or 1) if num_threads is None else num_threads
+        self._procgen = _import_procgen()
+        self._envs = self._procgen(num=num_envs, rand_seed=0, num_threads=threads, **self._options)
+        self._helper: Any = None  # a lone instance for forced resets
+        self._large: Any = None  # a lone instance that draws 512 px
+        self._steps = np.zeros(num_envs, np.int64)
+        self._levels = np.zeros(num_envs, np.int64)
+        self._finished = np.zeros(num_envs, bool)  # over, and not yet reset (DISABLED mode)
+        self._frames = np.zeros((num_envs, 64, 64, 3), np.uint8)
+        self._started = False
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Start new episodes, in mid-episode too.
+
+        Args:
+            seed: one int (environment i gets seed + i), one int or None for each, or None to go on to the next level.
+            options: `reset_mask` bool (N,): reset only these; `level`: int or ints (N,), the level seeds to play.
+
+        Returns:
+            uint8 observations (N, 64, 64, 3) and infos.
+
+        Raises:
+            ResetError: a seed or option of the wrong type, shape or range.
+        """
+        mask, levels, seeds = self._reset_arguments(seed, options)
+        if isinstance(seed, (int, np.integer)):
+            super().reset(seed=int(seed))
+        for i in np.flatnonzero(mask):
+            if levels is not None:
+                self._set(i, self._fresh_state(int(levels[i]) % _SEED_LIMIT, level=int(levels[i])))
+            elif seeds[i] is not None:
+                self._set(i, self._fresh_state(int(seeds[i]) % _SEED_LIMIT))
+            elif not self._started:
+                self._set(i, self._fresh_state(int(self.np_random.integers(_SEED_LIMIT))))
+            elif not self._finished[i]:  # a finished game already stands at its next level
+                self._set(i, self._forced_reset(self._get(i)))
+            self._steps[i] = 0
+            self._finished[i] = False
+        self._started = True
+        frames = self._envs.observe()[1]["rgb"]
+        self._frames = np.where(mask[:, None, None, None], frames, self._frames)
+        self._read_levels()
+        return self._frames.copy(), self._infos()
+
+    def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Advance every environment by one action.
+
+        Raises:
+            InvalidActionError: see `dreamenv.actions.check_actions`; the state is unchanged.
+            ResetError: before the first reset, or (DISABLED mode) an environment is finished and not yet reset.
+        """
+        actions = check_actions(actions, self.num_envs)
+        if not self._started:
+            raise ResetError("step() before reset(): call reset() first")
+        if self._finished.any():
+            i = int(np.flatnonzero(self._finished)[0])
+            raise ResetError(f"environment {i} is finished: reset it first with options={{'reset_mask': ...}}")
+        self._envs.act(actions)
+        rewards, observation, first = self._envs.observe()
+        self._steps += 1
+        done = np.asarray(first, bool)
+        truncated = done & (self._steps >= self.game.max_steps)
+        if truncated.any():  # Procgen merges the two; a level completed on its very last step is a termination
+            info = self._envs.get_info()
+            truncated &= ~np.array([bool(x["prev_level_complete"]) for x in info])
+        infos_steps = self._steps.copy()
+        if self.autoreset_mode is AutoresetMode.SAME_STEP:
+            self._frames = observation["rgb"]
+            self._steps[done] = 0
+            if done.any():
+                self._read_levels()
+        else:
+            self._frames = np.where(done[:, None, None, None], self._frames, observation["rgb"])
+            self._finished |= done
+        infos = self._infos()
+        if done.any() and self.autoreset_mode is AutoresetMode.SAME_STEP:
+            infos["final_info"] = {"episode_step": infos_steps, "_episode_step": done}
+            infos["_final_info"] = done
+        return self._frames.copy(), rewards.astype(np.float64), done & ~truncated, truncated, infos
+
+    def snapshot(self) -> bytes:
+        """Return the whole batch's state as bytes that `restore` accepts, in another process too."""
+        states = [np.frombuffer(self._get(i), np.uint8) for i in range(self.num_envs)]
+        arrays = {f"state.{i}": s for i, s in enumerate(states)}
+        arrays |= {"steps": self._steps, "levels": self._levels, "finished": self._finished, "frames": self._frames}
+        return pack("real", {"game": self.game.name, "num_envs": self.num_envs, "started": self._started}, arrays)
+
+    def restore(self, data: bytes) -> np.ndarray:
+        """Return to a snapshot and its observations, uint8 (N, 64, 64, 3).
+
+        Raises:
+            SnapshotError: damaged bytes, another game, or another number of environments.
+        """
+        meta, arrays = unpack("real", data)
+        if meta["game"] != self.game.name or meta["num_envs"] != self.num_envs:
+            raise SnapshotError(f"snapshot of {meta['num_envs']} x {meta['game']} cannot be restored into "
+                                f"{self.num_envs} x {self.game.name}; make the same environment")  # fmt: skip
+        for i in range(self.num_envs):
+            self._set(i, arrays[f"state.{i}"].tobytes())
+        self._steps, self._levels = arrays["steps"].copy(), arrays["levels"].copy()
+        self._finished, self._frames = arrays["finished"].copy(), arrays["frames"].copy()
+        self._started = meta["started"]
+        return self._frames.copy()
+
+    def render(self) -> tuple[np.ndarray, ...] | None:
+        """Return one uint8 (S, S, 3) frame per environment, S = `render_size`, or None without a render mode."""
+        if self.render_mode is None:
+            gym.logger.warn("render() without a render mode: make the env with render_mode='rgb_array'")
+            return None
+        if self.render_size == 64:
+            return tuple(self._frames.copy())
+        if self._large is None:
+            self._large = self._procgen(num=1, rand_seed=0, render_mode="rgb_array", num_threads=0, **self._options)
+        frames = []
+        for i in range(self.num_envs):
+            state = self._get(i)
+            self._large.call_c_func("set_state", 0, state, len(state))
+            frames.append(self._large.get_info()[0]["rgb"].copy())
+        return tuple(frames)
+
+    def get_keys_to_action(self) -> dict[tuple[int, ...], int]:
+        """Return key-code combinations -> action, as `gymnasium.utils.play` wants them."""
+        return keys_to_action()
+
+    def _reset_arguments(self, seed: Any, options: Any) -> tuple[np.ndarray, np.ndarray | None, list[int | None]]:
+        n = self.num_envs
+        options = dict(options or {})
+        mask = np.asarray(options.pop("reset_mask", np.ones(n, bool)))
+        if mask.shape != (n,) or mask.dtype != bool:
+            raise ResetError(f"reset_mask of shape {mask.shape} and dtype {mask.dtype}: expected bool ({n},)")
+        if not self._started and not mask.all():
+            raise ResetError("reset_mask on the first reset: every environment must be reset once")
+        levels = options.pop("level", None)
+        if levels is not None:
+            try:
+                levels = np.broadcast_to(np.asarray(levels), (n,))
+            except ValueError:
+                raise ResetError(f"level {levels!r}: expected one integer or {n} of them") from None
+            if levels.dtype.kind not in "iu" or levels.min() < 0 or levels.max() > _SEED_LIMIT:
+                raise ResetError(f"level {levels.tolist()}: expected integers in 0..{_SEED_LIMIT}")
+        if options:
+            raise ResetError(f"reset option {next(iter(options))!r}: unknown; there are 'reset_mask' and 'level'")
+        if seed is None or isinstance(seed, (int, np.integer)):
+            seeds: list[int | None] = [None if seed is None else int(seed) + i for i in range(n)]
+        else:
+            seeds = list(seed)
+            if len(seeds) != n:
+                raise ResetError(f"{len(seeds)} seeds for {n} environments: give one for each")
+        for s in seeds:
+            if s is not None and (not isinstance(s, (int, np.integer)) or s < 0):
+                raise ResetError(f"seed {s!r}: expected an integer >= 0 or None")
+        return mask, levels, seeds
+
+    def _infos(self) -> dict[str, Any]:
+        every = np.ones(self.num_envs, bool)
+        return {"level_seed": self._levels.copy(), "_level_seed": every,
+                "episode_step": self._steps.copy(), "_episode_step": every}  # fmt: skip
+
+    def _read_levels(self) -> None:
+        info = self._envs.get_info()
+        self._levels = np.array([x["level_seed"] for x in info], np.int64)
+
+    def _get(self, i: int) -> bytes:
+        size = 2**20
+        buffer = self._envs._ffi.new(f"char[{size}]")
+        length = self._envs.call_c_func("get_state", int(i), buffer, size)
+        return bytes(self._envs._ffi.buffer(buffer, length))
+
+    def _set(self, i: int, state: bytes) -> None:
+        self._envs.call_c_func("set_state", int(i), state, len(state))
+
+    def _fresh_state(self, rand_seed: int, level: int | None = None) -> bytes:
+        """Return the state of a new game; the levels that follow it are decided by `rand_seed` (it holds the RNG)."""
+        options = self._options if level is None else {**self._options, "start_level": level, "num_levels": 1}
+        return self._procgen(num=1, rand_seed=rand_seed, num_threads=0, **options).get_state()[0]
+
+    def _forced_reset(self, state: bytes) -> bytes:
+        if self._helper is None:
+            self._helper = self._procgen(num=1, rand_seed=0, num_threads=0, **self._options)
+        self._helper.set_state([state])
+        self._helper.act(np.array([-1]))
+        return self._helper.get_state()[0]
+
+
+class RealProcgenEnv(gym.Env):
+    """One real Procgen game: the N = 1 view of `RealProcgenVectorEnv` (same arguments, no autoreset).
+
+    Example:
+        >>> import gymnasium as gym
+        >>> env = gym.make("envs:RealProcgen-v0", game="coinrun", start_level=0, num_levels=200)
+        >>> observation, info = env.reset(seed=0)
+    """
+
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 15}
+
+    def __init__(self, game: str = "coinrun", **kwargs: Any) -> None:
+        self.vector = RealProcgenVectorEnv(1, game, autoreset_mode=AutoresetMode.DISABLED, **kwargs)
+        self.observation_space = self.vector.single_observation_space
+        self.action_space = self.vector.single_action_space
+        self.render_mode = self.vector.render_mode
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Start a new episode; `options={"level": k}` plays level k. Returns uint8 (64, 64, 3) and info."""
+        super().reset(seed=seed)
+        first = seed is None and not self.vector._started
+        start = int(self.np_random.integers(_SEED_LIMIT)) if first else seed
+        frames, infos = self.vector.reset(seed=start, options=options)
+        return frames[0], _single(infos)
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Advance by one action; raises `InvalidActionError` and leaves the state as it was if it is not in 0..14."""
+        action = check_action(action)
+        frames, rewards, terminated, truncated, infos = self.vector.step(np.array([action]))
+        return frames[0], float(rewards[0]), bool(terminated[0]), bool(truncated[0]), _single(infos)
+
+    def render(self) -> np.ndarray | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return a uint8 (S, S, 3) frame."""
+        frames = self.vector.render()
+        return None if frames is None else frames[0]
+
+    def snapshot(self) -> bytes:
+        """Return the state as bytes that `restore` accepts."""
+        return self.vector.snapshot()
+
+    def restore(self, data: bytes) -> np.ndarray:
+        """Return to a snapshot and its observation, uint8 (64, 64, 3)."""
+        return self.vector.restore(data)[0]
+
+    def get_keys_to_action(self) -> dict[tuple[int, ...], int]:
+        """Return key-code combinations -> action."""
+        return keys_to_action()
+
+    def close(self) -> None:
+        """Release the game."""
+        self.vector.close()
+
+
+def _single(infos: dict[str, Any]) -> dict[str, Any]:
+    return {k: v[0].item() for k, v in infos.items() if not k.startswith("_")}

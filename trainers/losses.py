@@ -1,0 +1,40 @@
+"""Weights and losses that keep small, rare and moving things visible to a squared error."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+COLOUR_LEVELS = 16
+RARE_FREQUENCY = 8e-4  # "rare": a colour bin that fewer than 0.08 % of all pixels fall into
+
+
+def colour_bins(frames: Tensor) -> Tensor:
+    """Frames uint8 (..., 3) -> colour bin int64 (...) in 0..4095: 16 levels a channel."""
+    levels = frames.long() // (256 // COLOUR_LEVELS)
+    return (levels[..., 0] * COLOUR_LEVELS + levels[..., 1]) * COLOUR_LEVELS + levels[..., 2]
+
+
+def colour_frequencies(frames: np.ndarray) -> Tensor:
+    """Share of pixels in each of the 4096 colour bins, float32 (4096,), over uint8 frames (N, 64, 64, 3)."""
+    counts = torch.bincount(colour_bins(torch.from_numpy(frames)).flatten(), minlength=COLOUR_LEVELS**3)
+    return (counts.double() / counts.sum()).float()
+
+
+def colour_weights(frequencies: Tensor, common: float = 0.01, limit: float = 12.0) -> Tensor:
+    """Inverse root frequency weights (4096,): 1 for colours more common than `common`, at most `limit`."""
+    return (common / frequencies.clamp_min(1e-9)).sqrt().clamp(1.0, limit)
+
+
+def motion_mask(frames: Tensor, previous: Tensor, threshold: int = 12) -> Tensor:
+    """Bool (B, 64, 64): pixels of uint8 `frames` (B, 64, 64, 3) that moved, dilated by one pixel (SEED 2.5)."""
+    moved = (frames.int() - previous.int()).abs().amax(-1) > threshold
+    return F.max_pool2d(moved[:, None].float(), 3, 1, 1)[:, 0] > 0
+
+
+def variance_penalty(latents: Tensor, target: float = 1.0) -> Tensor:
+    """Mean over channels of (Var - target)^2 + mean^2, of latents (B, C, H, W) (SEED 2.8)."""
+    z = latents.float()
+    return ((z.var((0, 2, 3)) - target) ** 2 + z.mean((0, 2, 3)) ** 2).mean()
