@@ -14,15 +14,15 @@ from dreamenv.config import check
 from dreamenv.data import Dataset, split_levels
 from dreamenv.models.autoencoder import Autoencoder, to_frames, to_images
 from dreamenv.models.registry import build_model
+from dreamenv.metrics import RARE_FREQUENCY
 from trainers.losses import (
-    RARE_FREQUENCY,
     colour_bins,
     colour_frequencies,
     colour_weights,
     motion_mask,
     variance_penalty,
 )
-from trainers.pictures import save_grid
+from dreamenv.report import save_grid
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-COLOUR_LEVELS = 16
-RARE_FREQUENCY = 8e-4  # "rare": a colour bin that fewer than 0.08 % of all pixels fall into
+from dreamenv.metrics import COLOUR_LEVELS
 
 
 def colour_bins(frames: Tensor) -> Tensor:

@@ -1,0 +1,5 @@
+"""`python -m dreamenv` is the `dreamenv` command."""
+
+from dreamenv.cli import main
+
+main()

@@ -1,0 +1,263 @@
+"""A trained world model as a folder: save, load, verify, migrate.
+
+`bundle.json` (format version, models, game facts, limits, provenance, sha256 of every part), the networks as fp16
+safetensors, `starts.safetensors` (real start contexts) and `card.json` (measured fidelity). No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
+from safetensors.torch import save as save_tensors
+
+from dreamenv.actions import NUM_ACTIONS
+from dreamenv.artifacts import atomic_folder, recover_folder, sha256_file, write_json
+from dreamenv.config import from_dict, to_dict
+from dreamenv.errors import BundleError, ConfigError
+from dreamenv.models.autoencoder import Autoencoder
+from dreamenv.models.heads import OutcomeHead
+from dreamenv.models.io import load_weights
+from dreamenv.models.latent_flow import LatentFlow
+from dreamenv.models.registry import build_model, model_spec
+from dreamenv.world_model import WorldModel
+
+FORMAT_VERSION = 1
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+"""Version -> function that turns that version's description into the next one's, in memory."""
+_NETWORKS = {"autoencoder": Autoencoder, "dynamics": LatentFlow, "head": OutcomeHead}
+_PARTS = (*(f"{n}.safetensors" for n in _NETWORKS), "starts.safetensors", "card.json")
+EMBEDDED = Path(__file__).parent / "bundles"
+
+
+@dataclass(frozen=True)
+class GameFacts:
+    """What the bundle knows about its game."""
+
+    name: str
+    """Procgen's name."""
+    distribution_mode: str
+    """Procgen's difficulty."""
+    max_steps: int
+    """Step limit; reaching it truncates."""
+    action_meanings: tuple[str, ...]
+    """What each of the 15 actions does."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The range of latents seen in training; beyond twice of it a dream has diverged."""
+
+    latent_max: float
+    """Largest absolute value."""
+    latent_rms_max: float
+    """Largest root mean square of one latent."""
+
+
+@dataclass(frozen=True)
+class Starts:
+    """Bank of real start contexts.
+
+    Attributes:
+        frames: uint8 (S, T, 64, 64, 3).
+        actions: uint8 (S, T - 1).
+        level_seeds: int32 (S,).
+    """
+
+    frames: np.ndarray
+    actions: np.ndarray
+    level_seeds: np.ndarray
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle; `identity` is the sha256 that snapshots are tied to."""
+
+    folder: Path
+    identity: str
+    world_model: WorldModel
+    game: GameFacts
+    limits: Limits
+    starts: Starts
+    provenance: dict[str, Any] = field(default_factory=dict)
+    card: dict[str, Any] = field(default_factory=dict)
+
+
+def save_bundle(folder: str | Path, world_model: WorldModel, game: GameFacts, limits: Limits, starts: Starts,
+                provenance: dict[str, Any], card: dict[str, Any] | None = None) -> Path:  # fmt: skip
+    """Write a bundle folder atomically, weights in fp16; returns it."""
+    folder = Path(folder)
+    networks = {n: getattr(world_model, n) for n in _NETWORKS}
+    with atomic_folder(folder) as temporary:
+        for name, network in networks.items():
+            tensors = {k: v.detach().cpu().half().contiguous() for k, v in network.state_dict().items()}
+            (temporary / f"{name}.safetensors").write_bytes(save_tensors(tensors))
+        arrays = {"frames": starts.frames, "actions": starts.actions, "level_seeds": starts.level_seeds}
+        (temporary / "starts.safetensors").write_bytes(save_arrays(arrays))
+        write_json(temporary / "card.json", card or {})
+        write_json(temporary / "bundle.json", {
+            "format_version": FORMAT_VERSION, "game": to_dict(game), "limits": to_dict(limits),
+            "models": {n: model_spec(m) for n, m in networks.items()}, "provenance": provenance,
+            "sha256": {part: sha256_file(temporary / part) for part in _PARTS},
+        })  # fmt: skip
+    return folder
+
+
+def resolve_bundle(bundle: str | Path | None, game: str) -> Path:
+    """Return the folder of a bundle: an explicit path, or the embedded one of `game`.
+
+    Raises:
+        BundleError: there is none.
+    """
+    if bundle is not None:
+        return Path(bundle)
+    folder = EMBEDDED / game
+    if not (folder / "bundle.json").exists():
+        known = sorted(p.parent.name for p in EMBEDDED.glob("*/bundle.json"))
+        raise BundleError(f"game {game!r}: no embedded bundle; embedded are: {', '.join(known) or 'none'}. "
+                          f"Train one with: python -m trainers.pipeline --game {game}")  # fmt: skip
+    return folder
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """Return a usable device; "auto" is the GPU if there is one.
+
+    Raises:
+        ConfigError: no such device, or not on this machine.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+        torch.zeros(1, device=picked)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ConfigError(f"device {device!r}: not usable here ({str(error).splitlines()[0]}); "
+                          "use 'auto' or 'cpu'") from None  # fmt: skip
+    return picked
+
+
+def load_bundle(folder: str | Path, device: str | torch.device = "auto", precision: str = "fp32") -> Bundle:
+    """Load and verify a bundle; environments of one process share the networks of equal bundles.
+
+    Raises:
+        BundleError: missing, altered, malformed, inconsistent, or newer than this release; names the file.
+        ConfigError: an unusable device or precision.
+    """
+    if precision not in ("fp32", "bf16"):
+        raise ConfigError(f"precision {precision!r}: must be 'fp32' or 'bf16'")
+    folder = Path(folder)
+    recover_folder(folder)
+    path = folder / "bundle.json"
+    try:
+        raw = path.read_bytes()
+    except OSError:
+        raise BundleError(f"{path}: not found; is {folder} a bundle folder?") from None
+    description = _migrate(path, raw)
+    digests = description.get("sha256")
+    if not isinstance(digests, dict) or set(digests) != set(_PARTS):
+        raise BundleError(f"{path}: sha256 must name exactly {', '.join(_PARTS)}; re-download or retrain")
+    for part in _PARTS:
+        if not (folder / part).is_file():
+            raise BundleError(f"{folder / part}: missing; re-download or retrain")
+        if sha256_file(folder / part) != digests[part]:
+            raise BundleError(f"{folder / part}: sha256 differs from bundle.json; re-download or retrain")
+    return _load(folder.resolve(), raw, str(pick_device(device)), precision)
+
+
+@lru_cache(maxsize=4)
+def _load(folder: Path, raw: bytes, device: str, precision: str) -> Bundle:
+    path = folder / "bundle.json"
+    description = _migrate(path, raw)
+    try:
+        game = from_dict(GameFacts, description["game"], "game")
+        limits = from_dict(Limits, description["limits"], "limits")
+        networks = {n: build_model(description["models"][n], f"models.{n}") for n in _NETWORKS}
+        provenance = dict(description["provenance"])
+    except KeyError as error:
+        raise BundleError(f"{path}: key {error} is missing; re-download or retrain") from None
+    except (ConfigError, TypeError, ValueError) as error:
+        raise BundleError(f"{path}: {error}; re-download or retrain") from None
+    for name, network in networks.items():
+        if type(network) is not _NETWORKS[name]:
+            raise BundleError(f"{path}: models.{name} is a {type(network).__name__}, expected {_NETWORKS[name].__name__}")
+        load_weights(network, folder / f"{name}.safetensors", description["sha256"][f"{name}.safetensors"])
+    autoencoder, dynamics = cast(Autoencoder, networks["autoencoder"]), cast(LatentFlow, networks["dynamics"])
+    head = cast(OutcomeHead, networks["head"])
+    c, h, _ = autoencoder.latent_shape
+    if not (dynamics.config.latent_channels == head.config.latent_channels == c and head.config.latent_size == h
+            and head.config.context == dynamics.config.context):  # fmt: skip
+        raise BundleError(f"{path}: autoencoder, dynamics and head disagree on the latent shape or context length")
+    if len(game.action_meanings) != NUM_ACTIONS or game.max_steps < 1:
+        raise BundleError(f"{path}: game needs {NUM_ACTIONS} action_meanings and max_steps >= 1; re-download or retrain")
+    world_model = WorldModel(autoencoder, dynamics, head, device, precision)
+    card = _read_json(folder / "card.json")
+    parts = {p: d for p, d in description["sha256"].items() if p != "card.json"}  # measuring does not change a dream
+    identity = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return Bundle(folder, identity, world_model, game, limits, _load_starts(folder), provenance, card)
+
+
+def _migrate(path: Path, raw: bytes) -> dict[str, Any]:
+    try:
+        description = json.loads(raw)
+    except ValueError as error:
+        raise BundleError(f"{path}: is not JSON ({error}); re-download or retrain") from None
+    version = description.get("format_version") if isinstance(description, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise BundleError(f"{path}: format_version {version!r} is not an integer; re-download or retrain")
+    if version > FORMAT_VERSION:
+        raise BundleError(f"{path}: format_version {version} is newer than this release reads ({FORMAT_VERSION}); "
+                          "upgrade dreamenv")  # fmt: skip
+    while version < FORMAT_VERSION:
+        if version not in MIGRATIONS:
+            raise BundleError(f"{path}: format_version {version} is too old to migrate; retrain")
+        description = MIGRATIONS[version](description)
+        version += 1
+    return description
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise BundleError(f"{path}: is not JSON ({error}); re-download or retrain") from None
+    if not isinstance(value, dict):
+        raise BundleError(f"{path}: must be a JSON object; re-download or retrain")
+    return value
+
+
+def _load_starts(folder: Path) -> Starts:
+    path = folder / "starts.safetensors"
+    try:
+        arrays = load_arrays(path.read_bytes())
+        frames, actions, levels = (arrays[k] for k in ("frames", "actions", "level_seeds"))
+    except (SafetensorError, KeyError) as error:
+        raise BundleError(f"{path}: is malformed ({error}); re-download or retrain") from None
+    s, t = frames.shape[:2] if frames.ndim == 5 else (0, 0)
+    if (s < 1 or t < 1 or frames.shape[2:] != (64, 64, 3) or frames.dtype != np.uint8 or levels.shape != (s,)
+            or actions.shape != (s, t - 1) or actions.dtype != np.uint8 or (actions >= NUM_ACTIONS).any()):  # fmt: skip
+        raise BundleError(f"{path}: frames {frames.dtype} {frames.shape}, actions {actions.shape}, level_seeds "
+                          f"{levels.shape} are not a bank of start contexts; re-download or retrain")  # fmt: skip
+    return Starts(frames, actions, levels)
+
+
+def update_card(folder: str | Path, card: dict[str, Any]) -> None:
+    """Replace a bundle's measured fidelity, atomically; everything else keeps its bytes."""
+    folder = Path(folder)
+    description = _migrate(folder / "bundle.json", (folder / "bundle.json").read_bytes())
+    contents = {p: (folder / p).read_bytes() for p in _PARTS if p != "card.json"}
+    with atomic_folder(folder) as temporary:
+        for part, data in contents.items():
+            (temporary / part).write_bytes(data)
+        write_json(temporary / "card.json", card)
+        description["sha256"]["card.json"] = sha256_file(temporary / "card.json")
+        write_json(temporary / "bundle.json", description)

@@ -1,0 +1,178 @@
+"""The `dreamenv` command: demo, play, compare, bench, info."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from dreamenv.errors import DreamenvError
+
+
+def _sampler(nfe: int, solver: str, temperature: float) -> Any:
+    from dreamenv.config import from_dict
+    from dreamenv.flow import SamplerConfig
+
+    return from_dict(SamplerConfig, {"nfe": nfe, "solver": solver, "temperature": temperature})
+
+
+def demo(out: Path = Path("out/demo"), game: str = "coinrun", bundle: Path | None = None, clips: int = 256,
+         horizon: int = 30, nfe: int = 1, device: str = "auto", seed: int = 0) -> None:  # fmt: skip
+    """Film the dream beside the real game and measure it, on held-out levels; headless.
+
+    Args:
+        out: folder for side_by_side.mp4 and .gif, film_strip.png, horizon.png and metrics.json.
+        game: which embedded bundle.
+        bundle: a bundle folder instead.
+        clips: how many real clips to dream on from.
+        horizon: steps dreamt in each.
+        nfe: network function evaluations per step.
+        device: auto, cpu, cuda ...
+        seed: decides levels, actions and noise.
+    """
+    from dreamenv.demo import demo as run
+
+    figures = run(out, game, bundle, clips, horizon, sampler=_sampler(nfe, "euler", 1.0), device=device, seed=seed)["figures"]
+    print(f"\n{'steps dreamt':>14} {'PSNR dB':>9} {'copy last':>9}")
+    for h in (1, 5, 10, 30, 50, 100):
+        if f"psnr_{h}" in figures:
+            print(f"{h:>14} {figures[f'psnr_{h}']:>9.2f} {figures[f'copy_psnr_{h}']:>9.2f}")
+    print(f"{'autoencoder':>14} {figures['autoencoder_psnr']:>9.2f}   rare colours {figures['autoencoder_psnr_rare']:.2f}")
+    for name in sorted(k[:-3] for k in figures if k.endswith("_ap")):
+        print(f"{name:>14} average precision {figures[f'{name}_ap']:.3f} "
+              f"(base rate {figures[f'{name}_base_rate']:.4f}, {figures[f'{name}_events']} events)")  # fmt: skip
+    print(f"end calibration error {figures['end_calibration_error']:.4f}; "
+          f"dreaming at {figures['film_frames_per_s']:.0f} frames/s")  # fmt: skip
+    print(f"written to {out}/: side_by_side.mp4, side_by_side.gif, film_strip.png, horizon.png, metrics.json")
+
+
+def play(game: str = "coinrun", bundle: Path | None = None, world: Literal["dream", "real"] = "dream", scale: int = 8,
+         fps: float = 15.0, nfe: int = 1, temperature: float = 1.0, device: str = "auto", seed: int = 0) -> None:  # fmt: skip
+    """Play in a window: arrow keys; TAB switches world, R starts anew, ESC quits.
+
+    Args:
+        game: which embedded bundle.
+        bundle: a bundle folder instead.
+        world: where to begin.
+        scale: window pixels per game pixel.
+        fps: steps per second.
+        nfe: network function evaluations per step.
+        temperature: scales the dream's noise.
+        device: auto, cpu, cuda ...
+        seed: decides starts and noise.
+    """
+    from dreamenv.play import play as run
+
+    run(game, bundle, world, scale, fps, _sampler(nfe, "euler", temperature), device, seed)
+
+
+def compare(out: Path = Path("out/compare"), game: str = "coinrun", bundle: Path | None = None, clips: int = 256,
+            horizon: int = 50, policy: str = "mix", levels: tuple[int, int] = (10000, 1000), steps: int = 60_000,
+            nfe: int = 1, solver: Literal["euler", "heun"] = "euler", temperature: float = 1.0, device: str = "auto",
+            seed: int = 0, card: bool = False) -> None:  # fmt: skip
+    """Measure a bundle against the real game; the last line printed is JSON.
+
+    Args:
+        out: folder for metrics.json and horizon.png.
+        game: which embedded bundle.
+        bundle: a bundle folder instead.
+        clips: how many real clips to dream on from.
+        horizon: steps dreamt in each.
+        policy: who plays the real game: random, sticky, biased, agent:FOLDER[:EPSILON], mix, or a weighted mixture.
+        levels: first level and number of levels.
+        steps: real steps played for clips and events.
+        nfe: network function evaluations per step.
+        solver: euler or heun.
+        temperature: scales the dream's noise.
+        device: auto, cpu, cuda ...
+        seed: decides levels, actions and noise.
+        card: store the figures in the bundle's card.json.
+    """
+    from dreamenv.artifacts import write_json
+    from dreamenv.bundle import load_bundle, resolve_bundle, update_card
+    from dreamenv.compare import compare as run
+    from dreamenv.report import save_horizon_plot
+    from dreamenv.rollout import play_real
+
+    folder = resolve_bundle(bundle, game)
+    loaded = load_bundle(folder, device)
+    real = play_real(loaded.game.name, -(-steps // 32), 32, policy, levels, loaded.game.distribution_mode, seed)
+    result = run(loaded, real, clips, horizon, _sampler(nfe, solver, temperature), seed)
+    figures = result["figures"] | {"policy": policy, "levels": list(levels), "seed": seed}
+    write_json(out / "metrics.json", figures | {"curves": {k: v.tolist() for k, v in result["curves"].items()}})
+    save_horizon_plot(out / "horizon.png", result["curves"], f"{loaded.game.name}, levels {levels[0]}+{levels[1]}, {nfe} NFE")
+    if card:
+        update_card(folder, figures)
+    print(json.dumps(figures))
+
+
+def bench(game: str = "coinrun", bundle: Path | None = None, nfe: str = "1,2,4", num_envs: int = 64, seconds: float = 5.0,
+          precision: Literal["fp32", "bf16"] = "fp32", device: str = "auto") -> None:  # fmt: skip
+    """Measure frames/s of one dream and of many, and peak memory; the last line printed is JSON.
+
+    Args:
+        game: which embedded bundle.
+        bundle: a bundle folder instead.
+        nfe: numbers of function evaluations, separated by commas.
+        num_envs: the large batch.
+        seconds: time per measurement.
+        precision: fp32 or bf16.
+        device: auto, cpu, cuda ...
+    """
+    from dreamenv.bench import bench as run
+    from dreamenv.errors import ConfigError
+
+    try:
+        nfes = [int(x) for x in nfe.split(",")]
+    except ValueError:
+        raise ConfigError(f"nfe {nfe!r}: expected integers separated by commas, e.g. 1,2,4") from None
+    result = run(game, bundle, device, nfes, num_envs, seconds, precision)
+    print(f"{'NFE':>4} {'envs':>5} {'steps/s':>9} {'ms/step':>9} {'p95':>7}")
+    for row in result["rows"]:
+        print(f"{row['nfe']:>4} {row['num_envs']:>5} {row['steps_per_s']:>9.1f} {row['ms_per_step_median']:>9.2f} "
+              f"{row['ms_per_step_p95']:>7.2f}")  # fmt: skip
+    print(f"peak memory {result['peak_memory_mib']:.0f} MiB")
+    print(json.dumps(result))
+
+
+def info(game: str = "coinrun", bundle: Path | None = None) -> None:
+    """Verify a bundle and print what it is, where it comes from and how faithful it was measured to be.
+
+    Args:
+        game: which embedded bundle.
+        bundle: a bundle folder instead.
+    """
+    from dreamenv.bundle import load_bundle, resolve_bundle
+    from dreamenv.config import to_dict
+
+    loaded = load_bundle(resolve_bundle(bundle, game), "cpu")
+    model = loaded.world_model
+    parameters = {n: sum(p.numel() for p in getattr(model, n).parameters()) for n in ("autoencoder", "dynamics", "head")}
+    size = sum(p.stat().st_size for p in loaded.folder.iterdir())
+    print(json.dumps({
+        "folder": str(loaded.folder), "identity": loaded.identity, "bytes": size, "parameters": parameters,
+        "game": to_dict(loaded.game), "context": model.context, "latent_shape": list(model.latent_shape),
+        "starts": len(loaded.starts.frames), "provenance": loaded.provenance, "card": loaded.card,
+    }, indent=1))  # fmt: skip
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    import tyro
+
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            {"demo": demo, "play": play, "compare": compare, "bench": bench, "info": info},
+            prog="dreamenv", description="A learned simulator of Procgen that is a Gymnasium environment.",
+        )  # fmt: skip
+    except DreamenvError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except ImportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(3) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""The composed world model: context -> state, step(state, action, noise), decode. Batched and functional."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dreamenv.actions import NOOP
+from dreamenv.flow import SamplerConfig, sample
+from dreamenv.models.autoencoder import Autoencoder, to_frames, to_images
+from dreamenv.models.heads import OutcomeHead
+from dreamenv.models.latent_flow import NULL_ACTION, LatentFlow
+
+
+@dataclass(frozen=True)
+class State:
+    """What a dream remembers.
+
+    Attributes:
+        latents: float32 (B, K, C, H, W), the current one last.
+        actions: int64 (B, K - 1), the actions between them.
+    """
+
+    latents: Tensor
+    actions: Tensor
+
+    def __getitem__(self, index: slice) -> State:
+        """A slice of the batch."""
+        return State(self.latents[index], self.actions[index])
+
+    @staticmethod
+    def cat(states: list[State]) -> State:
+        """Concatenate along the batch."""
+        return State(torch.cat([s.latents for s in states]), torch.cat([s.actions for s in states]))
+
+
+@dataclass(frozen=True)
+class Transition:
+    """One imagined step.
+
+    Attributes:
+        state: the state after it.
+        log_probabilities: float32 (B, outcomes) of the joint (reward, terminated) outcomes.
+        uncertainty: float32 (B,), root mean squared latent error the model expects of itself (1 = the latents'
+            standard deviation).
+    """
+
+    state: State
+    log_probabilities: Tensor
+    uncertainty: Tensor
+
+    @staticmethod
+    def cat(transitions: list[Transition]) -> Transition:
+        """Concatenate along the batch."""
+        return Transition(State.cat([t.state for t in transitions]),
+                          torch.cat([t.log_probabilities for t in transitions]),
+                          torch.cat([t.uncertainty for t in transitions]))  # fmt: skip
+
+
+class WorldModel:
+    """Autoencoder + dynamics + outcome head on one device, without any state of its own.
+
+    Args:
+        autoencoder, dynamics, head: the three networks.
+        device: where they run.
+        precision: "fp32", or "bf16" autocast.
+    """
+
+    def __init__(self, autoencoder: Autoencoder, dynamics: LatentFlow, head: OutcomeHead,
+                 device: torch.device | str = "cpu", precision: str = "fp32") -> None:  # fmt: skip
+        self.device = torch.device(device)
+        self.precision = precision
+        self.autoencoder, self.dynamics, self.head = (
+            m.to(self.device, memory_format=torch.channels_last).eval() for m in (autoencoder, dynamics, head)
+        )
+        for model in (self.autoencoder, self.dynamics, self.head):
+            model.requires_grad_(False)
+        self.context = dynamics.config.context
+        self.latent_shape = autoencoder.latent_shape
+        self.rewards = np.asarray(head.config.rewards, np.float64)
+        self.terminated = np.asarray(head.config.terminated, bool)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    @torch.inference_mode()
+    def encode(self, frames: np.ndarray | Tensor) -> Tensor:
+        """Frames uint8 (B, 64, 64, 3) -> latents float32 (B, C, H, W)."""
+        images = to_images(torch.as_tensor(frames).to(self.device)).contiguous(memory_format=torch.channels_last)
+        with self._autocast():
+            return self.autoencoder.encode(images).float().contiguous()
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, H, W) -> frames uint8 (B, 64, 64, 3) on the CPU."""
+        with self._autocast():
+            images = self.autoencoder.decode(latents.contiguous(memory_format=torch.channels_last))
+        return to_frames(images).cpu()
+
+    def start(self, frames: np.ndarray | Tensor, actions: np.ndarray | Tensor) -> State:
+        """Build a state from real history.
+
+        Args:
+            frames: uint8 (B, T, 64, 64, 3), T >= 1; the last K count, a shorter history repeats its first frame.
+            actions: integers (B, T - 1), the action between each two frames; padding is no-ops.
+        """
+        frames, actions = torch.as_tensor(frames), torch.as_tensor(actions).long()
+        b, t = frames.shape[:2]
+        frames, actions = frames[:, -self.context :], actions[:, max(t - self.context, 0) :]
+        latents = self.encode(frames.flatten(0, 1)).unflatten(0, (b, frames.shape[1]))
+        missing = self.context - frames.shape[1]
+        latents = torch.cat([latents[:, :1].expand(-1, missing, -1, -1, -1), latents], 1)
+        padding = torch.full((b, missing), NOOP, dtype=torch.int64)
+        return State(latents, torch.cat([padding, actions], 1).to(self.device))
+
+    @torch.inference_mode()
+    def step(self, state: State, actions: np.ndarray | Tensor, noise: np.ndarray | Tensor | None,
+             sampler: SamplerConfig) -> Transition:  # fmt: skip
+        """Imagine one step.
+
+        Args:
+            state: (B,) states.
+            actions: int64 (B,) in 0..14.
+            noise: standard normal float32 (B, C, H, W); may be None where `sampler.stochastic` is False.
+            sampler: how the next latent is drawn.
+        """
+        taken = torch.cat([state.actions, torch.as_tensor(actions, device=self.device).long()[:, None]], 1)
+        noise = None if noise is None else torch.as_tensor(noise, device=self.device)
+        zero = torch.zeros(len(taken), device=self.device)
+
+        def network(x: Tensor | None, tau: float, given: Tensor) -> tuple[Tensor, Tensor]:
+            clean, log_error = self.dynamics(x, zero + tau, state.latents, given, zero)
+            return clean.float(), log_error
+
+        def predict(x: Tensor | None, tau: float) -> tuple[Tensor, Tensor]:
+            clean, log_error = network(x, tau, taken)
+            if sampler.guidance_scale != 1:
+                unaware, _ = network(x, tau, torch.full_like(taken, NULL_ACTION))
+                clean = unaware + sampler.guidance_scale * (clean - unaware)
+            return clean, log_error
+
+        with self._autocast():
+            clean, log_error = sample(predict, noise, sampler)
+            log_probabilities = self.head.log_probabilities(state.latents, taken)
+        latents = torch.cat([state.latents[:, 1:], clean[:, None]], 1)
+        uncertainty = log_error.exp().mean((1, 2)).sqrt()
+        return Transition(State(latents, taken[:, 1:]), log_probabilities, uncertainty)

@@ -1,0 +1,173 @@
+"""Trains the latent dynamics: deterministic predictor, then unrolled, then flow. The phases differ in config only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dreamenv.actions import NOOP
+from dreamenv.config import check
+from dreamenv.flow import interpolate
+from dreamenv.models.autoencoder import Autoencoder, to_frames
+from dreamenv.models.io import load_model
+from dreamenv.models.latent_flow import NULL_ACTION, LatentFlow
+from dreamenv.models.registry import build_model
+from trainers.latents import LatentDataset, channel_weights
+from dreamenv.report import save_grid
+
+
+@dataclass(frozen=True)
+class DynamicsTaskConfig:
+    """What the dynamics is trained for."""
+
+    latents: str = "runs/coinrun/latents"
+    """Folder of the encoded dataset."""
+    init_from: str = ""
+    """Model folder to start from; empty starts anew."""
+    unroll: int = 1
+    """Steps predicted from the model's own predictions, with gradients through all of them."""
+    flow: float = 0.0
+    """Weight of the flow term at tau > 0; 0 trains the deterministic predictor alone."""
+    max_flow_weight: float = 5.0
+    """Cap of the 1 / (1 - tau) weight."""
+    context_noise: float = 0.3
+    """Largest standard deviation of the noise added to the context; its level is an input."""
+    importance: float = 0.5
+    """How far rare-coloured cells raise the loss: weight 1 + importance * (mean rare weight - 1)."""
+    drop_actions: float = 0.05
+    """Share of samples whose actions are hidden, for guidance."""
+    pad: float = 0.1
+    """Share of samples whose context is shortened and padded, as after a reset."""
+    val_ratio: float = 0.02
+    """Share of levels kept for validation."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises `ConfigError`."""
+        check(1 <= self.unroll <= 64, f"unroll {self.unroll}: must be 1..64")
+        check(self.flow >= 0, f"flow {self.flow}: must be >= 0")
+        check(self.max_flow_weight >= 1, f"max_flow_weight {self.max_flow_weight}: must be >= 1")
+        check(0 <= self.context_noise <= 2, f"context_noise {self.context_noise}: must be in 0..2")
+        check(self.importance >= 0, f"importance {self.importance}: must be >= 0")
+        for name in ("drop_actions", "pad"):
+            check(0 <= getattr(self, name) < 1, f"{name} {getattr(self, name)}: must be in [0, 1)")
+        check(0 < self.val_ratio < 1, f"val_ratio {self.val_ratio}: must be in (0, 1)")
+
+
+class DynamicsTask:
+    """See `trainers.loop.Task`."""
+
+    def __init__(self, config: DynamicsTaskConfig, model: dict[str, Any], seed: int) -> None:
+        self.config = config
+        self.data = LatentDataset(Path(config.latents), config.val_ratio)
+        self.autoencoder = cast(Autoencoder, load_model(self.data.facts["autoencoder"])[0])
+        torch.manual_seed(seed)
+        self.model: nn.Module = build_model(model)
+        if config.init_from:
+            self.model.load_state_dict(load_model(config.init_from)[0].state_dict())
+        self.context = cast(LatentFlow, self.model).config.context
+        self._train = self.data.windows(self.context + config.unroll, validation=False)
+        starts = np.flatnonzero(self.data.first & ~self.data.validation)
+        self._starts = starts[starts + config.unroll < len(self.data.start)]
+        self._starts = self._starts[self.data.start[self._starts + config.unroll] == self._starts]
+        probe = np.random.default_rng(0).choice(len(self.data.latents), 256)
+        self._channels = channel_weights(self.autoencoder, torch.from_numpy(self.data.latents[np.sort(probe)]).float())
+
+    def batch(self, rng: np.random.Generator, size: int) -> dict[str, Tensor]:
+        """Latents float16 (B, K + U, C, H, W), actions int64 (B, K + U - 1), importance uint8 (B, U, H, W)."""
+        k, u, config = self.context, self.config.unroll, self.config
+        now = self._train[rng.integers(len(self._train), size=size)] + k - 1
+        at_start = rng.random(size) < config.pad / 2
+        if len(self._starts):
+            now = np.where(at_start, self._starts[rng.integers(len(self._starts), size=size)], now)
+        indices, actions = self.data.contexts(now, k, u)
+        shortened = rng.random(size) < config.pad / 2  # a context cut short in mid-episode
+        keep = np.where(shortened, rng.integers(1, k, size=size), k)[:, None]
+        cut = np.arange(k + u)[None, :] < k - keep
+        indices = np.where(cut, np.take_along_axis(indices, k - keep, 1), indices)
+        actions = np.where(cut, NOOP, actions)[:, :-1]
+        return {
+            "latents": torch.from_numpy(self.data.latents[indices]),
+            "actions": torch.from_numpy(actions),
+            "importance": torch.from_numpy(self.data.importance[indices[:, k:]]),
+        }
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator,
+             progress: float) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """Weighted squared error of the unrolled predictions, the error estimate's likelihood, and the flow term."""
+        config, k = self.config, self.context
+        latents, actions = batch["latents"].float(), batch["actions"]
+        device, size = latents.device, len(latents)
+        channels = self._channels.to(device)[:, None, None]
+        cells = 1 + config.importance * (batch["importance"].float() / 16 - 1).clamp_min(0)
+
+        def uniform() -> Tensor:
+            return torch.rand(size, generator=generator, device=device)
+
+        def normal(shape: torch.Size) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device)
+
+        def error(predicted: Tensor, target: Tensor) -> Tensor:
+            return ((predicted.float() - target).square() * channels).mean(1)
+
+        actions = torch.where(uniform()[:, None] < config.drop_actions, NULL_ACTION, actions)
+        sigma = uniform() * config.context_noise
+        context = latents[:, :k] + normal(latents[:, :k].shape) * sigma[:, None, None, None, None]
+        zero = torch.zeros(size, device=device)
+        metrics: dict[str, Tensor] = {}
+        total = torch.zeros((), device=device)
+        if config.flow > 0:
+            target, tau = latents[:, k], uniform()
+            noisy = interpolate(normal(target.shape), target, tau)
+            clean, _ = model(noisy, tau, context, actions[:, :k], sigma)
+            weight = (1 / (1 - tau).clamp_min(1e-6)).clamp_max(config.max_flow_weight)
+            flow = (error(clean, target) * cells[:, 0] * weight[:, None, None]).mean()
+            total = total + config.flow * flow
+            metrics["flow"] = flow.detach()
+        rolled = context
+        for u in range(config.unroll):
+            target = latents[:, k + u]
+            clean, log_error = model(None, zero, rolled, actions[:, u : u + k], sigma)
+            e = error(clean, target)
+            detached = e.detach()
+            estimate = ((-log_error).clamp_max(10).exp() * detached + log_error).mean()
+            total = total + (e * cells[:, u]).mean() / config.unroll + 0.003 * estimate / config.unroll
+            if u in (0, config.unroll - 1):
+                metrics[f"error_{u + 1}"] = detached.mean()
+            rolled = torch.cat([rolled[:, 1:], clean.to(rolled.dtype)[:, None]], 1)
+        return total, metrics
+
+    def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        """Open-loop PSNR (of the mean squared error, against real frames) at 1, 5, 10 steps; writes a film strip."""
+        k, horizon, device = self.context, 10, next(model.parameters()).device
+        windows = self.data.windows(k + horizon, validation=True)
+        chosen = windows[np.random.default_rng(0).choice(len(windows), min(128, len(windows)), replace=False)]
+        indices = chosen[:, None] + np.arange(k + horizon)
+        context = torch.from_numpy(self.data.latents[indices[:, :k]]).float().to(device)
+        actions = torch.from_numpy(self.data.actions[indices]).to(device)
+        real = self.data.frames(indices[:, k:])
+        zero = torch.zeros(len(chosen), device=device)
+        autoencoder = self.autoencoder.to(device)
+        dream = []
+        for h in range(horizon):
+            clean, _ = model(None, zero, context, actions[:, h : h + k], zero)
+            context = torch.cat([context[:, 1:], clean.float()[:, None]], 1)
+            dream.append(to_frames(autoencoder.decode(clean.float())).cpu().numpy())
+        frames = np.stack(dream, 1)
+        errors = ((frames.astype(np.float32) - real) / 255) ** 2
+        rows = [r for i in range(4) for r in (real[i], frames[i])]
+        save_grid(folder / f"prediction-{step:07d}.png", rows)
+        return {f"psnr_{h}": float(-10 * np.log10(errors[:, h - 1].mean())) for h in (1, 5, 10)}
+
+    def facts(self) -> dict[str, Any]:
+        """The data it was trained on and the latents' range, beyond which a dream has diverged."""
+        sample = self.data.latents[:: max(len(self.data.latents) // 4096, 1)].astype(np.float32)
+        return {
+            "data": self.data.dataset.facts, "autoencoder_sha256": self.data.facts["autoencoder_sha256"],
+            "latent_max": float(np.abs(sample).max()), "latent_rms": float(np.sqrt((sample**2).mean())),
+            "latent_rms_max": float(np.sqrt((sample**2).mean((1, 2, 3))).max()),
+        }  # fmt: skip

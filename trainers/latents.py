@@ -1,0 +1,154 @@
+"""Datasets encoded once: latents in RAM, next to the actions, rewards and flags of the frames they came from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dreamenv.actions import NOOP
+from dreamenv.artifacts import atomic_file, write_json
+from dreamenv.data import Dataset, Windows, split_levels
+from dreamenv.errors import DatasetError
+from dreamenv.models.autoencoder import Autoencoder, to_images
+from dreamenv.models.io import load_model
+from trainers.losses import colour_bins, colour_frequencies, colour_weights
+from trainers.loop import pick_device, use_bf16
+
+
+def encode_dataset(data: Path, autoencoder: Path, out: Path, device: str = "auto") -> Path:
+    """Encode every frame; resumes shard by shard. Returns `out`.
+
+    Writes per shard `latents-00000.npy` float16 (S, C, H, W) and `importance-00000.npy` uint8 (S, H, W): the mean
+    rare-colour weight of each cell's pixels, times 16; and `latents.json` last.
+    """
+    dataset = Dataset(data)
+    model = cast(Autoencoder, load_model(autoencoder)[0])
+    digest = json.loads((autoencoder / "model.json").read_text())["sha256"]
+    identity = {"autoencoder": digest, "shards": [s["sha256"]["frames"] for s in dataset.manifest["shards"]]}
+    out.mkdir(parents=True, exist_ok=True)
+    marker = out / "identity.json"
+    if not marker.exists() or json.loads(marker.read_text()) != identity:
+        for stale in out.glob("*.npy"):
+            stale.unlink()
+        (out / "latents.json").unlink(missing_ok=True)
+        write_json(marker, identity)
+    target = pick_device(device)
+    model = model.to(target, memory_format=torch.channels_last)
+    rng = np.random.default_rng(0)
+    sample = np.concatenate([s.frames[np.sort(rng.choice(len(s), min(len(s), 256), replace=False))] for s in dataset.shards])
+    weights = colour_weights(colour_frequencies(sample))
+    patch = model.config.patch
+    for shard in dataset.shards:
+        paths = [out / f"{kind}-{shard.name[6:]}.npy" for kind in ("latents", "importance")]
+        if all(p.exists() for p in paths):
+            continue
+        latents = np.empty((len(shard), *model.latent_shape), np.float16)
+        importance = np.empty((len(shard), *model.latent_shape[1:]), np.uint8)
+        with torch.no_grad(), torch.autocast(target.type, torch.bfloat16, enabled=False):
+            for at in range(0, len(shard), 256):
+                frames = torch.from_numpy(np.array(shard.frames[at : at + 256])).to(target)
+                latents[at : at + 256] = model.encode(to_images(frames)).half().cpu().numpy()
+                cells = F.avg_pool2d(weights.to(target)[colour_bins(frames)][:, None], patch)[:, 0]
+                importance[at : at + 256] = (cells * 16).round().clamp(0, 255).byte().cpu().numpy()
+        for path, array in zip(paths, (latents, importance), strict=True):
+            with atomic_file(path) as temporary, open(temporary, "wb") as file:
+                np.save(file, array, allow_pickle=False)
+        print(f"encoded {shard.name}", flush=True)
+    write_json(out / "latents.json", {
+        "data": str(data), "autoencoder": str(autoencoder), "autoencoder_sha256": digest,
+        "channels": model.config.latent_channels, "bf16": use_bf16("fp32", target),
+    })  # fmt: skip
+    return out
+
+
+class LatentDataset:
+    """All latents of a dataset, flat in time, in RAM.
+
+    Attributes:
+        latents: float16 (N, C, H, W).
+        importance: uint8 (N, H, W), 16 x the cell's mean rare-colour weight.
+        actions: int64 (N,); rewards: float32 (N,); terminated: bool (N,).
+        start: int64 (N,), index of the first step of each step's episode or segment.
+        validation: bool (N,), steps of validation levels.
+
+    Raises:
+        DatasetError: not encoded, or encoded incompletely.
+    """
+
+    def __init__(self, folder: Path, val_ratio: float = 0.02) -> None:
+        self.folder = Path(folder)
+        try:
+            self.facts: dict[str, Any] = json.loads((self.folder / "latents.json").read_text())
+        except (OSError, ValueError):
+            raise DatasetError(f"{self.folder}: not encoded, or not to the end; run: python -m trainers.pipeline") from None
+        self.dataset = Dataset(self.facts["data"])
+        shards = self.dataset.shards
+        total = len(self.dataset)
+
+        def columns(kind: str) -> np.ndarray:
+            out: np.ndarray | None = None
+            at = 0
+            for shard in shards:
+                part = np.load(self.folder / f"{kind}-{shard.name[6:]}.npy", mmap_mode="r", allow_pickle=False)
+                if out is None:
+                    out = np.empty((total, *part.shape[1:]), part.dtype)
+                out[at : at + len(part)] = part
+                at += len(part)
+            if out is None or at != total:
+                raise DatasetError(f"{self.folder}: {kind} has {at} steps, the dataset {total}; delete it, encode again")
+            return out
+
+        self.latents, self.importance = columns("latents"), columns("importance")
+        self.actions = np.concatenate([s.actions for s in shards]).astype(np.int64)
+        self.rewards = np.concatenate([s.rewards for s in shards])
+        self.terminated = np.concatenate([s.terminated for s in shards])
+        first = np.concatenate([s.first for s in shards])
+        self.start = np.maximum.accumulate(np.where(first, np.arange(total), 0))
+        self.first = first
+        levels = np.concatenate([s.level_seeds for s in shards])
+        self.validation = split_levels(levels, val_ratio, 0)
+
+    def windows(self, length: int, validation: bool) -> np.ndarray:
+        """Start indices int64 (W,) of windows of `length` observations in one part of the split."""
+        return Windows([self.first], length, [self.validation == validation]).start
+
+    def contexts(self, now: np.ndarray, length: int, after: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Indices and actions of contexts that end at `now` (B,), padded at the start of an episode.
+
+        A short history repeats its first observation, with no-ops between: what an environment does after reset.
+
+        Returns:
+            indices int64 (B, length + after) of observations, and actions int64 (B, length + after): entry j is
+            taken at observation j.
+        """
+        raw = now[:, None] + np.arange(-length + 1, after + 1)
+        indices = np.maximum(raw, self.start[now][:, None])
+        return indices, np.where(raw == indices, self.actions[np.minimum(indices, len(self.actions) - 1)], NOOP)
+
+    def frames(self, indices: np.ndarray) -> np.ndarray:
+        """Original frames uint8 (..., 64, 64, 3) at flat indices."""
+        flat = indices.reshape(-1)
+        ends = np.cumsum([len(s) for s in self.dataset.shards])
+        shard = np.searchsorted(ends, flat, side="right")
+        out = np.stack([self.dataset.shards[k].frames[i - (ends[k - 1] if k else 0)] for k, i in zip(shard, flat, strict=True)])
+        return out.reshape(*indices.shape, *out.shape[1:])
+
+
+def channel_weights(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
+    """How much squared pixel error a unit error in each latent channel causes, (C,), normalised to mean 1."""
+    with torch.no_grad():
+        base = autoencoder.decode(latents)
+        effect = []
+        for c in range(latents.shape[1]):
+            moved = latents.clone()
+            moved[:, c] += 0.2 * torch.sign(torch.randn(latents.shape[0], *latents.shape[2:],
+                                                        generator=torch.Generator().manual_seed(c)))  # fmt: skip
+            effect.append((autoencoder.decode(moved) - base).square().mean())
+    weights = torch.stack(effect)
+    return weights / weights.mean()

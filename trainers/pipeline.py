@@ -1,0 +1,184 @@
+"""From the real game to a bundle in one go, resumable at every stage.
+
+`python -m trainers.pipeline --game coinrun --minutes 90 --out runs/coinrun`:
+collect -> autoencoder -> encode -> predictor -> unrolled -> flow -> heads -> bundle, on CPU or GPU. Run the same line
+again after a kill: finished stages are skipped, the interrupted one goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import tyro
+
+from dreamenv.artifacts import write_json
+from dreamenv.bundle import GameFacts, Limits, Starts, save_bundle
+from dreamenv.config import check, from_dict, load_yaml, to_dict
+from dreamenv.data import Dataset
+from dreamenv.errors import ConfigError, DreamenvError
+from dreamenv.models.autoencoder import Autoencoder
+from dreamenv.models.heads import OutcomeHead
+from dreamenv.models.io import load_model
+from dreamenv.models.latent_flow import LatentFlow
+from dreamenv.world_model import WorldModel
+
+CONFIGS = Path(__file__).parent / "configs"
+_SHARES = {"autoencoder": 0.12, "predictor": 0.16, "unrolled": 0.42, "flow": 0.24, "heads": 0.06}
+"""How the minutes are divided between the trained stages."""
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """What to make, and how much time to spend."""
+
+    game: str = "coinrun"
+    """Game name."""
+    minutes: float = 90.0
+    """Training minutes in all; collecting and encoding come on top."""
+    out: Path = Path("runs/coinrun")
+    """Run folder; the bundle is <out>/bundle."""
+    steps: int = 650_000
+    """Transitions to collect."""
+    policy: str = "mix"
+    """See `python -m envs.collect --help`."""
+    distribution_mode: str = "easy"
+    """Procgen's difficulty."""
+    seed: int = 0
+    """Decides everything but the wall clock."""
+    workers: int = 1
+    """Processes that collect."""
+    stage_steps: int | None = None
+    """Steps of every trained stage instead of minutes: a run that can be repeated bit for bit."""
+    starts: int = 64
+    """Start contexts in the bundle."""
+    set: tuple[str, ...] = ()
+    """Overrides for every trained stage, e.g. loop.batch_size=256; prefix one stage as unrolled:loop.lr=0.001."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises `ConfigError`."""
+        check(self.minutes > 0, f"minutes {self.minutes}: must be > 0")
+        check(self.steps >= 1, f"steps {self.steps}: must be >= 1")
+        check(self.starts >= 1, f"starts {self.starts}: must be >= 1")
+        check(self.stage_steps is None or self.stage_steps >= 1, f"stage_steps {self.stage_steps}: must be >= 1")
+
+
+def run_pipeline(config: PipelineConfig) -> Path:
+    """Run every stage that is not done yet and return the bundle folder.
+
+    Raises:
+        ConfigError: bad settings, or a stage that failed (its log says why).
+    """
+    out = config.out
+    data, latents = out / "data", out / "latents"
+    collect = [sys.executable, "-m", "envs.collect", "--game", config.game, "--steps", str(config.steps), "--out", str(data),
+               "--policy", config.policy, "--distribution-mode", config.distribution_mode, "--seed", str(config.seed),
+               "--workers", str(config.workers)]  # fmt: skip
+    _stage(out, "collect", lambda: _command(collect))
+    _stage(out, "autoencoder", lambda: _train(config, "autoencoder", {"data": str(data)}))
+    _stage(out, "encode", lambda: _encode(data, out / "autoencoder" / "model", latents))
+    task: dict[str, Any] = {"latents": str(latents)}
+    _stage(out, "predictor", lambda: _train(config, "predictor", task))
+    _stage(out, "unrolled", lambda: _train(config, "unrolled", task | {"init_from": str(out / "predictor" / "model")}))
+    _stage(out, "flow", lambda: _train(config, "flow", task | {"init_from": str(out / "unrolled" / "model")}))
+    _stage(out, "heads", lambda: _train(config, "heads", task))
+    _stage(out, "bundle", lambda: make_bundle(out, data, config.starts))
+    return out / "bundle"
+
+
+def _stage(out: Path, name: str, work: Callable[[], Any]) -> None:
+    marker = out / "stages" / f"{name}.json"
+    if marker.exists():
+        print(f"[{name}] done before", flush=True)
+        return
+    print(f"[{name}]", flush=True)
+    work()
+    write_json(marker, {"done": True})
+
+
+def _command(command: list[str]) -> None:
+    # glibc returns freed activations to the kernel and faults them in again at every step; keep them
+    environment = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296", **os.environ}
+    code = subprocess.run(command, env=environment, check=False).returncode
+    if code:
+        raise ConfigError(f"stage command ended with status {code}: {' '.join(command)}")
+
+
+def _train(config: PipelineConfig, stage: str, task: dict[str, Any]) -> None:
+    values = load_yaml(CONFIGS / f"{stage}.yaml")
+    overrides = [f"task.{k}={json.dumps(v)}" for k, v in task.items()] + [f"loop.seed={config.seed}"]
+    for item in config.set:
+        name, separator, rest = item.partition(":")
+        if not separator or "=" in name:
+            overrides.append(item)
+        elif name == stage:
+            overrides.append(rest)
+    check("task" in values, f"{stage}.yaml: has no task section")
+    budget = (["--steps", str(config.stage_steps)] if config.stage_steps else
+              ["--minutes", str(config.minutes * _SHARES[stage])])  # fmt: skip
+    _command([sys.executable, "-m", "trainers.train", str(CONFIGS / f"{stage}.yaml"), "--out", str(config.out / stage),
+              "--resume", *budget, *(["--set", *overrides])])  # fmt: skip
+
+
+def _encode(data: Path, autoencoder: Path, latents: Path) -> None:
+    code = "import sys; from pathlib import Path; from trainers.latents import encode_dataset; encode_dataset(*map(Path, sys.argv[1:]))"
+    _command([sys.executable, "-c", code, str(data), str(autoencoder), str(latents)])
+
+
+def make_bundle(out: Path, data: Path, starts: int, dynamics: str = "flow") -> Path:
+    """Compose <out>/bundle from the trained stages; `dynamics` names the stage to take.
+
+    Raises:
+        BundleError: a stage is missing or damaged, or they belong to different autoencoders.
+    """
+    autoencoder, ae_facts = load_model(out / "autoencoder" / "model")
+    flow, facts = load_model(out / dynamics / "model")
+    head, head_facts = load_model(out / "heads" / "model")
+    digest = json.loads((out / "autoencoder" / "model" / "model.json").read_text())["sha256"]
+    if not digest == facts["autoencoder_sha256"] == head_facts["autoencoder_sha256"]:
+        raise ConfigError(f"{out}: dynamics or heads were trained on another autoencoder; delete them and run again")
+    dataset = Dataset(data)
+    collected = dataset.facts
+    game = GameFacts(collected["game"], collected["distribution_mode"], collected["max_steps"],
+                     tuple(collected["action_meanings"]))  # fmt: skip
+    model = WorldModel(cast(Autoencoder, autoencoder), cast(LatentFlow, flow), cast(OutcomeHead, head))
+    limits = from_dict(Limits, {k: facts[k] for k in ("latent_max", "latent_rms_max")})
+    provenance = {"data": collected, "steps": dataset.manifest["steps"], "dynamics_stage": dynamics,
+                  "trained_steps": {"autoencoder": ae_facts["step"], dynamics: facts["step"], "heads": head_facts["step"]},
+                  "outcome_share": head_facts["outcome_share"]}  # fmt: skip
+    return save_bundle(out / "bundle", model, game, limits, start_bank(dataset, starts), provenance)
+
+
+def start_bank(dataset: Dataset, count: int) -> Starts:
+    """First frames of `count` different levels, evenly spread over the dataset's."""
+    first: dict[int, tuple[int, int]] = {}
+    for k, shard in enumerate(dataset.shards):
+        began = np.flatnonzero(shard.first)
+        after_end = began[(began == 0) | (shard.terminated | shard.truncated)[began - 1]]
+        for t in after_end:
+            first.setdefault(int(shard.level_seeds[t]), (k, int(t)))
+    levels = sorted(first)
+    chosen = [levels[i] for i in np.unique(np.linspace(0, len(levels) - 1, min(count, len(levels))).round().astype(int))]
+    frames = np.stack([dataset.shards[k].frames[t] for k, t in (first[level] for level in chosen)])[:, None]
+    return Starts(frames, np.zeros((len(chosen), 0), np.uint8), np.array(chosen, np.int32))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line: every field of `PipelineConfig` is an option."""
+    try:
+        config = tyro.cli(PipelineConfig, args=arguments, description=__doc__)
+        bundle = run_pipeline(config)
+    except DreamenvError as error:
+        raise SystemExit(f"error: {error}") from None
+    print(json.dumps({"bundle": str(bundle), "config": {k: str(v) for k, v in to_dict(config).items()}}))
+
+
+if __name__ == "__main__":
+    main()
