@@ -28,13 +28,23 @@ def keys_to_action() -> dict[tuple[int, ...], int]:
     } | {(): NOOP}
 
 
+def _as_array(actions: Any) -> np.ndarray:
+    if hasattr(actions, "detach"):  # a torch tensor, on whatever device
+        actions = actions.detach().cpu().numpy()
+    try:
+        return np.asarray(actions)
+    except (ValueError, TypeError) as error:
+        raise InvalidActionError(f"action {actions!r}: not an array ({error}); pass integers") from None
+
+
 def check_action(action: Any) -> int:
     """Return a single action as an int.
 
     Raises:
-        InvalidActionError: not an integer scalar in 0..14.
+        InvalidActionError: not one integer in 0..14.
     """
-    return int(check_actions(np.asarray(action)[None] if np.ndim(action) == 0 else action, 1)[0])
+    array = _as_array(action)
+    return int(check_actions(array[None] if array.ndim == 0 else array, 1)[0])
 
 
 def check_actions(actions: Any, num_envs: int) -> np.ndarray:
@@ -43,12 +53,7 @@ def check_actions(actions: Any, num_envs: int) -> np.ndarray:
     Raises:
         InvalidActionError: another shape, a dtype that is not integer, or a value outside 0..14.
     """
-    if hasattr(actions, "detach"):  # a torch tensor, on whatever device
-        actions = actions.detach().cpu().numpy()
-    try:
-        array = np.asarray(actions)
-    except (ValueError, TypeError) as error:
-        raise InvalidActionError(f"actions {actions!r}: not an array ({error}); pass {num_envs} integers") from None
+    array = _as_array(actions)
     if array.shape != (num_envs,):
         raise InvalidActionError(f"actions of shape {array.shape}: expected ({num_envs},), one integer per environment")
     if array.dtype.kind not in "iu":

@@ -20,8 +20,8 @@ _HEADER = struct.Struct("<8sI32s")
 
 def pack(world: str, meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
     """Return snapshot bytes of `arrays` with JSON-able `meta`; `world` names who may restore them."""
-    header = {"world": world, "meta": json.dumps(meta, sort_keys=True)}
-    payload = save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata=header)
+    header = json.dumps({"world": world, "meta": meta}, sort_keys=True)  # one key: safetensors does not order several
+    payload = save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata={"dreamenv": header})
     return _HEADER.pack(_MAGIC, _VERSION, hashlib.sha256(payload).digest()) + payload
 
 
@@ -47,7 +47,7 @@ def unpack(world: str, data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarra
     except SafetensorError as error:
         raise SnapshotError(f"snapshot payload is malformed ({error}); take it again") from None
     (length,) = struct.unpack_from("<Q", payload)
-    header = json.loads(payload[8 : 8 + length])["__metadata__"]
+    header = json.loads(json.loads(payload[8 : 8 + length])["__metadata__"]["dreamenv"])
     if header["world"] != world:
         raise SnapshotError(f"snapshot of a {header['world']} world cannot be restored into a {world} world")
-    return json.loads(header["meta"]), arrays
+    return header["meta"], arrays

@@ -23,7 +23,7 @@ _SEED_LIMIT = 2**31 - 1  # procgen's rand_seed and level seeds are signed 32-bit
 DISTRIBUTION_MODES = ("easy", "hard", "extreme", "memory")
 
 
-def _import_procgen() -> Any:
+def import_procgen() -> Any:
     """Import `ProcgenGym3Env`; gym 0.26 announces its end of life on stderr at import, silenced here only."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -105,7 +105,7 @@ class RealProcgenVectorEnv(VectorEnv):
             "distribution_mode": distribution_mode,
         }  # fmt: skip
         threads = min(num_envs // 8, os.cpu_count() or 1) if num_threads is None else num_threads
-        self._procgen = _import_procgen()
+        self._procgen = import_procgen()
         self._envs = self._procgen(num=num_envs, rand_seed=0, num_threads=threads, **self._options)
         self._helper: Any = None  # a lone instance for forced resets
         self._large: Any = None  # a lone instance that draws 512 px

@@ -1,0 +1,106 @@
+"""Saved agents: the IMPALA network (Espeholt et al. 2018, Procgen's 16/32/32 -> 256) as JSON + safetensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dreamenv.actions import NUM_ACTIONS
+from dreamenv.artifacts import atomic_folder, sha256_file, write_json
+from dreamenv.config import check, from_dict, to_dict
+from dreamenv.errors import BundleError, ConfigError, PolicyError
+from dreamenv.models.autoencoder import to_images
+
+
+@dataclass(frozen=True)
+class ImpalaConfig:
+    """Shape of the agent's network."""
+
+    channels: tuple[int, ...] = (16, 32, 32)
+    """Width of each stage; each halves the picture."""
+    features: int = 256
+    """Width of the last hidden layer."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises `ConfigError`."""
+        check(1 <= len(self.channels) <= 5 and min(self.channels) >= 1, f"channels {self.channels}: 1..5 stages, >= 1 each")
+        check(self.features >= 1, f"features {self.features}: must be >= 1")
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+class ImpalaAgent(nn.Module):
+    """Policy and value of frames."""
+
+    def __init__(self, config: ImpalaConfig) -> None:
+        super().__init__()
+        self.config = config
+        stages: list[nn.Module] = []
+        width, side = 3, 64
+        for channels in config.channels:
+            stages += [nn.Conv2d(width, channels, 3, padding=1), nn.MaxPool2d(3, 2, 1), _Residual(channels), _Residual(channels)]
+            width, side = channels, (side + 1) // 2
+        self.trunk = nn.Sequential(*stages, nn.ReLU(), nn.Flatten(), nn.Linear(width * side * side, config.features), nn.ReLU())
+        self.policy = nn.Linear(config.features, NUM_ACTIONS)
+        self.value = nn.Linear(config.features, 1)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, 64, 64) in [0, 1] -> action logits (B, 15) and values (B,)."""
+        features = self.trunk(images)
+        return self.policy(features), self.value(features)[:, 0]
+
+    @torch.inference_mode()
+    def probabilities(self, frames: np.ndarray) -> np.ndarray:
+        """Frames uint8 (B, 64, 64, 3) -> action probabilities float64 (B, 15)."""
+        device = self.policy.weight.device
+        logits, _ = self(to_images(torch.as_tensor(frames).to(device)))
+        return logits.double().softmax(1).cpu().numpy()
+
+
+def save_agent(folder: str | Path, agent: ImpalaAgent, facts: dict | None = None) -> Path:
+    """Write `agent.json` and `agent.safetensors` (fp16), atomically; returns the folder."""
+    from safetensors.torch import save_file
+
+    with atomic_folder(Path(folder)) as temporary:
+        save_file({k: v.half().cpu().contiguous() for k, v in agent.state_dict().items()}, temporary / "agent.safetensors")
+        write_json(temporary / "agent.json", {
+            "format_version": 1, "network": to_dict(agent.config), "facts": facts or {},
+            "sha256": sha256_file(temporary / "agent.safetensors"),
+        })  # fmt: skip
+    return Path(folder)
+
+
+def load_agent(folder: str | Path) -> ImpalaAgent:
+    """Load a saved agent.
+
+    Raises:
+        PolicyError: missing, damaged, or of a newer format.
+    """
+    from dreamenv.models.io import load_weights
+
+    path = Path(folder) / "agent.json"
+    try:
+        description = json.loads(path.read_text())
+        if description["format_version"] != 1:
+            raise PolicyError(f"{path}: format_version {description['format_version']!r}; this release reads 1")
+        agent = ImpalaAgent(from_dict(ImpalaConfig, description["network"], "network"))
+        load_weights(agent, Path(folder) / "agent.safetensors", description["sha256"])
+    except OSError:
+        raise PolicyError(f"{path}: not found; is {folder} a saved agent?") from None
+    except (KeyError, TypeError, ConfigError, BundleError, json.JSONDecodeError) as error:
+        raise PolicyError(f"{path}: is damaged ({error}); save the agent again") from None
+    return agent.eval()

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import os
+
+# toy models gain nothing from a second thread, and lose much when the machine is busy; children inherit it
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dreamenv.bundle import GameFacts, Limits, Starts, save_bundle
+from dreamenv.models.autoencoder import Autoencoder, AutoencoderConfig
+from dreamenv.models.heads import OutcomeHead, OutcomeHeadConfig
+from dreamenv.models.latent_flow import LatentFlow, LatentFlowConfig
+from dreamenv.world_model import WorldModel
+
+
+def toy_world_model(seed: int = 0) -> WorldModel:
+    """A small untrained world model whose parts all have an effect (nothing is left at its zero initialisation)."""
+    torch.manual_seed(seed)
+    autoencoder = Autoencoder(AutoencoderConfig(latent_channels=8, width=16, blocks=1))
+    autoencoder.init_pca(torch.rand(16, 3, 64, 64))
+    dynamics = LatentFlow(LatentFlowConfig(latent_channels=8, channels=(16, 32), blocks=(1, 1), embedding=32, filter_bank=4))
+    head = OutcomeHead(OutcomeHeadConfig(latent_channels=8, width=16, bias=(4.0, 0.0, 0.0)))
+    for module in (autoencoder, dynamics, head):
+        for parameter in module.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.02)
+    return WorldModel(autoencoder, dynamics, head)
+
+
+def write_toy_bundle(folder: Path, max_steps: int = 100, seed: int = 0) -> Path:
+    rng = np.random.default_rng(seed)
+    starts = Starts(rng.integers(0, 256, (5, 2, 64, 64, 3), dtype=np.uint8), np.full((5, 1), 7, np.uint8),
+                    np.arange(5, dtype=np.int32))  # fmt: skip
+    game = GameFacts("coinrun", "easy", max_steps, ("x",) * 15)
+    return save_bundle(folder, toy_world_model(seed), game, Limits(50.0, 20.0), starts, {"toy": True})
+
+
+@pytest.fixture(scope="session")
+def toy_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy_bundle(tmp_path_factory.mktemp("bundle") / "toy")

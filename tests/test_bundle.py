@@ -1,0 +1,155 @@
+"""Bundles: round trip, migration, and twenty-odd ways to damage one, each refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load, save
+
+from dreamenv import bundle as bundle_module
+from dreamenv.artifacts import atomic_folder, recover_folder, sha256_file
+from dreamenv.bundle import FORMAT_VERSION, load_bundle, resolve_bundle, update_card
+from dreamenv.errors import BundleError
+from tests.conftest import toy_world_model
+
+
+def edit_json(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        path = folder / "bundle.json"
+        value = json.loads(path.read_text())
+        change(value)
+        path.write_text(json.dumps(value))
+
+    return apply
+
+
+def edit_part(part: str, change: Callable[[bytes], bytes], fix_hash: bool = True) -> Callable[[Path], None]:
+    """Alter a part; with `fix_hash`, bundle.json is made to agree, so that the deeper checks are reached."""
+
+    def apply(folder: Path) -> None:
+        (folder / part).write_bytes(change((folder / part).read_bytes()))
+        if fix_hash:
+            edit_json(lambda d: d["sha256"].update({part: sha256_file(folder / part)}))(folder)
+
+    return apply
+
+
+def edit_tensors(part: str, change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def alter(data: bytes) -> bytes:
+        tensors = load(data)
+        change(tensors)
+        return save(tensors)
+
+    return edit_part(part, alter)
+
+
+def flip(data: bytes) -> bytes:
+    return data[:-20] + bytes([data[-20] ^ 1]) + data[-19:]
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "no folder": lambda f: shutil.rmtree(f),
+    "no bundle.json": lambda f: (f / "bundle.json").unlink(),
+    "bundle.json empty": lambda f: (f / "bundle.json").write_text(""),
+    "bundle.json cut": lambda f: (f / "bundle.json").write_text((f / "bundle.json").read_text()[:100]),
+    "bundle.json a list": lambda f: (f / "bundle.json").write_text("[]"),
+    "bundle.json binary": lambda f: (f / "bundle.json").write_bytes(b"\xff\xfe\x00"),
+    "no version": edit_json(lambda d: d.pop("format_version")),
+    "newer version": edit_json(lambda d: d.update(format_version=FORMAT_VERSION + 1)),
+    "ancient version": edit_json(lambda d: d.update(format_version=0)),
+    "version a string": edit_json(lambda d: d.update(format_version="1")),
+    "no hashes": edit_json(lambda d: d.pop("sha256")),
+    "a hash missing": edit_json(lambda d: d["sha256"].pop("head.safetensors")),
+    "no models": edit_json(lambda d: d.pop("models")),
+    "unknown model type": edit_json(lambda d: d["models"]["dynamics"].update(type="gan")),
+    "unknown model key": edit_json(lambda d: d["models"]["dynamics"].update(depth=3)),
+    "wrong model": edit_json(lambda d: d["models"].update(dynamics=d["models"]["head"])),
+    "model of another shape": edit_json(lambda d: d["models"]["autoencoder"].update(width=32)),
+    "context differs": edit_json(lambda d: d["models"]["head"].update(context=2)),
+    "no game": edit_json(lambda d: d.pop("game")),
+    "game without actions": edit_json(lambda d: d["game"].update(action_meanings=[])),
+    "limits not numbers": edit_json(lambda d: d["limits"].update(latent_max="big")),
+    "weights missing": lambda f: (f / "dynamics.safetensors").unlink(),
+    "weights flipped": edit_part("dynamics.safetensors", flip, fix_hash=False),
+    "weights cut": edit_part("dynamics.safetensors", lambda b: b[:-100]),
+    "weights empty": edit_part("dynamics.safetensors", lambda b: b""),
+    "weights header huge": edit_part("dynamics.safetensors", lambda b: struct.pack("<Q", 2**60) + b[8:]),
+    "weights a pickle": edit_part("dynamics.safetensors", lambda b: b"\x80\x04K\x01."),
+    "weights NaN": edit_tensors("dynamics.safetensors", lambda t: t["stem.bias"].fill(np.nan)),
+    "a tensor missing": edit_tensors("autoencoder.safetensors", lambda t: t.pop("linear_in.weight")),
+    "a tensor too many": edit_tensors("head.safetensors", lambda t: t.update(extra=np.zeros(2))),
+    "a tensor of another shape": edit_tensors("head.safetensors", lambda t: t.update({"out.bias": np.zeros(7)})),
+    "starts cut": edit_part("starts.safetensors", lambda b: b[:64]),
+    "starts without frames": edit_tensors("starts.safetensors", lambda t: t.pop("frames")),
+    "starts of another dtype": edit_tensors("starts.safetensors", lambda t: t.update(frames=t["frames"].astype(float))),
+    "starts with a bad action": edit_tensors("starts.safetensors", lambda t: t["actions"].fill(15)),
+    "card flipped": edit_part("card.json", lambda b: b + b" ", fix_hash=False),
+    "card not JSON": edit_part("card.json", lambda b: b"{"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_bundle_is_refused(toy_bundle: Path, tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(toy_bundle, folder)
+    load_bundle(folder, "cpu")
+    DAMAGES[damage](folder)
+    with pytest.raises(BundleError, match=str(folder)):
+        load_bundle(folder, "cpu")
+
+
+def test_round_trip_keeps_the_weights_to_half_precision(toy_bundle: Path) -> None:
+    loaded, original = load_bundle(toy_bundle, "cpu"), toy_world_model()
+    for name in ("autoencoder", "dynamics", "head"):
+        a, b = getattr(loaded.world_model, name).state_dict(), getattr(original, name).state_dict()
+        for key in a:
+            assert torch.equal(a[key], b[key].half().float()), key
+    assert loaded.world_model.head.config == original.head.config
+
+
+def test_an_older_bundle_is_migrated_in_memory(toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(toy_bundle, folder)
+    edit_json(lambda d: (d.update(format_version=0, title=d.pop("game"))))(folder)
+    before = (folder / "bundle.json").read_bytes()
+
+    def upgrade(description: dict) -> dict:
+        return {**{k: v for k, v in description.items() if k != "title"}, "game": description["title"], "format_version": 1}
+
+    monkeypatch.setitem(bundle_module.MIGRATIONS, 0, upgrade)
+    assert load_bundle(folder, "cpu").game.name == "coinrun"
+    assert (folder / "bundle.json").read_bytes() == before
+
+
+def test_update_card_changes_nothing_else(toy_bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(toy_bundle, folder)
+    before = load_bundle(folder, "cpu")
+    update_card(folder, {"psnr_10": 20.5})
+    after = load_bundle(folder, "cpu")
+    assert after.card == {"psnr_10": 20.5} and after.identity == before.identity
+
+
+def test_unknown_game() -> None:
+    with pytest.raises(BundleError, match="no embedded bundle"):
+        resolve_bundle(None, "tetris")
+
+
+def test_an_atomic_folder_survives_a_failing_writer_and_a_killed_swap(tmp_path: Path) -> None:
+    folder = tmp_path / "artefact"
+    with atomic_folder(folder) as temporary:
+        (temporary / "a").write_text("old")
+    with pytest.raises(RuntimeError), atomic_folder(folder) as temporary:
+        (temporary / "a").write_text("half")
+        raise RuntimeError
+    assert (folder / "a").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["artefact"]
+    folder.rename(tmp_path / ".artefact.replaced")  # killed between the two renames
+    recover_folder(folder)
+    assert (folder / "a").read_text() == "old"

@@ -1,0 +1,377 @@
+"""The dream as an environment: Gymnasium's and SB3's own checks, seeding, batches, autoreset, snapshots."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode
+
+import dreamenv  # noqa: F401 - registers the id
+from dreamenv.errors import ConfigError, InvalidActionError, ResetError, SnapshotError
+from dreamenv.vector import DreamVectorEnv
+from tests.conftest import write_toy_bundle
+
+NOISY = {"nfe": 2, "temperature": 1.0}
+
+
+def actions_for(steps: int, n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(15, size=(steps, n))
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    code = "import sys, dreamenv; raise SystemExit('torch' in sys.modules or 'tyro' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("sampler", [None, NOISY])
+def test_gymnasium_check_env(toy_bundle: Path, sampler: dict | None) -> None:
+    env = gym.make("DreamProcgen-v0", bundle=toy_bundle, sampler=sampler, render_mode="rgb_array", device="cpu")
+    check_env(env.unwrapped)
+    assert env.unwrapped.render().shape == (64, 64, 3)
+
+
+def test_sb3_check_env(toy_bundle: Path) -> None:
+    from stable_baselines3.common.env_checker import check_env as sb3_check_env
+
+    sb3_check_env(gym.make("dreamenv:DreamProcgen-v0", bundle=toy_bundle, device="cpu").unwrapped)
+
+
+def test_make_vec_is_native(toy_bundle: Path) -> None:
+    envs = gym.make_vec("DreamProcgen-v0", num_envs=3, bundle=toy_bundle, device="cpu")
+    assert isinstance(envs.unwrapped, DreamVectorEnv)
+    observations, _ = envs.reset(seed=1)
+    assert observations in envs.observation_space
+    step = envs.step(envs.action_space.sample())
+    assert step[0] in envs.observation_space
+    assert step[1].dtype == np.float64 and step[2].dtype == bool and step[3].dtype == bool
+
+
+SCRIPT = """
+import sys, hashlib, numpy as np, gymnasium as gym, dreamenv
+env = gym.make("DreamProcgen-v0", bundle=sys.argv[1], sampler={"nfe": 2}, device="cpu")
+digest = hashlib.sha256()
+frame, _ = env.reset(seed=7)
+for action in np.random.default_rng(0).integers(15, size=int(sys.argv[2])):
+    digest.update(frame.tobytes())
+    frame, reward, terminated, truncated, info = env.step(action)
+    digest.update(repr((reward, terminated, truncated, info["uncertainty"])).encode())
+    if terminated or truncated:
+        frame, _ = env.reset()
+print(digest.hexdigest())
+"""
+
+
+def test_a_thousand_steps_are_byte_equal_in_two_processes(toy_bundle: Path) -> None:
+    runs = [subprocess.run([sys.executable, "-c", SCRIPT, str(toy_bundle), "1000"], capture_output=True, text=True, check=True)
+            for _ in range(2)]  # fmt: skip
+    assert runs[0].stdout == runs[1].stdout and len(runs[0].stdout) == 65
+
+
+def test_the_seed_decides_and_the_global_rng_does_not(toy_bundle: Path) -> None:
+    def run(seed: int) -> bytes:
+        envs = DreamVectorEnv(2, bundle=toy_bundle, sampler=NOISY)
+        first, _ = envs.reset(seed=seed)
+        frames = [first] + [envs.step(a)[0] for a in actions_for(20, 2)]
+        return np.stack(frames).tobytes()
+
+    torch.manual_seed(0)
+    np.random.seed(0)
+    a = run(3)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    assert run(3) == a
+    assert run(4) != a
+
+
+@pytest.mark.parametrize("n", [1, 3, 8, 64])
+@pytest.mark.parametrize("sampler", [None, NOISY])
+def test_an_environment_dreams_the_same_in_any_batch(toy_bundle: Path, n: int, sampler: dict | None) -> None:
+    index = n // 2
+    steps = 12 if n < 64 else 6
+    actions = actions_for(steps, n)
+
+    def rollout(envs: DreamVectorEnv, seed: int, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        frames = [envs.reset(seed=seed)[0]]
+        rewards = []
+        for a in own:
+            frame, reward, *_ = envs.step(a)
+            frames.append(frame)
+            rewards.append(reward)
+        return np.stack(frames), np.stack(rewards)
+
+    alone = rollout(DreamVectorEnv(1, bundle=toy_bundle, sampler=sampler), 100 + index, actions[:, index : index + 1])
+    exact = rollout(DreamVectorEnv(n, bundle=toy_bundle, sampler=sampler, exact=True), 100, actions)
+    fast = rollout(DreamVectorEnv(n, bundle=toy_bundle, sampler=sampler), 100, actions)
+    assert np.array_equal(exact[0][:, index], alone[0][:, 0])
+    assert np.array_equal(exact[1][:, index], alone[1][:, 0])
+    difference = np.abs(fast[0][:2, index].astype(int) - alone[0][:2, 0].astype(int))
+    assert (difference <= 1).mean() >= 0.999
+
+
+def test_step_limit_truncates_and_autoresets_in_the_same_step(tmp_path: Path) -> None:
+    envs = DreamVectorEnv(2, bundle=write_toy_bundle(tmp_path / "b", max_steps=5), sampler={"temperature": 0})
+    envs.reset(seed=0)
+    for t in range(1, 13):
+        frames, _, terminated, truncated, infos = envs.step(np.array([4, 4]))
+        assert not terminated.any()
+        assert truncated.all() == (t % 5 == 0)
+        assert infos["dream_step"].tolist() == [t % 5] * 2
+        if truncated.all():
+            assert infos["_final_obs"].all() and infos["final_obs"][0].shape == (64, 64, 3)
+            assert not np.array_equal(infos["final_obs"][0], frames[0])
+            assert infos["final_info"]["dream_step"].tolist() == [5, 5]
+        else:
+            assert "final_obs" not in infos
+
+
+def test_next_step_mode_resets_on_the_following_step(tmp_path: Path) -> None:
+    bundle = write_toy_bundle(tmp_path / "b", max_steps=5)
+    envs = DreamVectorEnv(1, bundle=bundle, sampler={"temperature": 0}, autoreset_mode="NextStep")
+    same = DreamVectorEnv(1, bundle=bundle, sampler={"temperature": 0})
+    envs.reset(seed=0)
+    same.reset(seed=0)
+    for _ in range(5):
+        a, b = envs.step(np.array([3])), same.step(np.array([3]))
+    assert a[3].all() and np.array_equal(a[0][0], b[4]["final_obs"][0])
+    following = envs.step(np.array([3]))
+    assert np.array_equal(following[0], b[0])  # the next episode's first frame, the action ignored
+    assert following[1][0] == 0 and not following[2].any() and not following[3].any()
+    assert np.array_equal(envs.step(np.array([8]))[0], same.step(np.array([8]))[0])
+
+
+def test_disabled_mode_waits_for_the_reset_mask(tmp_path: Path) -> None:
+    envs = DreamVectorEnv(2, bundle=write_toy_bundle(tmp_path / "b", max_steps=3), autoreset_mode=AutoresetMode.DISABLED,
+                          sampler={"temperature": 0})  # fmt: skip
+    envs.reset(seed=0)
+    for _ in range(3):
+        frames, *_, truncated, _ = envs.step(np.array([1, 2]))
+    assert truncated.all()
+    with pytest.raises(ResetError, match="finished"):
+        envs.step(np.array([1, 2]))
+    again, _ = envs.reset(options={"reset_mask": np.array([True, False])})
+    assert np.array_equal(again[1], frames[1]) and not np.array_equal(again[0], frames[0])
+    with pytest.raises(ResetError, match="environment 1"):
+        envs.step(np.array([1, 2]))
+
+
+@pytest.mark.parametrize("mode", ["SameStep", "NextStep"])
+def test_wrappers_of_gymnasium_count_episodes(tmp_path: Path, mode: str) -> None:
+    envs = gym.make_vec("DreamProcgen-v0", num_envs=2, bundle=write_toy_bundle(tmp_path / "b", max_steps=5),
+                        autoreset_mode=mode, sampler={"temperature": 0}, device="cpu")  # fmt: skip
+    envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)
+    envs.reset(seed=0)
+    lengths = []
+    for _ in range(20):
+        infos = envs.step(envs.action_space.sample())[4]
+        source = infos.get("final_info", infos)
+        if "episode" in infos:
+            lengths += infos["episode"]["l"][infos["_episode"]].tolist()
+        elif "episode" in source:
+            lengths += source["episode"]["l"].tolist()
+    assert lengths and set(lengths) == {5}
+
+
+def test_rewards_terminate_and_come_in_real_magnitudes(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from dreamenv.bundle import load_bundle
+
+    loaded = load_bundle(write_toy_bundle(tmp_path / "b"), "cpu")
+    loaded.world_model.head.prior.copy_(torch.tensor([-50.0, -50.0, 50.0]))
+    envs = DreamVectorEnv(3, bundle=replace(loaded, identity="coins"))
+    envs.reset(seed=0)
+    _, rewards, terminated, truncated, infos = envs.step(np.array([7, 7, 7]))
+    assert rewards.tolist() == [10.0] * 3 and terminated.all() and not truncated.any()
+    assert infos["final_info"]["expected_reward"] == pytest.approx([10.0] * 3)
+
+
+def test_snapshot_restore_and_replay_over_200_steps(toy_bundle: Path, tmp_path: Path) -> None:
+    envs = DreamVectorEnv(3, bundle=toy_bundle, sampler=NOISY)
+    envs.reset(seed=5)
+    for a in actions_for(30, 3, 1):
+        envs.step(a)
+    data = envs.snapshot()
+    actions = actions_for(200, 3, 2)
+
+    def replay() -> str:
+        digest = hashlib.sha256()
+        for a in actions:
+            frames, rewards, terminated, truncated, _ = envs.step(a)
+            digest.update(frames.tobytes() + rewards.tobytes() + terminated.tobytes() + truncated.tobytes())
+        return digest.hexdigest()
+
+    first = replay()
+    restored = envs.restore(data)
+    assert restored.shape == (3, 64, 64, 3)
+    assert replay() == first
+    (tmp_path / "snapshot").write_bytes(data)
+    script = (
+        "import sys, hashlib, numpy as np\nfrom dreamenv.vector import DreamVectorEnv\n"
+        "envs = DreamVectorEnv(3, bundle=sys.argv[1], sampler={'nfe': 2})\n"
+        "envs.restore(open(sys.argv[2], 'rb').read())\ndigest = hashlib.sha256()\n"
+        "for a in np.random.default_rng(2).integers(15, size=(200, 3)):\n"
+        "    f, r, te, tr, _ = envs.step(a)\n    digest.update(f.tobytes() + r.tobytes() + te.tobytes() + tr.tobytes())\n"
+        "print(digest.hexdigest())"
+    )
+    run = subprocess.run([sys.executable, "-c", script, str(toy_bundle), str(tmp_path / "snapshot")],
+                         capture_output=True, text=True, check=True)  # fmt: skip
+    assert run.stdout.strip() == first
+
+
+def test_branch_zero_is_the_original_future_and_the_others_are_not(toy_bundle: Path) -> None:
+    envs = DreamVectorEnv(2, bundle=toy_bundle, sampler=NOISY, exact=True)
+    envs.reset(seed=5)
+    envs.step(np.array([7, 8]))
+    data = envs.snapshot()
+    fan = envs.branch(data, 4, index=1)
+    actions = actions_for(10, 1, 3)[:, 0]
+    own = np.stack([envs.step(np.array([0, a]))[0][1] for a in actions])
+    fanned = np.stack([fan.step(np.full(4, a))[0] for a in actions])
+    assert np.array_equal(fanned[:, 0], own)
+    assert not np.array_equal(fanned[:, 1], fanned[:, 0]) and not np.array_equal(fanned[:, 2], fanned[:, 1])
+
+
+def test_reset_from_real_history(toy_bundle: Path) -> None:
+    rng = np.random.default_rng(0)
+    frames, actions = rng.integers(0, 256, (6, 64, 64, 3), dtype=np.uint8), rng.integers(15, size=5)
+    env = gym.make("DreamProcgen-v0", bundle=toy_bundle, device="cpu").unwrapped
+    a, info = env.reset(seed=0, options={"frames": frames, "actions": actions})
+    assert info["start"] == -1
+    model = env.bundle.world_model
+    assert np.array_equal(a, model.decode(model.encode(frames[-1:]))[0].numpy())
+    step = env.step(7)[0]
+    env.reset(seed=0, options={"frames": frames[2:], "actions": actions[2:]})  # only the last four count
+    assert np.array_equal(env.step(7)[0], step)
+    env.reset(seed=0, options={"frames": frames[-1:]})
+    short = env.step(7)[0]
+    env.reset(seed=0, options={"frames": frames[[-1, -1, -1, -1]], "actions": np.array([4, 4, 4])})
+    assert np.array_equal(env.step(7)[0], short)  # a short history is padded with its first frame and no-ops
+
+
+def test_reset_options_choose_the_start(toy_bundle: Path) -> None:
+    envs = DreamVectorEnv(3, bundle=toy_bundle)
+    assert envs.reset(seed=0, options={"start": 2})[1]["start"].tolist() == [2, 2, 2]
+    assert envs.reset(seed=0, options={"start": [0, 1, 4]})[1]["start"].tolist() == [0, 1, 4]
+    drawn = {tuple(envs.reset(seed=s, options={"start": "random"})[1]["start"].tolist()) for s in range(10)}
+    assert len(drawn) > 3
+
+
+BAD_RESETS = [
+    {"start": 5}, {"start": -1}, {"start": 1.5}, {"start": "first"}, {"start": [0, 1, 2]}, {"begin": 1},
+    {"frames": np.zeros((2, 4, 64, 64, 3))}, {"frames": np.zeros((2, 4, 64, 64), np.uint8)},
+    {"frames": np.zeros((3, 4, 64, 64, 3), np.uint8), "actions": np.zeros((3, 3), int)},
+    {"frames": np.zeros((2, 0, 64, 64, 3), np.uint8)},
+    {"frames": np.zeros((2, 4, 64, 64, 3), np.uint8)},
+    {"frames": np.zeros((2, 4, 64, 64, 3), np.uint8), "actions": np.full((2, 3), 15)},
+    {"frames": np.zeros((2, 4, 64, 64, 3), np.uint8), "actions": np.zeros((2, 4), int)},
+    {"actions": np.zeros((2, 3), int)}, {"frames": np.zeros((2, 1, 64, 64, 3), np.uint8), "start": 0},
+    {"reset_mask": [1, 0]}, {"reset_mask": np.ones(3, bool)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", BAD_RESETS, ids=range(len(BAD_RESETS)))
+def test_bad_reset_options_leave_the_state_alone(toy_bundle: Path, options: dict) -> None:
+    envs = DreamVectorEnv(2, bundle=toy_bundle)
+    envs.reset(seed=0)
+    before = envs.snapshot()
+    with pytest.raises(ResetError):
+        envs.reset(seed=1, options=options)
+    assert envs.snapshot() == before
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, [1], [1, 2, 3], [1, "a"], 1.5, "x"])
+def test_bad_seeds(toy_bundle: Path, seed: object) -> None:
+    envs = DreamVectorEnv(2, bundle=toy_bundle)
+    with pytest.raises(ResetError):
+        envs.reset(seed=seed)  # type: ignore[arg-type]
+
+
+BAD_ACTIONS = [
+    -1, 15, 1000, 2**40, 1.0, 0.5, float("nan"), float("inf"), "right", b"7", None, True, [], [1, 2], [[1]], {}, {"a": 1},
+    (3, 4), np.float32(3), np.array([1.0]), np.array([[3]]), np.array([15]), np.array(["7"]), object(), np.array(None),
+    torch.tensor(2.5), 1 + 2j, [None], [[1], [2, 3]],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("action", BAD_ACTIONS, ids=range(len(BAD_ACTIONS)))
+def test_bad_actions_are_typed_and_leave_the_state_alone(toy_bundle: Path, action: object) -> None:
+    env = gym.make("DreamProcgen-v0", bundle=toy_bundle, device="cpu", disable_env_checker=True).unwrapped
+    env.reset(seed=0)
+    before = env.snapshot()
+    with pytest.raises(InvalidActionError):
+        env.step(action)
+    assert env.snapshot() == before
+
+
+@pytest.mark.parametrize("action", [3, np.int8(3), np.uint8(3), np.array(3), np.array([3]), torch.tensor(3)])
+def test_good_actions(toy_bundle: Path, action: object) -> None:
+    env = gym.make("DreamProcgen-v0", bundle=toy_bundle, device="cpu", disable_env_checker=True).unwrapped
+    env.reset(seed=0)
+    frame = env.step(action)[0]
+    env.reset(seed=0)
+    assert np.array_equal(env.step(3)[0], frame)
+
+
+def test_step_before_reset(toy_bundle: Path) -> None:
+    with pytest.raises(ResetError, match="before reset"):
+        DreamVectorEnv(1, bundle=toy_bundle).step(np.array([0]))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e6])
+def test_a_diverged_dream_is_truncated_and_shows_its_last_sound_frame(toy_bundle: Path, poison: float) -> None:
+    envs = DreamVectorEnv(2, bundle=toy_bundle, autoreset_mode="Disabled")
+    envs.reset(seed=0)
+    sound, *_ = envs.step(np.array([7, 7]))
+    latents = envs._state.latents.clone()
+    latents[0, 0] = poison  # a context that drives the prediction out of range; the last latent stays sound
+    envs._state = type(envs._state)(latents, envs._state.actions)
+    frames, rewards, terminated, truncated, infos = envs.step(np.array([7, 7]))
+    if infos["diverged"][0]:
+        assert truncated[0] or terminated[0]
+        assert np.array_equal(frames[0], sound[0])
+    assert not infos["diverged"][1]
+    assert np.isfinite(rewards).all()
+    assert infos["diverged"][0] == (not np.isfinite(poison)) or poison == 1e6
+
+
+def test_truncate_above_ends_a_doubtful_episode(toy_bundle: Path) -> None:
+    envs = DreamVectorEnv(2, bundle=toy_bundle, truncate_above=1e-9, autoreset_mode="Disabled", sampler={"temperature": 0})
+    envs.reset(seed=0)
+    _, _, terminated, truncated, infos = envs.step(np.array([7, 7]))
+    assert truncated.all() and infos["uncertain"].all() and not terminated.any()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "version", "magic", "type", "empty", "batch", "bundle"])
+def test_damaged_snapshots(toy_bundle: Path, tmp_path: Path, damage: str) -> None:
+    envs = DreamVectorEnv(2, bundle=toy_bundle)
+    envs.reset(seed=0)
+    data = envs.snapshot()
+    target = envs
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 1
+    if damage == "batch":
+        target = DreamVectorEnv(3, bundle=toy_bundle)
+    if damage == "bundle":
+        target = DreamVectorEnv(2, bundle=write_toy_bundle(tmp_path / "other", seed=1))
+    broken = {"truncated": data[:-5], "flipped": bytes(flipped), "version": data[:8] + b"\x09" + data[9:],
+              "magic": b"X" + data[1:], "type": "text", "empty": b""}.get(damage, data)  # fmt: skip
+    with pytest.raises(SnapshotError):
+        target.restore(broken)
+
+
+@pytest.mark.parametrize("arguments", [
+    {"num_envs": 0}, {"num_envs": 1.5}, {"num_envs": True}, {"render_mode": "human"}, {"truncate_above": 0.0},
+    {"autoreset_mode": "Never"}, {"sampler": {"nfe": 0}}, {"sampler": {"steps": 3}}, {"device": "tpu"},
+    {"precision": "fp8"}, {"exact": 1},
+], ids=str)  # fmt: skip
+def test_bad_arguments(toy_bundle: Path, arguments: dict) -> None:
+    with pytest.raises(ConfigError):
+        DreamVectorEnv(**{"num_envs": 1, "bundle": toy_bundle, **arguments})
