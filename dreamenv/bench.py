@@ -37,8 +37,10 @@ def bench(game: str, bundle: Path | None, device: str, nfes: list[int], num_envs
                 envs.step(rng.integers(15, size=n))
                 times.append(time.perf_counter() - at)
             median = float(np.median(times))
-            rows.append({"nfe": nfe, "num_envs": n, "steps_per_s": n * len(times) / sum(times),
-                         "ms_per_step_median": 1000 * median, "ms_per_step_p95": 1000 * float(np.quantile(times, 0.95))})  # fmt: skip
+            rows.append({
+                "nfe": nfe, "num_envs": n, "steps_per_s": n * len(times) / sum(times),
+                "ms_per_step_median": 1000 * median, "ms_per_step_p95": 1000 * float(np.quantile(times, 0.95)),
+            })  # fmt: skip
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"threads": torch.get_num_threads(), "torch": torch.__version__, "precision": precision, "rows": rows,
             "peak_memory_mib": peak / (2**20 if sys.platform == "darwin" else 2**10)}  # fmt: skip

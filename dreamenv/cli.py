@@ -62,7 +62,7 @@ def play(game: str = "coinrun", bundle: Path | None = None, world: Literal["drea
         device: auto, cpu, cuda ...
         seed: decides starts and noise.
     """
-    from dreamenv.play import play as run
+    from dreamenv.play import run
 
     run(game, bundle, world, scale, fps, _sampler(nfe, "euler", temperature), device, seed)
 

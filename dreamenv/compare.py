@@ -8,17 +8,25 @@ import numpy as np
 
 from dreamenv.bundle import Bundle
 from dreamenv.flow import SamplerConfig
-from dreamenv.metrics import average_precision, calibration_error, psnr, rare_pixels, squared_error
+from dreamenv.metrics import average_precision, calibration_error, colour_frequencies, psnr, rare_pixels, squared_error
 from dreamenv.rollout import Clips, Play, cut_clips, open_loop, outcome_scores
 
 HORIZONS = (1, 5, 10, 30, 50, 100)
 
 
-def compare_open_loop(bundle: Bundle, clips: Clips, sampler: SamplerConfig, seed: int = 0) -> dict[str, Any]:
+def compare_open_loop(bundle: Bundle, clips: Clips, frequencies: np.ndarray, sampler: SamplerConfig,
+                      seed: int = 0) -> dict[str, Any]:  # fmt: skip
     """Paired open-loop fidelity on real clips.
 
     PSNR is that of the mean squared error over all clips (stricter than the mean of each clip's PSNR, which is
     given as `psnr_mean`).
+
+    Args:
+        bundle: the bundle.
+        clips: real clips on held-out levels.
+        frequencies: `colour_frequencies` of many real frames; they say which colours are rare.
+        sampler: how the dream is drawn.
+        seed: decides its noise.
 
     Returns:
         `figures` (flat, JSON-able), `curves` (name -> float (H,) PSNR per step) and `frames` uint8 (N, H, 64, 64, 3).
@@ -31,7 +39,7 @@ def compare_open_loop(bundle: Bundle, clips: Clips, sampler: SamplerConfig, seed
         ceiling[i] = model.decode(model.encode(frames)).numpy()
     error, still, floor = (squared_error(x, real) for x in (dream, np.broadcast_to(last, real.shape), ceiling))
     per_clip = error.mean((2, 3))
-    rare = rare_pixels(real)
+    rare = rare_pixels(real, frequencies)
     curves = {name: psnr(e.mean((0, 2, 3))) for name, e in
               {"dream": error, "copy last frame": still, "autoencoder ceiling": floor}.items()}  # fmt: skip
     figures: dict[str, Any] = {
@@ -79,6 +87,8 @@ def compare_outcomes(bundle: Bundle, play: Play) -> dict[str, Any]:
 
 def compare(bundle: Bundle, play: Play, clips: int, horizon: int, sampler: SamplerConfig, seed: int = 0) -> dict[str, Any]:
     """All measures; see `compare_open_loop` (whose result this extends) and `compare_outcomes`."""
-    result = compare_open_loop(bundle, cut_clips(play, clips, bundle.world_model.context, horizon, seed), sampler, seed)
+    frequencies = colour_frequencies(play.frames[:, :: max(play.frames.shape[1] // 128, 1)])
+    chosen = cut_clips(play, clips, bundle.world_model.context, horizon, seed)
+    result = compare_open_loop(bundle, chosen, frequencies, sampler, seed)
     result["figures"] |= compare_outcomes(bundle, play)
     return result

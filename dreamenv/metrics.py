@@ -25,11 +25,15 @@ def colour_bins(frames: np.ndarray) -> np.ndarray:
     return (levels[..., 0] * COLOUR_LEVELS + levels[..., 1]) * COLOUR_LEVELS + levels[..., 2]
 
 
-def rare_pixels(frames: np.ndarray) -> np.ndarray:
-    """Bool (..., 64, 64): pixels whose colour is rare among all pixels of uint8 `frames` (..., 64, 64, 3)."""
+def colour_frequencies(frames: np.ndarray) -> np.ndarray:
+    """Share of pixels in each of the 4096 colour bins, float64 (4096,), over uint8 frames (..., 3)."""
     bins = colour_bins(frames)
-    counts = np.bincount(bins.ravel(), minlength=COLOUR_LEVELS**3)
-    return (counts / max(bins.size, 1) < RARE_FREQUENCY)[bins]
+    return np.bincount(bins.ravel(), minlength=COLOUR_LEVELS**3) / max(bins.size, 1)
+
+
+def rare_pixels(frames: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
+    """Bool (..., 64, 64): pixels of uint8 `frames` (..., 64, 64, 3) whose colour is rare by `colour_frequencies`."""
+    return (frequencies < RARE_FREQUENCY)[colour_bins(frames)]
 
 
 def average_precision(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray | None = None) -> float:

@@ -405,7 +405,8 @@ def check_history(frames: Any, actions: Any, n: int) -> tuple[np.ndarray, np.nda
         ResetError: another dtype or shape, T < 1, or an action outside 0..14.
     """
     frames = np.asarray(frames)
-    if frames.dtype != np.uint8 or frames.ndim != 5 or frames.shape[0] != n or frames.shape[2:] != (64, 64, 3) or not frames.shape[1]:
+    shaped = frames.ndim == 5 and frames.shape[0] == n and frames.shape[2:] == (64, 64, 3) and frames.shape[1] >= 1
+    if frames.dtype != np.uint8 or not shaped:
         raise ResetError(f"frames of dtype {frames.dtype} and shape {frames.shape}: expected uint8 ({n}, T >= 1, 64, 64, 3)")
     t = frames.shape[1]
     actions = np.zeros((n, 0), np.int64) if actions is None else np.asarray(actions)

@@ -73,11 +73,11 @@ class WorldModel:
                  device: torch.device | str = "cpu", precision: str = "fp32") -> None:  # fmt: skip
         self.device = torch.device(device)
         self.precision = precision
-        self.autoencoder, self.dynamics, self.head = (
-            m.to(self.device, memory_format=torch.channels_last).eval() for m in (autoencoder, dynamics, head)
-        )
-        for model in (self.autoencoder, self.dynamics, self.head):
-            model.requires_grad_(False)
+        self.autoencoder, self.dynamics, self.head = autoencoder, dynamics, head
+        for model in (autoencoder, dynamics, head):
+            model.to(device=self.device)
+            model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+            model.eval().requires_grad_(False)
         self.context = dynamics.config.context
         self.latent_shape = autoencoder.latent_shape
         self.rewards = np.asarray(head.config.rewards, np.float64)

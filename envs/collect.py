@@ -122,7 +122,7 @@ def make_envs(config: CollectConfig) -> Any:
     from envs.procgen import RealProcgenVectorEnv
 
     return RealProcgenVectorEnv(config.num_envs, config.game, config.start_level, config.num_levels,
-                                config.distribution_mode, num_threads=0 if config.workers > 1 else None)  # fmt: skip
+                                config.distribution_mode)  # fmt: skip
 
 
 def _worker(config: CollectConfig, index: int) -> dict[str, Any]:

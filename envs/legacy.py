@@ -6,9 +6,6 @@ middle of an episode is silently ignored. Here `reset` installs a fresh game sta
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
 from typing import Any
 
 import gymnasium
@@ -18,7 +15,7 @@ from dreamenv.actions import check_action, keys_to_action
 from dreamenv.config import check
 from dreamenv.errors import ResetError
 from envs.games import get_game
-from envs.procgen import _SEED_LIMIT, import_procgen
+from envs.procgen import _SEED_LIMIT, make_procgen, no_collection, quiet_import
 
 
 class LegacyProcgenEnv(gymnasium.Env):
@@ -43,9 +40,7 @@ class LegacyProcgenEnv(gymnasium.Env):
         self.game = get_game(gym_id[len(prefix) : -len(suffix)])
         self.render_mode = render_mode
         self._options = {"distribution_mode": "easy", **options}
-        self._procgen = import_procgen()
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")  # gym 0.26 and Shimmy announce that they are old
+        with quiet_import(), no_collection():
             import gym
             from shimmy.openai_gym_compatibility import GymV21CompatibilityV0
 
@@ -65,8 +60,9 @@ class LegacyProcgenEnv(gymnasium.Env):
             raise ResetError(f"reset option {next(iter(options))!r}: the legacy path has none")
         super().reset(seed=seed)
         rand_seed = int(self.np_random.integers(_SEED_LIMIT)) if seed is None else seed % _SEED_LIMIT
-        fresh = self._procgen(num=1, env_name=self.game.name, rand_seed=rand_seed, num_threads=0, **self._options)
+        fresh = make_procgen(num=1, env_name=self.game.name, rand_seed=rand_seed, num_threads=0, **self._options)
         self._base().set_state(fresh.get_state())
+        fresh.close()
         self._frame = self._base().observe()[1]["rgb"][0].copy()
         self._steps = 0
         return self._frame.copy(), self._info()

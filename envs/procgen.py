@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import gc
+import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -13,7 +15,7 @@ from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from dreamenv.actions import check_actions, check_action, keys_to_action
+from dreamenv.actions import check_action, check_actions, keys_to_action
 from dreamenv.config import check
 from dreamenv.errors import ResetError, SnapshotError
 from dreamenv.snapshot import pack, unpack
@@ -23,20 +25,46 @@ _SEED_LIMIT = 2**31 - 1  # procgen's rand_seed and level seeds are signed 32-bit
 DISTRIBUTION_MODES = ("easy", "hard", "extreme", "memory")
 
 
-def import_procgen() -> Any:
-    """Import `ProcgenGym3Env`; gym 0.26 announces its end of life on stderr at import, silenced here only."""
-    with warnings.catch_warnings():
+@contextlib.contextmanager
+def quiet_import() -> Iterator[None]:
+    """Silence gym 0.26 and Shimmy, which announce on stderr that they are old; used at their imports only."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        os.environ.setdefault("GYM_NOTICES", "0")
-        try:
-            import contextlib
-            import io
+        yield
 
-            with contextlib.redirect_stderr(io.StringIO()):
-                from procgen import ProcgenGym3Env
-        except ImportError as error:
-            raise ImportError(f"the real game needs procgen ({error}): pip install 'dreamenv[procgen]'") from error
-    return ProcgenGym3Env
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Hold off the garbage collector while gym3 opens the game's library.
+
+    The collector may close an abandoned game there, which takes the cffi lock that the opening already holds: gym3's
+    `__del__` then waits for itself forever.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def make_procgen(**options: Any) -> Any:
+    """Return a `ProcgenGym3Env`, made so that the garbage collector cannot lock it up.
+
+    Raises:
+        ImportError: procgen is not installed; the message says how to.
+    """
+    try:
+        with quiet_import():
+            from procgen import ProcgenGym3Env
+    except ImportError as error:
+        raise ImportError(f"the real game needs procgen ({error}): pip install 'dreamenv[procgen]'") from error
+    with no_collection():
+        env = ProcgenGym3Env(**options)
+        for name in ("libenv_act", "libenv_observe", "libenv_close", "get_state", "set_state"):
+            getattr(env._c_lib, name)  # resolved once, under the same lock
+    return env
 
 
 class RealProcgenVectorEnv(VectorEnv):
@@ -55,7 +83,7 @@ class RealProcgenVectorEnv(VectorEnv):
         autoreset_mode: SAME_STEP, or DISABLED (the caller resets finished environments with `reset_mask`).
         render_mode: None or "rgb_array".
         render_size: 64 for the observation's pixels, 512 for Procgen's own large rendering.
-        num_threads: Procgen's worker threads; 0 steps in the calling thread.
+        num_threads: Procgen's worker threads; 0 steps in the calling thread, on two cores as fast.
 
     Raises:
         ConfigError: an argument outside its range.
@@ -75,7 +103,7 @@ class RealProcgenVectorEnv(VectorEnv):
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         render_mode: str | None = None,
         render_size: int = 64,
-        num_threads: int | None = None,
+        num_threads: int = 0,
     ) -> None:
         self.game: Game = get_game(game)
         check(isinstance(num_envs, int) and num_envs >= 1, f"num_envs {num_envs!r}: must be an integer >= 1")
@@ -104,9 +132,7 @@ class RealProcgenVectorEnv(VectorEnv):
             "env_name": game, "start_level": start_level, "num_levels": num_levels,
             "distribution_mode": distribution_mode,
         }  # fmt: skip
-        threads = min(num_envs // 8, os.cpu_count() or 1) if num_threads is None else num_threads
-        self._procgen = import_procgen()
-        self._envs = self._procgen(num=num_envs, rand_seed=0, num_threads=threads, **self._options)
+        self._envs = make_procgen(num=num_envs, rand_seed=0, num_threads=num_threads, **self._options)
         self._helper: Any = None  # a lone instance for forced resets
         self._large: Any = None  # a lone instance that draws 512 px
         self._steps = np.zeros(num_envs, np.int64)
@@ -218,7 +244,7 @@ class RealProcgenVectorEnv(VectorEnv):
         if self.render_size == 64:
             return tuple(self._frames.copy())
         if self._large is None:
-            self._large = self._procgen(num=1, rand_seed=0, render_mode="rgb_array", num_threads=0, **self._options)
+            self._large = make_procgen(num=1, rand_seed=0, render_mode="rgb_array", num_threads=0, **self._options)
         frames = []
         for i in range(self.num_envs):
             state = self._get(i)
@@ -229,6 +255,12 @@ class RealProcgenVectorEnv(VectorEnv):
     def get_keys_to_action(self) -> dict[tuple[int, ...], int]:
         """Return key-code combinations -> action, as `gymnasium.utils.play` wants them."""
         return keys_to_action()
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Release the games."""
+        for env in (self._envs, self._helper, self._large):
+            if env is not None:
+                env.close()
 
     def _reset_arguments(self, seed: Any, options: Any) -> tuple[np.ndarray, np.ndarray | None, list[int | None]]:
         n = self.num_envs
@@ -280,11 +312,14 @@ class RealProcgenVectorEnv(VectorEnv):
     def _fresh_state(self, rand_seed: int, level: int | None = None) -> bytes:
         """Return the state of a new game; the levels that follow it are decided by `rand_seed` (it holds the RNG)."""
         options = self._options if level is None else {**self._options, "start_level": level, "num_levels": 1}
-        return self._procgen(num=1, rand_seed=rand_seed, num_threads=0, **options).get_state()[0]
+        fresh = make_procgen(num=1, rand_seed=rand_seed, num_threads=0, **options)
+        state = fresh.get_state()[0]
+        fresh.close()
+        return state
 
     def _forced_reset(self, state: bytes) -> bytes:
         if self._helper is None:
-            self._helper = self._procgen(num=1, rand_seed=0, num_threads=0, **self._options)
+            self._helper = make_procgen(num=1, rand_seed=0, num_threads=0, **self._options)
         self._helper.set_state([state])
         self._helper.act(np.array([-1]))
         return self._helper.get_state()[0]

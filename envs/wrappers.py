@@ -43,7 +43,7 @@ def to_float(env: gym.Env) -> gym.Env:
 
 
 def grayscale_stack(env: gym.Env, size: int = 84, frames: int = 4) -> gym.Env:
-    """dict -> rgb, grayscale, resize, float in [0, 1], stack: float32 (frames, size, size), the newest last."""
+    """Dict -> rgb, grayscale, resize, float in [0, 1], stack: float32 (frames, size, size), the newest last."""
     check(size >= 1, f"size {size}: must be >= 1")
     check(frames >= 1, f"frames {frames}: must be >= 1")
     env = GrayscaleObservation(extract_rgb(env))

@@ -33,6 +33,11 @@ def toy_world_model(seed: int = 0) -> WorldModel:
     return WorldModel(autoencoder, dynamics, head)
 
 
+def same_bytes(a: bytes, b: bytes) -> bool:
+    """Compare without handing pytest a hundred kilobytes to explain: that takes it minutes."""
+    return a == b
+
+
 def write_toy_bundle(folder: Path, max_steps: int = 100, seed: int = 0) -> Path:
     rng = np.random.default_rng(seed)
     starts = Starts(rng.integers(0, 256, (5, 2, 64, 64, 3), dtype=np.uint8), np.full((5, 1), 7, np.uint8),

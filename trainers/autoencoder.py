@@ -12,17 +12,16 @@ from torch import Tensor, nn
 
 from dreamenv.config import check
 from dreamenv.data import Dataset, split_levels
+from dreamenv.metrics import RARE_FREQUENCY, colour_frequencies
 from dreamenv.models.autoencoder import Autoencoder, to_frames, to_images
 from dreamenv.models.registry import build_model
-from dreamenv.metrics import RARE_FREQUENCY
+from dreamenv.report import save_grid
 from trainers.losses import (
     colour_bins,
-    colour_frequencies,
     colour_weights,
     motion_mask,
     variance_penalty,
 )
-from dreamenv.report import save_grid
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class AutoencoderTask:
         self._val = _indices(validation)
         rng = np.random.Generator(np.random.Philox(key=[seed, 2**63]))
         sample, _ = self._gather(self._train[np.sort(rng.choice(len(self._train), min(4096, len(self._train))))])
-        self._frequencies = colour_frequencies(sample.numpy())
+        self._frequencies = torch.from_numpy(colour_frequencies(sample.numpy())).float()
         self._weights = colour_weights(self._frequencies, limit=config.rare_limit)
         autoencoder = cast(Autoencoder, self.model)
         self.explained = autoencoder.init_pca(to_images(sample[:: max(len(sample) // 1024, 1)]))

@@ -17,8 +17,8 @@ from dreamenv.models.autoencoder import Autoencoder, to_frames
 from dreamenv.models.io import load_model
 from dreamenv.models.latent_flow import NULL_ACTION, LatentFlow
 from dreamenv.models.registry import build_model
-from trainers.latents import LatentDataset, channel_weights
 from dreamenv.report import save_grid
+from trainers.latents import LatentDataset, channel_weights
 
 
 @dataclass(frozen=True)

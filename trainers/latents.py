@@ -1,4 +1,7 @@
-"""Datasets encoded once: latents in RAM, next to the actions, rewards and flags of the frames they came from."""
+"""Datasets encoded once: latents in RAM, next to the actions, rewards and flags of the frames they came from.
+
+`python -m trainers.latents DATA AUTOENCODER OUT` encodes a dataset folder with an autoencoder's model folder.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,11 @@ from dreamenv.actions import NOOP
 from dreamenv.artifacts import atomic_file, write_json
 from dreamenv.data import Dataset, Windows, split_levels
 from dreamenv.errors import DatasetError
+from dreamenv.metrics import colour_frequencies
 from dreamenv.models.autoencoder import Autoencoder, to_images
 from dreamenv.models.io import load_model
-from trainers.losses import colour_bins, colour_frequencies, colour_weights
 from trainers.loop import pick_device, use_bf16
+from trainers.losses import colour_bins, colour_weights
 
 
 def encode_dataset(data: Path, autoencoder: Path, out: Path, device: str = "auto") -> Path:
@@ -42,7 +46,7 @@ def encode_dataset(data: Path, autoencoder: Path, out: Path, device: str = "auto
     model = model.to(target, memory_format=torch.channels_last)
     rng = np.random.default_rng(0)
     sample = np.concatenate([s.frames[np.sort(rng.choice(len(s), min(len(s), 256), replace=False))] for s in dataset.shards])
-    weights = colour_weights(colour_frequencies(sample))
+    weights = colour_weights(torch.from_numpy(colour_frequencies(sample)).float())
     patch = model.config.patch
     for shard in dataset.shards:
         paths = [out / f"{kind}-{shard.name[6:]}.npy" for kind in ("latents", "importance")]
@@ -152,3 +156,9 @@ def channel_weights(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
             effect.append((autoencoder.decode(moved) - base).square().mean())
     weights = torch.stack(effect)
     return weights / weights.mean()
+
+
+if __name__ == "__main__":
+    import tyro
+
+    tyro.cli(tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(encode_dataset))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,14 +14,14 @@ def colour_bins(frames: Tensor) -> Tensor:
     return (levels[..., 0] * COLOUR_LEVELS + levels[..., 1]) * COLOUR_LEVELS + levels[..., 2]
 
 
-def colour_frequencies(frames: np.ndarray) -> Tensor:
-    """Share of pixels in each of the 4096 colour bins, float32 (4096,), over uint8 frames (N, 64, 64, 3)."""
-    counts = torch.bincount(colour_bins(torch.from_numpy(frames)).flatten(), minlength=COLOUR_LEVELS**3)
-    return (counts.double() / counts.sum()).float()
-
-
 def colour_weights(frequencies: Tensor, common: float = 0.01, limit: float = 12.0) -> Tensor:
-    """Inverse root frequency weights (4096,): 1 for colours more common than `common`, at most `limit`."""
+    """Inverse root frequency weights (4096,): 1 for colours more common than `common`, at most `limit`.
+
+    Args:
+        frequencies: float (4096,), see `dreamenv.metrics.colour_frequencies`.
+        common: share of pixels from which on a colour is common.
+        limit: largest weight.
+    """
     return (common / frequencies.clamp_min(1e-9)).sqrt().clamp(1.0, limit)
 
 

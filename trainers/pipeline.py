@@ -57,7 +57,7 @@ class PipelineConfig:
     """Processes that collect."""
     stage_steps: int | None = None
     """Steps of every trained stage instead of minutes: a run that can be repeated bit for bit."""
-    starts: int = 64
+    starts: int = 60
     """Start contexts in the bundle."""
     set: tuple[str, ...] = ()
     """Overrides for every trained stage, e.g. loop.batch_size=256; prefix one stage as unrolled:loop.lr=0.001."""
@@ -128,8 +128,7 @@ def _train(config: PipelineConfig, stage: str, task: dict[str, Any]) -> None:
 
 
 def _encode(data: Path, autoencoder: Path, latents: Path) -> None:
-    code = "import sys; from pathlib import Path; from trainers.latents import encode_dataset; encode_dataset(*map(Path, sys.argv[1:]))"
-    _command([sys.executable, "-c", code, str(data), str(autoencoder), str(latents)])
+    _command([sys.executable, "-m", "trainers.latents", str(data), str(autoencoder), str(latents)])
 
 
 def make_bundle(out: Path, data: Path, starts: int, dynamics: str = "flow") -> Path:

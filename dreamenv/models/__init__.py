@@ -1,0 +1,1 @@
+"""Networks and their registry: `build_model({"type": ..., **config})`."""

@@ -52,7 +52,8 @@ class ImpalaAgent(nn.Module):
         stages: list[nn.Module] = []
         width, side = 3, 64
         for channels in config.channels:
-            stages += [nn.Conv2d(width, channels, 3, padding=1), nn.MaxPool2d(3, 2, 1), _Residual(channels), _Residual(channels)]
+            stages += [nn.Conv2d(width, channels, 3, padding=1), nn.MaxPool2d(3, 2, 1)]
+            stages += [_Residual(channels), _Residual(channels)]
             width, side = channels, (side + 1) // 2
         self.trunk = nn.Sequential(*stages, nn.ReLU(), nn.Flatten(), nn.Linear(width * side * side, config.features), nn.ReLU())
         self.policy = nn.Linear(config.features, NUM_ACTIONS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -106,19 +107,18 @@ class LatentFlow(nn.Module):
         last = context[:, -1]
         gated = torch.zeros_like(last) if noisy is None else noisy * tau[:, None, None, None]
         half = self.config.embedding // 2
-        embedded = torch.cat([self.action_embedding(actions).flatten(1),
-                              sinusoidal(tau, half).to(last.dtype), sinusoidal(context_noise, half).to(last.dtype)], 1)  # fmt: skip
-        cond = self.condition(embedded)
+        scalars = [sinusoidal(tau, half).to(last.dtype), sinusoidal(context_noise, half).to(last.dtype)]
+        cond = self.condition(torch.cat([self.action_embedding(actions).flatten(1), *scalars], 1))
         x = self.stem(torch.cat([gated, context.reshape(b, k * c, h, w)], 1))
         skips = []
-        for level, blocks in enumerate(self.down):
+        for level, blocks in enumerate(cast(list[nn.ModuleList], self.down)):
             if level:
                 x = F.avg_pool2d(x, 2)
             for block in blocks:
                 x = block(x, cond)
             skips.append(x)
         skips.pop()
-        for blocks in self.up:
+        for blocks in cast(list[nn.ModuleList], self.up):
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
             x = torch.cat([x, skips.pop()], 1)
             for block in blocks:
