@@ -72,11 +72,11 @@ def test_the_steps_are_those_of_procgen() -> None:
 
 
 def test_one_seed_one_future_in_any_batch() -> None:
-    def run(envs: RealProcgenVectorEnv, column: int, seed: int) -> list:
-        frames, infos = envs.reset(seed=seed)
+    def run(vector: RealProcgenVectorEnv, column: int, seed: int) -> list:
+        frames, infos = vector.reset(seed=seed)
         out = [(frames[column].tobytes(), infos["level_seed"][column])]
         for action in np.random.default_rng(0).choice([7, 8], 300):
-            frames, *_, infos = envs.step(np.full(envs.num_envs, action))
+            frames, *_, infos = vector.step(np.full(vector.num_envs, action))
             out.append((frames[column].tobytes(), infos["level_seed"][column]))
         return out
 
