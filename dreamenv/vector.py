@@ -317,9 +317,8 @@ class DreamVectorEnv(VectorEnv):
         self._place(i, start, *self._bank[start])
 
     def _place(self, i: int, start: int, state: State, frame: np.ndarray) -> None:
-        latents, actions = self._state.latents.clone(), self._state.actions.clone()
-        latents[i], actions[i] = state.latents[0], state.actions[0]
-        self._state = State(latents, actions)
+        with torch.inference_mode():  # in place: every step makes new tensors, so nobody else holds these
+            self._state.latents[i], self._state.actions[i] = state.latents[0], state.actions[0]
         self._frames[i] = frame
         self._starts[i], self._steps[i], self._finished[i] = start, 0, False
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from skimage.metrics import peak_signal_noise_ratio
 from sklearn.decomposition import PCA
 from sklearn.metrics import average_precision_score
-from skimage.metrics import peak_signal_noise_ratio
 
 from dreamenv.flow import SamplerConfig, interpolate, sample, velocity
 from dreamenv.metrics import (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -119,12 +118,13 @@ def test_the_schedule_warms_up_and_decays() -> None:
 def test_two_processes_train_together(data: Path, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(config(data, steps=6)))
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "trainers.train",
-                    str(path), "--out", str(tmp_path / "run")], check=True, capture_output=True)  # fmt: skip
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launcher, "-m", "trainers.train", str(path), "--out", str(tmp_path / "run")], check=True, capture_output=True)
     assert load_model(tmp_path / "run" / "model")[1]["step"] == 6
 
 
-TINY = ["--set", "loop.batch_size=4", "autoencoder:model.width=16", "autoencoder:model.blocks=1", "autoencoder:model.latent_channels=8",
+TINY = ["--set", "loop.batch_size=4",
+        "autoencoder:model.width=16", "autoencoder:model.blocks=1", "autoencoder:model.latent_channels=8",
         *[f"{s}:model.{k}" for s in ("predictor", "unrolled", "flow") for k in
           ("latent_channels=8", "channels=[16,32]", "blocks=[1,1]", "embedding=32", "filter_bank=4")],
         "unrolled:task.unroll=2", "flow:task.unroll=2", "heads:model.width=16", "heads:model.latent_channels=8"]  # fmt: skip
@@ -135,7 +135,7 @@ def test_from_the_real_game_to_a_dream_through_the_command_line(tmp_path: Path) 
     """Collect, train every stage, bundle, measure, film and bench: each command as a user would type it."""
 
     def run(*command: str) -> str:
-        done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False, env=dict(os.environ))
+        done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
 
@@ -150,17 +150,18 @@ def test_from_the_real_game_to_a_dream_through_the_command_line(tmp_path: Path) 
     assert "[predictor] done before" in run(*pipeline)
     assert (out / "bundle" / "dynamics.safetensors").read_bytes() == weights
 
-    figures = json.loads(run("dreamenv", "compare", "--bundle", str(out / "bundle"), "--clips", "8", "--horizon", "5", "--steps",
-                             "3200", "--out", str(tmp_path / "compare"), "--nfe", "2", "--card").splitlines()[-1])  # fmt: skip
+    small = ["--bundle", str(out / "bundle"), "--clips", "8", "--horizon", "5"]
+    compared = run("dreamenv", "compare", *small, "--steps", "3200", "--out", str(tmp_path / "compare"), "--nfe", "2", "--card")
+    figures = json.loads(compared.splitlines()[-1])
     assert figures["clips"] == 8 and 5 < figures["psnr_1"] < 60 and figures["autoencoder_psnr"] > figures["psnr_5"]
     assert load_bundle(out / "bundle", "cpu").card == figures
-    run("dreamenv", "demo", "--bundle", str(out / "bundle"), "--clips", "8", "--horizon", "5", "--out", str(tmp_path / "demo"))
+    run("dreamenv", "demo", *small, "--out", str(tmp_path / "demo"))
     made = {p.name: p.stat().st_size for p in (tmp_path / "demo").iterdir()}
     assert set(made) == {"side_by_side.mp4", "side_by_side.gif", "horizon.png", "film_strip.png", "metrics.json"}
     assert all(size > 1000 for size in made.values())
     assert json.loads(run("dreamenv", "info", "--bundle", str(out / "bundle")))["card"] == figures
-    bench = json.loads(run("dreamenv", "bench", "--bundle", str(out / "bundle"), "--nfe", "1,2", "--num-envs", "4", "--seconds",
-                           "0.2").splitlines()[-1])  # fmt: skip
+    timed = run("dreamenv", "bench", "--bundle", str(out / "bundle"), "--nfe", "1,2", "--num-envs", "4", "--seconds", "0.2")
+    bench = json.loads(timed.splitlines()[-1])
     assert len(bench["rows"]) == 4 and bench["peak_memory_mib"] > 50
 
 

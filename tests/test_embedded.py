@@ -1,0 +1,97 @@
+"""The shipped bundle, held against the real game on levels it never saw. Bounds leave room for a small sample."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+import dreamenv
+from dreamenv.bundle import Bundle, load_bundle, resolve_bundle
+from dreamenv.compare import compare
+from dreamenv.flow import SamplerConfig
+from dreamenv.rollout import Play, play_real
+from dreamenv.vector import DreamVectorEnv
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return load_bundle(resolve_bundle(None, "coinrun"), "cpu")
+
+
+@pytest.fixture(scope="module")
+def play() -> Play:
+    return play_real("coinrun", 700, 32, seed=11)
+
+
+def test_it_is_small_and_never_saw_the_held_out_levels(bundle: Bundle) -> None:
+    assert sum(p.stat().st_size for p in bundle.folder.iterdir()) < 6 * 2**20
+    data = bundle.provenance["data"]
+    assert data["start_level"] + data["num_levels"] <= 10000 and bundle.starts.level_seeds.max() < 10000
+
+
+def test_it_is_faithful_on_held_out_levels(bundle: Bundle, play: Play) -> None:
+    assert play.level_seeds.min() >= 10000
+    figures = compare(bundle, play, 48, 10, SamplerConfig())["figures"]
+    assert figures["autoencoder_psnr"] > 40 and figures["autoencoder_psnr_rare"] > 27
+    assert figures["psnr_1"] > max(27, figures["copy_psnr_1"] + 5)
+    assert figures["psnr_10"] > max(20, figures["copy_psnr_10"] + 6)
+    assert figures["reward_10_events"] > 20 and figures["reward_10_ap"] > 0.7
+    assert figures["death_events"] > 15 and figures["death_ap"] > 0.5
+    assert figures["end_calibration_error"] < 0.05
+
+
+def test_actions_matter(bundle: Bundle) -> None:
+    """Running right and running left from one start lead to different places; the same action to the same one."""
+    envs = DreamVectorEnv(3, bundle=bundle, autoreset_mode="Disabled", sampler={"temperature": 0})
+    envs.reset(seed=0, options={"start": 1})
+    for _ in range(8):
+        frames, _, terminated, *_ = envs.step(np.array([7, 1, 7]))
+        if terminated.any():
+            break
+    difference = np.abs(frames[0].astype(int) - frames[1]).mean()
+    assert difference > 5 and np.abs(frames[0].astype(int) - frames[2]).max() <= 2
+
+
+def test_environment_checks_and_seeds(bundle: Bundle) -> None:
+    env = gym.make("DreamProcgen-v0", game="coinrun", render_mode="rgb_array", device="cpu")
+    check_env(env.unwrapped)
+
+    def digest(seed: int) -> str:
+        out = hashlib.sha256(env.reset(seed=seed)[0].tobytes())
+        for action in np.random.default_rng(0).integers(15, size=60):
+            frame, reward, terminated, truncated, _ = env.step(int(action))
+            out.update(frame.tobytes() + repr((reward, terminated, truncated)).encode())
+            if terminated or truncated:
+                env.reset()
+        return out.hexdigest()
+
+    assert digest(5) == digest(5) != digest(6)
+
+
+@pytest.mark.parametrize("n", [3, 8, 64])
+def test_one_step_is_the_same_in_any_batch(bundle: Bundle, n: int) -> None:
+    actions = np.random.default_rng(0).integers(15, size=n)
+    fast = DreamVectorEnv(n, bundle=bundle)
+    exact = DreamVectorEnv(n, bundle=bundle, exact=True)
+    fast.reset(seed=100)
+    exact.reset(seed=100)
+    a, b = fast.step(actions)[0], exact.step(actions)[0]
+    assert (np.abs(a.astype(int) - b) <= 1).mean() >= 0.999
+    alone = DreamVectorEnv(1, bundle=bundle)
+    alone.reset(seed=100 + n - 1)
+    assert np.array_equal(alone.step(actions[-1:])[0][0], b[-1])
+
+
+def test_tracked_files_stay_small() -> None:
+    root = Path(dreamenv.__file__).parent.parent
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    files = [root / name for name in listed.stdout.decode().split("\0") if name]
+    assert sum(f.stat().st_size for f in files if f.exists()) < 12 * 2**20
