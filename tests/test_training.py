@@ -28,12 +28,13 @@ TINY_AE = {"type": "autoencoder", "latent_channels": 8, "width": 16, "blocks": 1
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data") / "d"
-    return collect(CollectConfig(out=str(out), steps=4000, num_envs=8, shard_steps=250, policy="biased"), progress=False)
+    settings = CollectConfig(out=str(out), steps=4000, num_envs=8, shard_steps=250, policy="biased")
+    return collect(settings, progress=False)
 
 
 def config(data: Path, **loop: object) -> dict:
-    return {"model": TINY_AE, "task": {"data": str(data), "val_ratio": 0.2},
-            "loop": {"steps": 60, "batch_size": 4, "checkpoint_every": 5, "val_every": 30, "log_every": 10, **loop}}  # fmt: skip
+    every = {"checkpoint_every": 5, "val_every": 30, "log_every": 10}
+    return {"model": TINY_AE, "task": {"data": str(data), "val_ratio": 0.2}, "loop": {"steps": 60, "batch_size": 4, **every, **loop}}
 
 
 def test_killed_ten_times_training_ends_with_the_same_bytes(data: Path, tmp_path: Path) -> None:
@@ -119,7 +120,8 @@ def test_two_processes_train_together(data: Path, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(config(data, steps=6)))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*launcher, "-m", "trainers.train", str(path), "--out", str(tmp_path / "run")], check=True, capture_output=True)
+    command = [*launcher, "-m", "trainers.train", str(path), "--out", str(tmp_path / "run")]
+    subprocess.run(command, check=True, capture_output=True)
     assert load_model(tmp_path / "run" / "model")[1]["step"] == 6
 
 
