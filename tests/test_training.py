@@ -34,7 +34,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(data: Path, **loop: object) -> dict:
     every = {"checkpoint_every": 5, "val_every": 30, "log_every": 10}
-    return {"model": TINY_AE, "task": {"data": str(data), "val_ratio": 0.2}, "loop": {"steps": 60, "batch_size": 4, **every, **loop}}
+    task = {"data": str(data), "val_ratio": 0.2}
+    return {"model": TINY_AE, "task": task, "loop": {"steps": 60, "batch_size": 4, **every, **loop}}
 
 
 def test_killed_ten_times_training_ends_with_the_same_bytes(data: Path, tmp_path: Path) -> None:
