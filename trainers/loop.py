@@ -172,7 +172,7 @@ class Loop:
             began = time.monotonic()
             metrics = self._update()
             self.step += 1
-            self.elapsed += time.monotonic() - began
+            self.elapsed = self._agree(self.elapsed + time.monotonic() - began)
             if log and (self.step % self.config.log_every == 0 or self.step == 1):
                 now = time.monotonic()
                 speed = (self.step - since) * self.config.batch_size * self.world / (now - window)
@@ -191,6 +191,14 @@ class Loop:
         if self.world > 1:
             dist.barrier()
         return validated
+
+    def _agree(self, elapsed: float) -> float:
+        """Rank 0's clock, so that all processes stop at the same step of a minute budget."""
+        if self.world == 1:
+            return elapsed
+        shared = torch.tensor(elapsed, dtype=torch.float64, device=self.device)
+        dist.broadcast(shared, 0)
+        return float(shared)
 
     def _update(self) -> dict[str, Tensor]:
         key = [self.config.seed, self.step * self.world + self.rank]
