@@ -29,9 +29,9 @@ def keys_to_action() -> dict[tuple[int, ...], int]:
 
 
 def _as_array(actions: Any) -> np.ndarray:
-    if hasattr(actions, "detach"):  # a torch tensor, on whatever device
-        actions = actions.detach().cpu().numpy()
     try:
+        if hasattr(actions, "detach"):  # a torch tensor, on whatever device
+            actions = actions.detach().cpu().numpy()
         return np.asarray(actions)
     except (ValueError, TypeError) as error:
         raise InvalidActionError(f"action {actions!r}: not an array ({error}); pass integers") from None

@@ -41,7 +41,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     An older folder at `path` is set aside first and removed last, so it survives a failure of the writer.
     """
-    path = Path(path)
+    path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     aside = path.with_name(f".{path.name}.replaced")
@@ -63,13 +63,34 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def recover_folder(path: Path) -> None:
-    """Finish or undo an `atomic_folder` swap that was killed between its two renames."""
+    """Finish or undo an `atomic_folder` swap that was killed between its two renames; for the folder's writer only."""
+    path = Path(path).absolute()
     aside = path.with_name(f".{path.name}.replaced")
     if aside.exists():
         if path.exists():
             shutil.rmtree(aside)
         else:
             os.replace(aside, path)
+
+
+def readable_folder(path: str | Path) -> Path:
+    """Where a reader finds a folder: at `path`, or set aside if its writer is, or was killed, between two renames."""
+    path = Path(path).absolute()
+    aside = path.with_name(f".{path.name}.replaced")
+    return aside if aside.exists() and not path.exists() else path
+
+
+def read_json(path: Path, error: type[Exception], remedy: str) -> dict[str, Any]:
+    """Read a JSON object; raises `error`, which names the file and the remedy, where there is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError:
+        raise error(f"{path}: not found; {remedy}") from None
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{path}: is not JSON ({str(problem)[:200]}); {remedy}") from None
+    if not isinstance(value, dict):
+        raise error(f"{path}: is not a JSON object; {remedy}")
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 from dreamenv.bundle import Bundle
 from dreamenv.flow import SamplerConfig
 from dreamenv.metrics import average_precision, calibration_error, colour_frequencies, psnr, rare_pixels, squared_error
-from dreamenv.rollout import Clips, Play, cut_clips, open_loop, outcome_scores
+from dreamenv.rollout import cut_clips, open_loop, outcome_scores
+from dreamenv.types import Clips, Segment
 
 HORIZONS = (1, 5, 10, 30, 50, 100)
 
@@ -42,15 +43,19 @@ def compare_open_loop(bundle: Bundle, clips: Clips, frequencies: np.ndarray, sam
     rare = rare_pixels(real, frequencies)
     curves = {name: psnr(e.mean((0, 2, 3))) for name, e in
               {"dream": error, "copy last frame": still, "autoencoder ceiling": floor}.items()}  # fmt: skip
+
+    def rare_psnr(e: np.ndarray, which: np.ndarray) -> float | None:
+        return float(psnr(e[which].mean())) if which.any() else None
+
     figures: dict[str, Any] = {
         "clips": len(real), "context": k, "nfe": sampler.nfe, "solver": sampler.solver,
-        "autoencoder_psnr": float(psnr(floor.mean())), "autoencoder_psnr_rare": float(psnr(floor[rare].mean())),
+        "autoencoder_psnr": float(psnr(floor.mean())), "autoencoder_psnr_rare": rare_psnr(floor, rare),
     }  # fmt: skip
     for h in (h for h in HORIZONS if h <= clips.horizon):
         at = h - 1
         figures |= {
             f"psnr_{h}": float(curves["dream"][at]), f"psnr_mean_{h}": float(psnr(per_clip[:, at]).clip(max=60).mean()),
-            f"psnr_rare_{h}": float(psnr(error[:, at][rare[:, at]].mean())),
+            f"psnr_rare_{h}": rare_psnr(error[:, at], rare[:, at]),
             f"copy_psnr_{h}": float(curves["copy last frame"][at]),
         }  # fmt: skip
     rank = np.argsort(np.argsort(np.stack([uncertainty[:, 0], per_clip[:, 0]]), axis=1), axis=1)
@@ -58,7 +63,7 @@ def compare_open_loop(bundle: Bundle, clips: Clips, frequencies: np.ndarray, sam
     return {"figures": figures, "curves": curves, "frames": dream}
 
 
-def compare_outcomes(bundle: Bundle, play: Play) -> dict[str, Any]:
+def compare_outcomes(bundle: Bundle, play: Segment) -> dict[str, Any]:
     """Reward and termination heads on real contexts: average precision, base rate and calibration error.
 
     Death is a terminal step without reward; the named rewards are the game's own magnitudes.
@@ -85,7 +90,7 @@ def compare_outcomes(bundle: Bundle, play: Play) -> dict[str, Any]:
     return figures
 
 
-def compare(bundle: Bundle, play: Play, clips: int, horizon: int, sampler: SamplerConfig, seed: int = 0) -> dict[str, Any]:
+def compare(bundle: Bundle, play: Segment, clips: int, horizon: int, sampler: SamplerConfig, seed: int = 0) -> dict[str, Any]:
     """All measures; see `compare_open_loop` (whose result this extends) and `compare_outcomes`."""
     frequencies = colour_frequencies(play.frames[:, :: max(play.frames.shape[1] // 128, 1)])
     chosen = cut_clips(play, clips, bundle.world_model.context, horizon, seed)

@@ -96,9 +96,13 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             raise ConfigError(f"{path}: expected a mapping, got {value!r}")
         return {_convert(args[0], k, path): _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise ConfigError(f"{path}: {value!r} is not finite; give a finite number")
-        return float(value)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise ConfigError(f"{path}: {str(value)[:40]} is not finite; give a finite number")
+        return number
     if isinstance(value, hint) and (hint is bool) == isinstance(value, bool):
         return value
     raise ConfigError(f"{path}: expected {hint.__name__}, got {value!r} ({type(value).__name__})")

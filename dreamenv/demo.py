@@ -13,7 +13,8 @@ from dreamenv.bundle import load_bundle, resolve_bundle
 from dreamenv.compare import compare
 from dreamenv.flow import SamplerConfig
 from dreamenv.report import save_grid, save_horizon_plot, save_video, side_by_side
-from dreamenv.rollout import Clips, cut_clips, open_loop, play_real
+from dreamenv.rollout import cut_clips, open_loop, play_real
+from dreamenv.types import Clips
 
 
 def demo(out: Path, game: str = "coinrun", bundle: Path | None = None, clips: int = 256, horizon: int = 30,

@@ -11,6 +11,7 @@ from gymnasium.vector import AutoresetMode
 from dreamenv.actions import check_action, keys_to_action
 from dreamenv.bundle import Bundle
 from dreamenv.errors import ResetError
+from dreamenv.resets import as_array, check_options
 from dreamenv.vector import DreamVectorEnv
 
 
@@ -55,12 +56,12 @@ class DreamEnv(gym.Env):
         Raises:
             ResetError: a seed or option of the wrong type, shape or range; the state is unchanged.
         """
-        options = dict(options or {})
+        options = check_options(options, ("start", "frames", "actions"))
         if "frames" in options:
-            options["frames"] = np.asarray(options["frames"])[None]
+            options["frames"] = as_array(options["frames"], "frames")[None]
             if options.get("actions") is not None:
-                options["actions"] = np.asarray(options["actions"])[None]
-        elif "start" in options and not isinstance(options["start"], str) and np.ndim(options["start"]) > 0:
+                options["actions"] = as_array(options["actions"], "actions")[None]
+        elif "start" in options and as_array(options["start"], "start").ndim > 0:
             raise ResetError(f"start {options['start']!r}: expected one index, or 'random'")
         first = seed is None and not self.vector._started
         seeds = [int(self.np_random.integers(2**63))] if first else [seed]

@@ -2,73 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
 import torch
 
+from dreamenv.actions import NOOP
 from dreamenv.bundle import Bundle
 from dreamenv.config import check
 from dreamenv.data.windows import Windows
 from dreamenv.flow import SamplerConfig
-from dreamenv.noise import step_generator
+from dreamenv.noise import draw_step, philox
 from dreamenv.policies import make_policy
+from dreamenv.types import Clips, Segment
 
 HELD_OUT = (10000, 1000)
 """First level and number of the held-out levels; no model or agent ever trains on them."""
 
 
-@dataclass(frozen=True)
-class Play:
-    """Consecutive steps of N real games.
-
-    Attributes:
-        frames: uint8 (N, T, 64, 64, 3).
-        actions: int64 (N, T), taken at each frame.
-        rewards: float32 (N, T); terminated, truncated, first: bool (N, T).
-        level_seeds: int64 (N, T).
-    """
-
-    frames: np.ndarray
-    actions: np.ndarray
-    rewards: np.ndarray
-    terminated: np.ndarray
-    truncated: np.ndarray
-    first: np.ndarray
-    level_seeds: np.ndarray
-
-
-@dataclass(frozen=True)
-class Clips:
-    """N real clips that stay inside one episode.
-
-    Attributes:
-        frames: uint8 (N, K + H, 64, 64, 3): K of context, H to be predicted.
-        actions: int64 (N, K + H - 1): entry t leads from frame t to frame t + 1.
-        level_seeds: int64 (N,).
-        context: K.
-    """
-
-    frames: np.ndarray
-    actions: np.ndarray
-    level_seeds: np.ndarray
-    context: int
-
-    @property
-    def horizon(self) -> int:
-        """H."""
-        return self.frames.shape[1] - self.context
-
-
 def play_real(game: str, steps: int, num_envs: int = 32, policy: str = "mix", levels: tuple[int, int] = HELD_OUT,
-              distribution_mode: str = "easy", seed: int = 0) -> Play:  # fmt: skip
-    """Play the real game for `steps` steps in each of `num_envs` environments (needs procgen)."""
+              distribution_mode: str = "easy", seed: int = 0) -> Segment:  # fmt: skip
+    """Play the real game for `steps` steps in each of `num_envs` environments (needs procgen).
+
+    Raises:
+        ConfigError: `steps` < 1, `seed` < 0, or what the environment refuses.
+    """
+    check(steps >= 1, f"steps {steps}: must be >= 1")
+    check(0 <= seed < 2**63, f"seed {seed}: must be in 0..2^63-1")
     envs: Any = gym.make_vec("envs:RealProcgen-v0", num_envs=num_envs, game=game, start_level=levels[0],
                              num_levels=levels[1], distribution_mode=distribution_mode)  # fmt: skip
     actor = make_policy(policy, np.asarray(envs.unwrapped.game.bias))
-    rng = np.random.Generator(np.random.Philox(key=[seed, 0xC11B5]))
+    rng = philox((seed, 0xC11B5))
     frames, infos = envs.reset(seed=rng.integers(2**31 - 1, size=num_envs).tolist())
     first = np.ones(num_envs, bool)
     rows: list[tuple[np.ndarray, ...]] = []
@@ -78,15 +43,17 @@ def play_real(game: str, steps: int, num_envs: int = 32, policy: str = "mix", le
         rows.append((frames, actions, rewards.astype(np.float32), terminated, truncated, first, infos["level_seed"]))
         frames, infos, first = following, after, terminated | truncated
     envs.close()
-    return Play(*(np.stack(column, 1) for column in zip(*rows, strict=True)))
+    return Segment(*(np.stack(column, 1) for column in zip(*rows, strict=True)))
 
 
-def cut_clips(play: Play, count: int, context: int, horizon: int, seed: int = 0) -> Clips:
+def cut_clips(play: Segment, count: int, context: int, horizon: int, seed: int = 0) -> Clips:
     """Cut `count` random clips out of played games.
 
     Raises:
         ConfigError: the games hold fewer such windows.
     """
+    check(count >= 1, f"clips {count}: must be >= 1")
+    check(horizon >= 1, f"horizon {horizon}: must be >= 1")
     n, t = play.first.shape
     first = play.first.copy()
     first[:, 0] = True
@@ -116,8 +83,8 @@ def open_loop(bundle: Bundle, clips: Clips, sampler: SamplerConfig, seed: int = 
         for h in range(clips.horizon):
             noise = None
             if sampler.stochastic:
-                noise = np.stack([step_generator(seed + i, 0, 0, h).standard_normal(model.latent_shape, np.float32)
-                                  for i in range(rows.start, rows.stop)])  # fmt: skip
+                each = [draw_step(seed + i, 0, 0, h, model.latent_shape)[1] for i in range(rows.start, rows.stop)]
+                noise = np.stack(cast(list[np.ndarray], each))
             imagined = model.step(state, clips.actions[rows, k - 1 + h], noise, sampler)
             state = imagined.state
             frames[rows, h] = model.decode(state.latents[:, -1]).numpy()
@@ -125,7 +92,7 @@ def open_loop(bundle: Bundle, clips: Clips, sampler: SamplerConfig, seed: int = 
     return frames, uncertainty
 
 
-def outcome_scores(bundle: Bundle, play: Play, negatives: int = 20000, seed: int = 0,
+def outcome_scores(bundle: Bundle, play: Segment, negatives: int = 20000, seed: int = 0,
                    batch: int = 256) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """Score the outcome head on real contexts: every rewarded or terminal step, and a sample of the others.
 
@@ -148,7 +115,7 @@ def outcome_scores(bundle: Bundle, play: Play, negatives: int = 20000, seed: int
         raw = now[:, None] + np.arange(-model.context + 1, 1)
         index = np.maximum(raw, start[env, now][:, None])
         frames, actions = play.frames[env[:, None], index], play.actions[env[:, None], index]
-        state = model.start(frames, np.where(raw == index, actions, 4)[:, :-1])
+        state = model.start(frames, np.where(raw == index, actions, NOOP)[:, :-1])
         with torch.inference_mode():
             taken = torch.cat([state.actions, torch.as_tensor(actions[:, -1:]).to(model.device)], 1)
             steps[at : at + batch] = model.head.log_probabilities(state.latents, taken).exp().double().cpu().numpy()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -18,9 +18,10 @@ from dreamenv.bundle import Bundle, load_bundle, resolve_bundle
 from dreamenv.config import check, from_dict
 from dreamenv.errors import ConfigError, ResetError, SnapshotError
 from dreamenv.flow import SamplerConfig
-from dreamenv.noise import reset_generator, step_generator
+from dreamenv.noise import branch_stream, draw_step, reset_generator
+from dreamenv.resets import as_array, check_mask, check_options, check_seeds
 from dreamenv.snapshot import pack, unpack
-from dreamenv.world_model import State, Transition
+from dreamenv.types import State, Transition
 
 _SEED_LIMIT = 2**64
 _RESET_OPTIONS = ("start", "frames", "actions", "reset_mask")
@@ -71,7 +72,8 @@ class DreamVectorEnv(VectorEnv):
         check(isinstance(num_envs, int) and not isinstance(num_envs, bool) and num_envs >= 1,
               f"num_envs {num_envs!r}: must be an integer >= 1")
         check(render_mode in (None, "rgb_array"), f"render_mode {render_mode!r}: must be None or 'rgb_array'")
-        check(truncate_above is None or truncate_above > 0, f"truncate_above {truncate_above!r}: must be > 0 or None")
+        number = isinstance(truncate_above, (int, float)) and not isinstance(truncate_above, bool)
+        check(truncate_above is None or (number and truncate_above > 0), f"truncate_above {truncate_above!r}: must be > 0 or None")
         check(isinstance(exact, bool), f"exact {exact!r}: must be True or False")
         try:
             self.autoreset_mode = AutoresetMode(autoreset_mode)
@@ -102,7 +104,7 @@ class DreamVectorEnv(VectorEnv):
                             torch.zeros(num_envs, k - 1, dtype=torch.int64, device=model.device))  # fmt: skip
         self._frames = np.zeros((num_envs, 64, 64, 3), np.uint8)
         self._seeds = np.zeros(num_envs, np.uint64)
-        self._streams = np.zeros(num_envs, np.int64)
+        self._streams = np.zeros(num_envs, np.uint64)
         self._episodes = np.zeros(num_envs, np.int64)
         self._steps = np.zeros(num_envs, np.int64)
         self._starts = np.full(num_envs, -1, np.int64)
@@ -130,21 +132,19 @@ class DreamVectorEnv(VectorEnv):
         Raises:
             ResetError: a seed or option of the wrong type, shape or range; the state is unchanged.
         """
-        options = dict(options or {})
-        seeds = self._check_seeds(seed)
-        mask = self._check_mask(options)
+        options = check_options(options, _RESET_OPTIONS)
+        seeds = check_seeds(seed, self.num_envs, _SEED_LIMIT)
+        mask = check_mask(options, self.num_envs, self._started)
         chosen, history = self._check_start(options)
         if isinstance(seed, (int, np.integer)):
             super().reset(seed=int(seed))
         fresh = None if self._started else self.np_random.integers(_SEED_LIMIT, size=self.num_envs, dtype=np.uint64)
         for i in np.flatnonzero(mask):
-            if seeds[i] is not None:
-                self._seeds[i], self._episodes[i] = seeds[i], 0
-            elif fresh is not None:
-                self._seeds[i], self._episodes[i] = fresh[i], 0
+            if seeds[i] is not None or fresh is not None:
+                self._seeds[i] = seeds[i] if fresh is None or seeds[i] is not None else fresh[i]
+                self._episodes[i], self._streams[i] = 0, 0
             else:
                 self._episodes[i] += 1
-            self._streams[i] = 0
             if history is None:
                 self._begin(int(i), None if chosen is None else int(chosen[i]))
             else:
@@ -266,12 +266,13 @@ class DreamVectorEnv(VectorEnv):
             ConfigError: n < 1.
         """
         arrays = self._unpack(data)
-        if not 0 <= index < len(arrays["frames"]):
+        if not isinstance(index, (int, np.integer)) or not 0 <= index < len(arrays["frames"]):
             raise SnapshotError(f"index {index}: the snapshot holds environments 0..{len(arrays['frames']) - 1}")
         envs = DreamVectorEnv(n, bundle=self.bundle, sampler=self.sampler, autoreset_mode=self.autoreset_mode,
                               render_mode=self.render_mode, exact=self.exact, truncate_above=self.truncate_above)  # fmt: skip
         fanned = {k: np.repeat(v[index : index + 1], n, 0) for k, v in arrays.items()}
-        fanned["streams"] = fanned["streams"] + np.arange(n)
+        parent = int(arrays["streams"][index])
+        fanned["streams"] = np.array([branch_stream(parent, k) for k in range(n)], np.uint64)
         envs.restore(pack("dream", {"bundle": self.bundle.identity, "num_envs": n}, fanned))
         return envs
 
@@ -280,13 +281,11 @@ class DreamVectorEnv(VectorEnv):
     def _imagine(self, actions: np.ndarray) -> tuple[Transition, np.ndarray]:
         """One model step of every environment, and the uniforms (N,) that decide the outcomes."""
         model = self.bundle.world_model
-        uniforms = np.empty(self.num_envs)
-        noise = np.empty((self.num_envs, *model.latent_shape), np.float32) if self.sampler.stochastic else None
-        for i in range(self.num_envs):
-            generator = step_generator(int(self._seeds[i]), int(self._streams[i]), int(self._episodes[i]), int(self._steps[i]))
-            uniforms[i] = generator.random()
-            if noise is not None:
-                generator.standard_normal(out=noise[i], dtype=np.float32)
+        shape = model.latent_shape if self.sampler.stochastic else None
+        keys = zip(self._seeds, self._streams, self._episodes, self._steps, strict=True)
+        draws = [draw_step(int(s), int(b), int(e), int(t), shape) for s, b, e, t in keys]
+        uniforms = np.array([u for u, _ in draws])
+        noise = None if shape is None else np.stack([cast(np.ndarray, x) for _, x in draws])
         if not self.exact:
             return model.step(self._state, actions, noise, self.sampler), uniforms
         each = [slice(i, i + 1) for i in range(self.num_envs)]
@@ -348,32 +347,6 @@ class DreamVectorEnv(VectorEnv):
                                 f"{self.bundle.identity[:12]}; load the bundle it was taken with")  # fmt: skip
         return arrays
 
-    def _check_seeds(self, seed: Any) -> list[int | None]:
-        n = self.num_envs
-        if seed is None or isinstance(seed, (int, np.integer)):
-            seeds: list[int | None] = [None if seed is None else int(seed) + i for i in range(n)]
-        else:
-            try:
-                seeds = list(seed)
-            except TypeError:
-                raise ResetError(f"seed {seed!r}: expected an integer, {n} of them, or None") from None
-            if len(seeds) != n:
-                raise ResetError(f"{len(seeds)} seeds for {n} environments: give one for each")
-        for s in seeds:
-            if s is not None and (not isinstance(s, (int, np.integer)) or not 0 <= s < _SEED_LIMIT):
-                raise ResetError(f"seed {s!r}: expected an integer in 0..2^64-1, or None")
-        return seeds
-
-    def _check_mask(self, options: dict[str, Any]) -> np.ndarray:
-        if unknown := set(options) - set(_RESET_OPTIONS):
-            raise ResetError(f"reset option {sorted(map(str, unknown))[0]!r}: unknown; there are {', '.join(_RESET_OPTIONS)}")
-        mask = np.asarray(options.get("reset_mask", np.ones(self.num_envs, bool)))
-        if mask.shape != (self.num_envs,) or mask.dtype != bool:
-            raise ResetError(f"reset_mask of shape {mask.shape} and dtype {mask.dtype}: expected bool ({self.num_envs},)")
-        if not self._started and not mask.all():
-            raise ResetError("reset_mask on the first reset: every environment must be reset once")
-        return mask
-
     def _check_start(self, options: dict[str, Any]) -> tuple[np.ndarray | None, tuple[np.ndarray, np.ndarray] | None]:
         n, start = self.num_envs, options.get("start")
         if "frames" in options:
@@ -386,7 +359,7 @@ class DreamVectorEnv(VectorEnv):
             return None, None
         size = len(self.bundle.starts.frames)
         try:
-            chosen = np.broadcast_to(np.asarray(start), (n,))
+            chosen = np.broadcast_to(as_array(start, "start"), (n,))
         except ValueError:
             raise ResetError(f"start {start!r}: expected one index or {n} of them") from None
         if chosen.dtype.kind not in "iu" or (chosen < 0).any() or (chosen >= size).any():
@@ -403,12 +376,12 @@ def check_history(frames: Any, actions: Any, n: int) -> tuple[np.ndarray, np.nda
     Raises:
         ResetError: another dtype or shape, T < 1, or an action outside 0..14.
     """
-    frames = np.asarray(frames)
+    frames = as_array(frames, "frames")
     shaped = frames.ndim == 5 and frames.shape[0] == n and frames.shape[2:] == (64, 64, 3) and frames.shape[1] >= 1
     if frames.dtype != np.uint8 or not shaped:
         raise ResetError(f"frames of dtype {frames.dtype} and shape {frames.shape}: expected uint8 ({n}, T >= 1, 64, 64, 3)")
     t = frames.shape[1]
-    actions = np.zeros((n, 0), np.int64) if actions is None else np.asarray(actions)
+    actions = np.zeros((n, 0), np.int64) if actions is None else as_array(actions, "actions")
     if actions.size == 0:
         actions = actions.reshape(n, 0).astype(np.int64)
     if actions.shape != (n, t - 1) or actions.dtype.kind not in "iu":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,51 +11,7 @@ from dreamenv.flow import SamplerConfig, sample
 from dreamenv.models.autoencoder import Autoencoder, to_frames, to_images
 from dreamenv.models.heads import OutcomeHead
 from dreamenv.models.latent_flow import NULL_ACTION, LatentFlow
-
-
-@dataclass(frozen=True)
-class State:
-    """What a dream remembers.
-
-    Attributes:
-        latents: float32 (B, K, C, H, W), the current one last.
-        actions: int64 (B, K - 1), the actions between them.
-    """
-
-    latents: Tensor
-    actions: Tensor
-
-    def __getitem__(self, index: slice) -> State:
-        """A slice of the batch."""
-        return State(self.latents[index], self.actions[index])
-
-    @staticmethod
-    def cat(states: list[State]) -> State:
-        """Concatenate along the batch."""
-        return State(torch.cat([s.latents for s in states]), torch.cat([s.actions for s in states]))
-
-
-@dataclass(frozen=True)
-class Transition:
-    """One imagined step.
-
-    Attributes:
-        state: the state after it.
-        log_probabilities: float32 (B, outcomes) of the joint (reward, terminated) outcomes.
-        uncertainty: float32 (B,), root mean squared latent error the model expects of itself (1 = the latents'
-            standard deviation).
-    """
-
-    state: State
-    log_probabilities: Tensor
-    uncertainty: Tensor
-
-    @staticmethod
-    def cat(transitions: list[Transition]) -> Transition:
-        """Concatenate along the batch."""
-        return Transition(State.cat([t.state for t in transitions]),
-                          torch.cat([t.log_probabilities for t in transitions]),
-                          torch.cat([t.uncertainty for t in transitions]))  # fmt: skip
+from dreamenv.types import State, Transition
 
 
 class WorldModel:

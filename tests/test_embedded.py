@@ -15,7 +15,8 @@ import dreamenv
 from dreamenv.bundle import Bundle, load_bundle, resolve_bundle
 from dreamenv.compare import compare
 from dreamenv.flow import SamplerConfig
-from dreamenv.rollout import Play, play_real
+from dreamenv.rollout import play_real
+from dreamenv.types import Segment
 from dreamenv.vector import DreamVectorEnv
 
 
@@ -25,7 +26,7 @@ def bundle() -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def play() -> Play:
+def play() -> Segment:
     return play_real("coinrun", 700, 32, seed=11)
 
 
@@ -35,7 +36,7 @@ def test_it_is_small_and_never_saw_the_held_out_levels(bundle: Bundle) -> None:
     assert data["start_level"] + data["num_levels"] <= 10000 and bundle.starts.level_seeds.max() < 10000
 
 
-def test_it_is_faithful_on_held_out_levels(bundle: Bundle, play: Play) -> None:
+def test_it_is_faithful_on_held_out_levels(bundle: Bundle, play: Segment) -> None:
     assert play.level_seeds.min() >= 10000
     figures = compare(bundle, play, 48, 10, SamplerConfig())["figures"]
     assert figures["autoencoder_psnr"] > 40 and figures["autoencoder_psnr_rare"] > 27

@@ -21,7 +21,7 @@ from dreamenv.metrics import (
 from dreamenv.models.autoencoder import Autoencoder, AutoencoderConfig, to_frames, to_images
 from dreamenv.models.blocks import DynamicFilters
 from dreamenv.models.latent_flow import LatentFlow, LatentFlowConfig
-from dreamenv.noise import reset_generator, step_generator
+from dreamenv.noise import branch_stream, draw_step, reset_generator
 from tests.conftest import toy_world_model
 from trainers.heads import calibrate, joint_outcomes
 from trainers.latents import channel_weights
@@ -122,12 +122,20 @@ def test_path_and_velocity_agree() -> None:
 
 def test_noise_is_keyed_by_its_counters_alone() -> None:
     def draw(*key: int) -> tuple:
-        return tuple(step_generator(*key).standard_normal(4))
+        uniform, noise = draw_step(*key, (3,))
+        assert noise is not None and draw_step(*key, None) == (uniform, None)
+        return uniform, *noise.tolist()
 
-    keys = [(s, b, e, t) for s in (0, 1, 2**63) for b in (0, 1) for e in (0, 1) for t in (0, 1)]
+    keys = [(s, b, e, t) for s in (0, 1, 2**63, 2**63 + 1, 2**64 - 1) for b in (0, 2**64 - 1) for e in (0, 1) for t in (0, 1)]
     values = [draw(*k) for k in reversed(keys)][::-1]
     assert values == [draw(*k) for k in keys] and len(set(values)) == len(keys)
-    assert reset_generator(0, 0).integers(2**60) != step_generator(0, 0, 0, 0).integers(2**60)
+    assert reset_generator(0, 0).random() != draw_step(0, 0, 0, 0, None)[0]
+
+
+def test_branches_of_branches_do_not_share_noise() -> None:
+    streams = [branch_stream(parent, k) for parent in (0, 1, 2, 5) for k in range(1, 50)]
+    assert len(set(streams)) == len(streams) and all(0 < s < 2**64 for s in streams)
+    assert branch_stream(7, 0) == 7
 
 
 def test_metrics_agree_with_scikit() -> None:
