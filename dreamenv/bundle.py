@@ -22,8 +22,8 @@ from safetensors.numpy import save as save_arrays
 from safetensors.torch import save as save_tensors
 
 from dreamenv.actions import NUM_ACTIONS
-from dreamenv.artifacts import atomic_folder, recover_folder, sha256_file, write_json
-from dreamenv.config import from_dict, to_dict
+from dreamenv.artifacts import atomic_folder, read_json, readable_folder, sha256_file, write_json
+from dreamenv.config import check, from_dict, to_dict
 from dreamenv.errors import BundleError, ConfigError
 from dreamenv.models.autoencoder import Autoencoder
 from dreamenv.models.heads import OutcomeHead
@@ -37,6 +37,7 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 """Version -> function that turns that version's description into the next one's, in memory."""
 _NETWORKS = {"autoencoder": Autoencoder, "dynamics": LatentFlow, "head": OutcomeHead}
 _PARTS = (*(f"{n}.safetensors" for n in _NETWORKS), "starts.safetensors", "card.json")
+_REMEDY = "re-download or retrain"
 EMBEDDED = Path(__file__).parent / "bundles"
 
 
@@ -62,6 +63,11 @@ class Limits:
     """Largest absolute value."""
     latent_rms_max: float
     """Largest root mean square of one latent."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises `ConfigError`."""
+        check(self.latent_max > 0, f"latent_max {self.latent_max}: must be > 0")
+        check(self.latent_rms_max > 0, f"latent_rms_max {self.latent_rms_max}: must be > 0")
 
 
 @dataclass(frozen=True)
@@ -105,12 +111,21 @@ def save_bundle(folder: str | Path, world_model: WorldModel, game: GameFacts, li
         arrays = {"frames": starts.frames, "actions": starts.actions, "level_seeds": starts.level_seeds}
         (temporary / "starts.safetensors").write_bytes(save_arrays(arrays))
         write_json(temporary / "card.json", card or {})
-        write_json(temporary / "bundle.json", {
+        description = {
             "format_version": FORMAT_VERSION, "game": to_dict(game), "limits": to_dict(limits),
             "models": {n: model_spec(m) for n, m in networks.items()}, "provenance": provenance,
             "sha256": {part: sha256_file(temporary / part) for part in _PARTS},
-        })  # fmt: skip
+        }  # fmt: skip
+        write_json(temporary / "bundle.json", description | {"identity": compute_identity(description)})
     return folder
+
+
+def compute_identity(description: dict[str, Any]) -> str:
+    """sha256 of all that decides what a bundle dreams: its description but for the card, which is a measurement."""
+    kept = {k: v for k, v in description.items() if k != "identity"}
+    if isinstance(kept.get("sha256"), dict):
+        kept["sha256"] = {k: v for k, v in kept["sha256"].items() if k != "card.json"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def resolve_bundle(bundle: str | Path | None, game: str) -> Path:
@@ -120,7 +135,11 @@ def resolve_bundle(bundle: str | Path | None, game: str) -> Path:
         BundleError: there is none.
     """
     if bundle is not None:
+        if not isinstance(bundle, (str, Path)) or not str(bundle):
+            raise BundleError(f"bundle {bundle!r}: expected the path of a bundle folder")
         return Path(bundle)
+    if not isinstance(game, str):
+        raise BundleError(f"game {game!r}: expected a name, such as 'coinrun'")
     folder = EMBEDDED / game
     if not (folder / "bundle.json").exists():
         known = sorted(p.parent.name for p in EMBEDDED.glob("*/bundle.json"))
@@ -139,8 +158,8 @@ def pick_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         picked = torch.device(device)
-        torch.zeros(1, device=picked)
-    except (RuntimeError, AssertionError, TypeError) as error:
+        torch.zeros(1, device=picked).cpu()
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         raise ConfigError(f"device {device!r}: not usable here ({str(error).splitlines()[0]}); "
                           "use 'auto' or 'cpu'") from None  # fmt: skip
     return picked
@@ -155,14 +174,9 @@ def load_bundle(folder: str | Path, device: str | torch.device = "auto", precisi
     """
     if precision not in ("fp32", "bf16"):
         raise ConfigError(f"precision {precision!r}: must be 'fp32' or 'bf16'")
-    folder = Path(folder)
-    recover_folder(folder)
+    folder = readable_folder(folder)
     path = folder / "bundle.json"
-    try:
-        raw = path.read_bytes()
-    except OSError:
-        raise BundleError(f"{path}: not found; is {folder} a bundle folder?") from None
-    description = _migrate(path, raw)
+    description = _read_description(path)
     digests = description.get("sha256")
     if not isinstance(digests, dict) or set(digests) != set(_PARTS):
         raise BundleError(f"{path}: sha256 must name exactly {', '.join(_PARTS)}; re-download or retrain")
@@ -171,13 +185,12 @@ def load_bundle(folder: str | Path, device: str | torch.device = "auto", precisi
             raise BundleError(f"{folder / part}: missing; re-download or retrain")
         if sha256_file(folder / part) != digests[part]:
             raise BundleError(f"{folder / part}: sha256 differs from bundle.json; re-download or retrain")
-    return _load(folder.resolve(), raw, str(pick_device(device)), precision)
+    return _load(folder, json.dumps(description), str(pick_device(device)), precision)
 
 
 @lru_cache(maxsize=4)
-def _load(folder: Path, raw: bytes, device: str, precision: str) -> Bundle:
-    path = folder / "bundle.json"
-    description = _migrate(path, raw)
+def _load(folder: Path, text: str, device: str, precision: str) -> Bundle:
+    path, description = folder / "bundle.json", json.loads(text)
     try:
         game = from_dict(GameFacts, description["game"], "game")
         limits = from_dict(Limits, description["limits"], "limits")
@@ -200,39 +213,27 @@ def _load(folder: Path, raw: bytes, device: str, precision: str) -> Bundle:
     if len(game.action_meanings) != NUM_ACTIONS or game.max_steps < 1:
         raise BundleError(f"{path}: game needs {NUM_ACTIONS} action_meanings and max_steps >= 1; re-download or retrain")
     world_model = WorldModel(autoencoder, dynamics, head, device, precision)
-    card = _read_json(folder / "card.json")
-    parts = {p: d for p, d in description["sha256"].items() if p != "card.json"}  # measuring does not change a dream
-    identity = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return Bundle(folder, identity, world_model, game, limits, _load_starts(folder), provenance, card)
+    card = read_json(folder / "card.json", BundleError, _REMEDY)
+    return Bundle(folder, compute_identity(description), world_model, game, limits, _load_starts(folder), provenance, card)
 
 
-def _migrate(path: Path, raw: bytes) -> dict[str, Any]:
-    try:
-        description = json.loads(raw)
-    except ValueError as error:
-        raise BundleError(f"{path}: is not JSON ({error}); re-download or retrain") from None
-    version = description.get("format_version") if isinstance(description, dict) else None
+def _read_description(path: Path) -> dict[str, Any]:
+    """Read bundle.json, the version first; older ones are migrated in memory."""
+    description = read_json(path, BundleError, "is this a bundle folder? Re-download or retrain")
+    version = description.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool):
-        raise BundleError(f"{path}: format_version {version!r} is not an integer; re-download or retrain")
+        raise BundleError(f"{path}: format_version {version!r} is not an integer; {_REMEDY}")
     if version > FORMAT_VERSION:
         raise BundleError(f"{path}: format_version {version} is newer than this release reads ({FORMAT_VERSION}); "
                           "upgrade dreamenv")  # fmt: skip
+    if version == FORMAT_VERSION and description.get("identity") != compute_identity(description):
+        raise BundleError(f"{path}: its contents do not match its identity, it was altered; {_REMEDY}")
     while version < FORMAT_VERSION:
         if version not in MIGRATIONS:
             raise BundleError(f"{path}: format_version {version} is too old to migrate; retrain")
         description = MIGRATIONS[version](description)
         version += 1
     return description
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise BundleError(f"{path}: is not JSON ({error}); re-download or retrain") from None
-    if not isinstance(value, dict):
-        raise BundleError(f"{path}: must be a JSON object; re-download or retrain")
-    return value
 
 
 def _load_starts(folder: Path) -> Starts:
@@ -252,12 +253,12 @@ def _load_starts(folder: Path) -> Starts:
 
 def update_card(folder: str | Path, card: dict[str, Any]) -> None:
     """Replace a bundle's measured fidelity, atomically; everything else keeps its bytes."""
-    folder = Path(folder)
-    description = _migrate(folder / "bundle.json", (folder / "bundle.json").read_bytes())
+    folder = readable_folder(folder)
+    description = _read_description(folder / "bundle.json")
     contents = {p: (folder / p).read_bytes() for p in _PARTS if p != "card.json"}
     with atomic_folder(folder) as temporary:
         for part, data in contents.items():
             (temporary / part).write_bytes(data)
         write_json(temporary / "card.json", card)
         description["sha256"]["card.json"] = sha256_file(temporary / "card.json")
-        write_json(temporary / "bundle.json", description)
+        write_json(temporary / "bundle.json", description | {"identity": compute_identity(description)})

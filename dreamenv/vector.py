@@ -73,7 +73,8 @@ class DreamVectorEnv(VectorEnv):
               f"num_envs {num_envs!r}: must be an integer >= 1")
         check(render_mode in (None, "rgb_array"), f"render_mode {render_mode!r}: must be None or 'rgb_array'")
         number = isinstance(truncate_above, (int, float)) and not isinstance(truncate_above, bool)
-        check(truncate_above is None or (number and truncate_above > 0), f"truncate_above {truncate_above!r}: must be > 0 or None")
+        check(truncate_above is None or (number and truncate_above > 0),
+              f"truncate_above {truncate_above!r}: must be > 0 or None")
         check(isinstance(exact, bool), f"exact {exact!r}: must be True or False")
         try:
             self.autoreset_mode = AutoresetMode(autoreset_mode)

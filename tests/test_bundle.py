@@ -15,7 +15,7 @@ from safetensors.numpy import load, save
 
 from dreamenv import bundle as bundle_module
 from dreamenv.artifacts import atomic_folder, recover_folder, sha256_file
-from dreamenv.bundle import FORMAT_VERSION, load_bundle, resolve_bundle, update_card
+from dreamenv.bundle import FORMAT_VERSION, compute_identity, load_bundle, resolve_bundle, update_card
 from dreamenv.errors import BundleError
 from tests.conftest import toy_world_model
 
@@ -25,6 +25,7 @@ def edit_json(change: Callable[[dict], object]) -> Callable[[Path], None]:
         path = folder / "bundle.json"
         value = json.loads(path.read_text())
         change(value)
+        value["identity"] = compute_identity(value)  # so that the checks behind the checksum are reached
         path.write_text(json.dumps(value))
 
     return apply
@@ -61,6 +62,11 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "bundle.json cut": lambda f: (f / "bundle.json").write_text((f / "bundle.json").read_text()[:100]),
     "bundle.json a list": lambda f: (f / "bundle.json").write_text("[]"),
     "bundle.json binary": lambda f: (f / "bundle.json").write_bytes(b"\xff\xfe\x00"),
+    "bundle.json nested": lambda f: (f / "bundle.json").write_text("[" * 200000),
+    "a digit altered": lambda f: (f / "bundle.json").write_text((f / "bundle.json").read_text().replace("50.0", "51.0")),
+    "a limit of zero": edit_json(lambda d: d["limits"].update(latent_max=0.0)),
+    "a huge model": edit_json(lambda d: d["models"]["dynamics"].update(filter_bank=10**12)),
+    "weights of integers": edit_tensors("head.safetensors", lambda t: t.update({"out.bias": np.zeros(3, np.int64)})),
     "no version": edit_json(lambda d: d.pop("format_version")),
     "newer version": edit_json(lambda d: d.update(format_version=FORMAT_VERSION + 1)),
     "ancient version": edit_json(lambda d: d.update(format_version=0)),
@@ -135,6 +141,20 @@ def test_update_card_changes_nothing_else(toy_bundle: Path, tmp_path: Path) -> N
     update_card(folder, {"psnr_10": 20.5})
     after = load_bundle(folder, "cpu")
     assert after.card == {"psnr_10": 20.5} and after.identity == before.identity
+
+
+def test_a_reader_finds_a_bundle_that_its_writer_has_set_aside(toy_bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(toy_bundle, tmp_path / ".bundle.replaced")
+    assert load_bundle(tmp_path / "bundle", "cpu").game.name == "coinrun"
+    assert [p.name for p in tmp_path.iterdir()] == [".bundle.replaced"]  # it reads, and leaves repairs to the writer
+
+
+def test_a_bundle_in_the_working_directory(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(toy_bundle)
+    assert load_bundle(".", "cpu").game.name == "coinrun"
+    for nothing in ("", 5):
+        with pytest.raises(BundleError):
+            resolve_bundle(nothing, "coinrun")  # type: ignore[arg-type]
 
 
 def test_unknown_game() -> None:

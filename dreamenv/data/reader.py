@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from dreamenv.artifacts import sha256_file
-from dreamenv.data.writer import COLUMNS, FORMAT_VERSION
+from dreamenv.data.manifest import read_manifest
+from dreamenv.data.writer import COLUMNS
 from dreamenv.errors import DatasetError
 
 
@@ -51,31 +51,17 @@ class Dataset:
 
     def __init__(self, folder: str | Path, verify: str = "size") -> None:
         self.folder = Path(folder)
-        self.manifest = self._read_manifest()
+        self.manifest = read_manifest(self.folder)
+        if not self.manifest["complete"]:
+            have, all_shards = len(self.manifest["shards"]), self.manifest["facts"]["num_shards"]
+            raise DatasetError(f"{self.folder / 'manifest.json'}: {have} of {all_shards} shards; "
+                               "run the same collection again to finish it")  # fmt: skip
         self.facts: dict[str, Any] = self.manifest["facts"]
         self.shards = [self._open(entry, verify) for entry in self.manifest["shards"]]
 
     def __len__(self) -> int:
         """Steps in the dataset."""
         return sum(len(s) for s in self.shards)
-
-    def _read_manifest(self) -> dict[str, Any]:
-        path = self.folder / "manifest.json"
-        try:
-            manifest = json.loads(path.read_text())
-        except OSError:
-            raise DatasetError(f"{path}: not found; collect one with: python -m envs.collect") from None
-        except ValueError as error:
-            raise DatasetError(f"{path}: is not JSON ({error}); collect the dataset again") from None
-        version = manifest.get("format_version") if isinstance(manifest, dict) else None
-        if version != FORMAT_VERSION:
-            raise DatasetError(f"{path}: format_version {version!r}; this release reads {FORMAT_VERSION}")
-        if missing := {"facts", "shards", "complete", "steps"} - set(manifest):
-            raise DatasetError(f"{path}: key {sorted(missing)[0]!r} is missing; collect the dataset again")
-        if not manifest["complete"]:
-            raise DatasetError(f"{path}: {len(manifest['shards'])} of {manifest['facts']['num_shards']} shards; "
-                               "run the same collection again to finish it")  # fmt: skip
-        return manifest
 
     def _open(self, entry: dict[str, Any], verify: str) -> Shard:
         columns = {}
@@ -90,7 +76,7 @@ class Dataset:
             if column.dtype != dtype or column.shape != (entry["steps"], *shape):
                 raise DatasetError(f"{path}: holds {column.dtype} {column.shape}, the manifest says {dtype} "
                                    f"{(entry['steps'], *shape)}; collect the dataset again")  # fmt: skip
-            if verify == "sha256" and sha256_file(path) != entry["sha256"][name]:
+            if verify == "sha256" and sha256_file(path) != entry["sha256"].get(name):
                 raise DatasetError(f"{path}: sha256 differs from manifest.json; collect the dataset again")
             columns[name] = column
         return Shard(entry["name"], **columns)

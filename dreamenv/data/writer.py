@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 from dreamenv.artifacts import atomic_folder, recover_folder, sha256_file, write_json
+from dreamenv.data.manifest import FORMAT_VERSION, read_manifest, shard_name
 from dreamenv.errors import DatasetError
 
-FORMAT_VERSION = 1
 COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
     "frames": ("uint8", (64, 64, 3)),
     "actions": ("uint8", ()),
@@ -55,11 +55,10 @@ class DatasetWriter:
         self.folder = Path(folder)
         self.facts = json.loads(json.dumps(facts))
         self._shards: dict[int, dict[str, Any]] = {}
-        manifest = self.folder / "manifest.json"
-        if manifest.exists():
-            old = json.loads(manifest.read_text())
-            for key in sorted(set(self.facts) | set(old.get("facts", {}))):
-                before, now = old.get("facts", {}).get(key), self.facts.get(key)
+        if (self.folder / "manifest.json").exists():
+            old = read_manifest(self.folder)
+            for key in sorted(set(self.facts) | set(old["facts"])):
+                before, now = old["facts"].get(key), self.facts.get(key)
                 if before != now:
                     raise DatasetError(f"{self.folder}: was begun with {key} = {before!r}, now {now!r}; "
                                        "use the same settings to resume, or another folder")  # fmt: skip
@@ -69,10 +68,6 @@ class DatasetWriter:
     def done(self) -> set[int]:
         """Indices of the shards that are complete on disk."""
         return set(self._shards)
-
-    def shard_name(self, index: int) -> str:
-        """Folder name of one shard."""
-        return f"shard-{index:05d}"
 
     def write_shard(self, index: int, columns: dict[str, np.ndarray]) -> dict[str, Any]:
         """Write one shard folder atomically and return its manifest entry (see `commit`).
@@ -86,7 +81,7 @@ class DatasetWriter:
             if column is None or column.dtype != dtype or column.shape != (length, *shape):
                 found = "nothing" if column is None else f"{column.dtype} {column.shape}"
                 raise DatasetError(f"column {name}: expected {dtype} {(length, *shape)}, got {found}")
-        path = self.folder / self.shard_name(index)
+        path = self.folder / shard_name(index)
         with atomic_folder(path) as temporary:
             for name in COLUMNS:
                 np.save(temporary / f"{name}.npy", columns[name], allow_pickle=False)
@@ -114,4 +109,4 @@ class DatasetWriter:
     def recover(self) -> None:
         """Finish or undo shard swaps that a kill interrupted."""
         for index in range(self.facts["num_shards"]):
-            recover_folder(self.folder / self.shard_name(index))
+            recover_folder(self.folder / shard_name(index))

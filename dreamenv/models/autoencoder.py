@@ -31,8 +31,8 @@ class AutoencoderConfig:
         check(self.patch in (2, 4, 8), f"patch {self.patch}: must be 2, 4 or 8")
         check(1 <= self.latent_channels <= 3 * self.patch**2,
               f"latent_channels {self.latent_channels}: must be 1..{3 * self.patch**2}, the size of a patch")
-        check(self.width >= 8, f"width {self.width}: must be >= 8")
-        check(self.blocks >= 0, f"blocks {self.blocks}: must be >= 0")
+        check(8 <= self.width <= 2048, f"width {self.width}: must be 8..2048")
+        check(0 <= self.blocks <= 64, f"blocks {self.blocks}: must be 0..64")
 
 
 class _Residual(nn.Sequential):

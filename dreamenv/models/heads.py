@@ -37,13 +37,15 @@ class OutcomeHeadConfig:
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
-        check(len(self.rewards) >= 1, "rewards: must have at least one outcome")
+        check(1 <= len(self.rewards) <= 1024, f"rewards: must have 1..1024 outcomes, got {len(self.rewards)}")
         check(len(self.terminated) == len(self.rewards),
               f"terminated {self.terminated}: must have one entry per outcome, {len(self.rewards)}")
         check(len(self.bias) in (0, len(self.rewards)), f"bias {self.bias}: must be empty or one per outcome")
-        check(self.latent_size % 4 == 0, f"latent_size {self.latent_size}: must be a multiple of 4")
-        check(self.context >= 1, f"context {self.context}: must be >= 1")
-        check(self.width >= 8, f"width {self.width}: must be >= 8")
+        check(4 <= self.latent_size <= 64 and self.latent_size % 4 == 0,
+              f"latent_size {self.latent_size}: must be a multiple of 4 in 4..64")
+        check(1 <= self.latent_channels <= 256, f"latent_channels {self.latent_channels}: must be 1..256")
+        check(1 <= self.context <= 64, f"context {self.context}: must be 1..64")
+        check(8 <= self.width <= 2048, f"width {self.width}: must be 8..2048")
 
 
 @register_model("outcome_head", OutcomeHeadConfig)

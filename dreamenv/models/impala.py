@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamenv.actions import NUM_ACTIONS
-from dreamenv.artifacts import atomic_folder, sha256_file, write_json
+from dreamenv.artifacts import atomic_folder, read_json, readable_folder, sha256_file, write_json
 from dreamenv.config import check, from_dict, to_dict
 from dreamenv.errors import BundleError, ConfigError, PolicyError
 from dreamenv.models.autoencoder import to_images
@@ -29,8 +28,8 @@ class ImpalaConfig:
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
-        check(1 <= len(self.channels) <= 5 and min(self.channels) >= 1, f"channels {self.channels}: 1..5 stages, >= 1 each")
-        check(self.features >= 1, f"features {self.features}: must be >= 1")
+        check(1 <= len(self.channels) <= 5 and 1 <= min(self.channels) and max(self.channels) <= 1024, f"channels {self.channels}: 1..5 stages of 1..1024")
+        check(1 <= self.features <= 8192, f"features {self.features}: must be 1..8192")
 
 
 class _Residual(nn.Module):
@@ -93,15 +92,14 @@ def load_agent(folder: str | Path) -> ImpalaAgent:
     """
     from dreamenv.models.io import load_weights
 
-    path = Path(folder) / "agent.json"
+    folder = readable_folder(folder)
+    path = folder / "agent.json"
+    description = read_json(path, PolicyError, f"is {folder} a saved agent?")
     try:
-        description = json.loads(path.read_text())
         if description["format_version"] != 1:
             raise PolicyError(f"{path}: format_version {description['format_version']!r}; this release reads 1")
         agent = ImpalaAgent(from_dict(ImpalaConfig, description["network"], "network"))
-        load_weights(agent, Path(folder) / "agent.safetensors", description["sha256"])
-    except OSError:
-        raise PolicyError(f"{path}: not found; is {folder} a saved agent?") from None
-    except (KeyError, TypeError, ConfigError, BundleError, json.JSONDecodeError) as error:
+        load_weights(agent, folder / "agent.safetensors", description["sha256"])
+    except (KeyError, TypeError, ConfigError, BundleError) as error:
         raise PolicyError(f"{path}: is damaged ({error}); save the agent again") from None
     return agent.eval()

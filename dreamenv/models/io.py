@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
-from dreamenv.artifacts import atomic_folder, recover_folder, sha256_file, write_json
+from dreamenv.artifacts import atomic_folder, read_json, readable_folder, sha256_file, write_json
 from dreamenv.errors import BundleError, ConfigError
 from dreamenv.models.registry import build_model, model_spec
 
@@ -32,14 +31,11 @@ def load_model(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     Raises:
         BundleError: missing, altered, or not matching its own description; names the file.
     """
-    folder = Path(folder)
-    recover_folder(folder)
+    folder = readable_folder(folder)
+    description = read_json(folder / "model.json", BundleError, "train the model first")
     try:
-        description = json.loads((folder / "model.json").read_text())
         model = build_model(description["model"])
         facts, digest = description["facts"], description["sha256"]
-    except OSError:
-        raise BundleError(f"{folder / 'model.json'}: not found; train the model first") from None
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise BundleError(f"{folder / 'model.json'}: is damaged ({error}); train the model again") from None
     load_weights(model, folder / "model.safetensors", digest)
@@ -69,6 +65,8 @@ def load_weights(model: nn.Module, path: Path, sha256: str) -> None:
         if tensor.shape != expected[name].shape:
             raise BundleError(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, the model wants "
                               f"{tuple(expected[name].shape)}; re-download or retrain")  # fmt: skip
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            raise BundleError(f"{path}: tensor {name} is {tensor.dtype}, expected float16, bfloat16 or float32")
         if not torch.isfinite(tensor).all():
             raise BundleError(f"{path}: tensor {name} is not finite; re-download or retrain")
     model.load_state_dict({k: v.to(expected[k].dtype) for k, v in tensors.items()})

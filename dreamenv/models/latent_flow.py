@@ -38,16 +38,16 @@ class LatentFlowConfig:
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
-        check(self.latent_channels >= 1, f"latent_channels {self.latent_channels}: must be >= 1")
+        check(1 <= self.latent_channels <= 256, f"latent_channels {self.latent_channels}: must be 1..256")
         check(1 <= self.context <= 64, f"context {self.context}: must be 1..64")
         check(1 <= len(self.channels) <= 5, f"channels {self.channels}: must have 1..5 levels")
         check(len(self.blocks) == len(self.channels),
               f"blocks {self.blocks}: must have one entry per level, {len(self.channels)}")
-        check(min(self.channels) >= 8, f"channels {self.channels}: must be >= 8 each")
-        check(min(self.blocks) >= 1, f"blocks {self.blocks}: must be >= 1 each")
-        check(self.embedding >= 8 and self.embedding % 4 == 0, f"embedding {self.embedding}: must be a multiple of 4")
-        check(self.filter_bank >= 0, f"filter_bank {self.filter_bank}: must be >= 0")
-        check(self.filter_size % 2 == 1 and self.filter_size >= 1, f"filter_size {self.filter_size}: must be odd")
+        check(8 <= min(self.channels) and max(self.channels) <= 2048, f"channels {self.channels}: must be 8..2048 each")
+        check(1 <= min(self.blocks) and max(self.blocks) <= 64, f"blocks {self.blocks}: must be 1..64 each")
+        check(8 <= self.embedding <= 4096 and self.embedding % 4 == 0, f"embedding {self.embedding}: must be a multiple of 4 in 8..4096")
+        check(0 <= self.filter_bank <= 512, f"filter_bank {self.filter_bank}: must be 0..512")
+        check(self.filter_size % 2 == 1 and 1 <= self.filter_size <= 15, f"filter_size {self.filter_size}: must be odd, 1..15")
 
 
 @register_model("latent_flow", LatentFlowConfig)

@@ -44,7 +44,7 @@ def build_model(spec: dict[str, Any], where: str = "model") -> nn.Module:
         raise ConfigError(f"{where}.type: missing; give one of {', '.join(model_types())}")
     values = dict(spec)
     name = values.pop("type")
-    if name not in model_types():
+    if not isinstance(name, str) or name not in model_types():
         near = difflib.get_close_matches(str(name), _MODELS, n=1, cutoff=0.0)[0]
         raise ConfigError(f"{where}.type: {name!r} is unknown; did you mean {near!r}? "
                           f"There are: {', '.join(model_types())}")  # fmt: skip

@@ -1,0 +1,48 @@
+"""`manifest.json`: what a dataset folder says of itself, checked before anything is believed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dreamenv.artifacts import read_json
+from dreamenv.errors import DatasetError
+
+FORMAT_VERSION = 1
+_REMEDY = "collect the dataset again"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return a manifest whose structure is sound; it may be incomplete.
+
+    Raises:
+        DatasetError: missing, not JSON, of another format, or with entries that contradict one another.
+    """
+    path = folder / "manifest.json"
+    manifest = read_json(path, DatasetError, "collect one with: python -m envs.collect")
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise DatasetError(f"{path}: format_version {version!r}; this release reads {FORMAT_VERSION}")
+    facts, shards = manifest.get("facts"), manifest.get("shards")
+    if not isinstance(facts, dict) or not isinstance(shards, list) or not isinstance(facts.get("num_shards"), int):
+        raise DatasetError(f"{path}: facts, facts.num_shards or shards is missing or of another type; {_REMEDY}")
+    for entry in shards:
+        sound = isinstance(entry, dict) and isinstance(entry.get("sha256"), dict) and isinstance(entry.get("rewards"), dict)
+        if not sound or not all(isinstance(entry.get(k), int) for k in ("index", "steps", "episodes")):
+            raise DatasetError(f"{path}: a shard's entry is damaged; {_REMEDY}")
+        if entry.get("name") != shard_name(entry["index"]):
+            raise DatasetError(f"{path}: shard {entry['index']} is named {entry.get('name')!r}; {_REMEDY}")
+    indices = [entry["index"] for entry in shards]
+    if indices != sorted(set(indices)) or any(not 0 <= i < facts["num_shards"] for i in indices):
+        raise DatasetError(f"{path}: shard indices {indices[:8]} are not distinct and in order; {_REMEDY}")
+    if manifest.get("steps") != sum(entry["steps"] for entry in shards):
+        raise DatasetError(f"{path}: steps {manifest.get('steps')!r} is not the sum over its shards; {_REMEDY}")
+    if manifest.get("complete") is not (len(shards) == facts["num_shards"]):
+        raise DatasetError(f"{path}: complete {manifest.get('complete')!r} with {len(shards)} of {facts['num_shards']} "
+                           f"shards; {_REMEDY}")  # fmt: skip
+    return manifest
+
+
+def shard_name(index: int) -> str:
+    """Folder name of one shard."""
+    return f"shard-{index:05d}"
