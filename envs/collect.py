@@ -19,8 +19,9 @@ import numpy as np
 
 from dreamenv.config import check
 from dreamenv.data.writer import COLUMNS, DatasetWriter
+from dreamenv.noise import philox
 from dreamenv.policies import make_policy, parse_mix
-from envs.games import get_game
+from envs.games import HELD_OUT_FROM, check_levels, get_game
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,14 @@ class CollectConfig:
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
-        get_game(self.game)
+        check_levels(get_game(self.game), self.start_level, self.num_levels, self.distribution_mode)
+        check(self.start_level >= HELD_OUT_FROM or 0 < self.num_levels <= HELD_OUT_FROM - self.start_level,
+              f"levels {self.start_level}+{self.num_levels}: mix training and held-out ones; stay below {HELD_OUT_FROM}, "
+              f"or start at {HELD_OUT_FROM} or above")
         parse_mix(self.policy)
         for name in ("steps", "num_envs", "shard_steps", "workers"):
             check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
-        check(self.seed >= 0, f"seed {self.seed}: must be >= 0")
+        check(0 <= self.seed < 2**63, f"seed {self.seed}: must be in 0..2^63-1")
 
     @property
     def shard_lengths(self) -> list[int]:
@@ -95,7 +99,7 @@ def collect_shard(config: CollectConfig, index: int, envs: Any = None) -> dict[s
     from envs.procgen import RealProcgenVectorEnv
 
     n, length = config.num_envs, config.shard_lengths[index]
-    rng = np.random.Generator(np.random.Philox(key=[config.seed, index]))
+    rng = philox((config.seed, index))
     envs = envs or make_envs(config)
     assert isinstance(envs, RealProcgenVectorEnv)
     policy = make_policy(config.policy, np.asarray(get_game(config.game).bias))
@@ -125,11 +129,12 @@ def make_envs(config: CollectConfig) -> Any:
                                 config.distribution_mode)  # fmt: skip
 
 
-def _worker(config: CollectConfig, index: int) -> dict[str, Any]:
-    parent = os.getppid()
+def _worker(config: CollectConfig, index: int, parent: int) -> dict[str, Any]:
+    if os.getppid() != parent:
+        os._exit(1)  # orphaned by a kill: another run may own the folder now
     columns = collect_shard(config, index)
-    if os.getppid() != parent:  # orphaned by a kill: another run may own the folder now
-        raise SystemExit(1)
+    if os.getppid() != parent:
+        os._exit(1)
     return DatasetWriter(config.out, config.facts()).write_shard(index, columns)
 
 
@@ -158,7 +163,7 @@ def collect(config: CollectConfig, progress: bool = True) -> Path:
     if config.workers > 1:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(config.workers, mp_context=context) as pool:
-            for future in as_completed([pool.submit(_worker, config, i) for i in missing]):
+            for future in as_completed([pool.submit(_worker, config, i, os.getpid()) for i in missing]):
                 commit(future)
     elif missing:
         envs = make_envs(config)

@@ -10,6 +10,7 @@ import difflib
 from dataclasses import dataclass
 
 from dreamenv.actions import NAMES, NUM_ACTIONS
+from dreamenv.config import check
 from dreamenv.errors import ConfigError
 
 _MOVE = {n: f"move {n}" for n in ("left", "right", "up", "down", "left+down", "left+up", "right+down", "right+up")}
@@ -41,6 +42,32 @@ class Game:
     hard: tuple[float, float]
     meanings: tuple[str, ...]
     bias: tuple[float, ...]
+
+    @property
+    def distribution_modes(self) -> tuple[str, ...]:
+        """The difficulties this game has; Procgen ends the process on any other."""
+        extra = {"extreme": _EXTREME, "memory": _MEMORY}
+        return ("easy", "hard", *(mode for mode, games in extra.items() if self.name in games))
+
+
+_EXTREME = ("chaser", "dodgeball", "leaper", "starpilot")
+_MEMORY = ("caveflyer", "dodgeball", "heist", "jumper", "maze", "miner")
+SEED_LIMIT = 2**31 - 1
+"""Procgen's level seeds and rand_seed are signed 32-bit integers."""
+HELD_OUT_FROM = 10000
+"""First level that nothing may train on."""
+
+
+def check_levels(game: Game, start_level: int, num_levels: int, distribution_mode: str) -> None:
+    """Raise `ConfigError` unless Procgen takes these options (it ends the process on some that it does not)."""
+    for name, value in (("start_level", start_level), ("num_levels", num_levels)):
+        check(isinstance(value, int) and not isinstance(value, bool), f"{name} {value!r}: must be an integer")
+    check(0 <= start_level <= SEED_LIMIT, f"start_level {start_level}: must be in 0..{SEED_LIMIT}")
+    check(0 <= num_levels <= SEED_LIMIT - start_level, f"num_levels {num_levels}: the range leaves 32 bits")
+    check(num_levels > 0 or start_level == 0,
+          f"start_level {start_level} is ignored by Procgen when num_levels is 0: give num_levels >= 1")
+    check(distribution_mode in game.distribution_modes,
+          f"distribution_mode {distribution_mode!r}: {game.name} has {', '.join(game.distribution_modes)}")
 
 
 def _game(name: str, max_steps: int, rewards: tuple[float, ...], easy: tuple[float, float], hard: tuple[float, float],
@@ -87,7 +114,7 @@ def get_game(name: str) -> Game:
     Raises:
         ConfigError: no such game; the nearest name is given.
     """
-    if name not in GAMES:
+    if not isinstance(name, str) or name not in GAMES:
         near = difflib.get_close_matches(str(name), GAMES, n=1, cutoff=0.0)[0]
         raise ConfigError(f"game {name!r}: unknown; did you mean {near!r}? There are: {', '.join(GAMES)}")
     return GAMES[name]

@@ -14,8 +14,9 @@ import numpy as np
 from dreamenv.actions import check_action, keys_to_action
 from dreamenv.config import check
 from dreamenv.errors import ResetError
-from envs.games import get_game
-from envs.procgen import _SEED_LIMIT, make_procgen, no_collection, quiet_import
+from dreamenv.resets import check_options, check_seeds
+from envs.games import SEED_LIMIT, check_levels, get_game
+from envs.procgen import make_procgen, no_collection, quiet_import
 
 
 class LegacyProcgenEnv(gymnasium.Env):
@@ -24,7 +25,7 @@ class LegacyProcgenEnv(gymnasium.Env):
     Args:
         gym_id: an id that procgen registers with the old gym, "procgen:procgen-<game>-v0".
         render_mode: None or "rgb_array" (the observation's 64 x 64 pixels).
-        options: procgen's own keywords (start_level, num_levels, distribution_mode ...).
+        start_level, num_levels, distribution_mode: as in `RealProcgenVectorEnv`.
 
     Raises:
         ConfigError: an id of another form, or an unknown game.
@@ -32,14 +33,16 @@ class LegacyProcgenEnv(gymnasium.Env):
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 15}
 
-    def __init__(self, gym_id: str = "procgen:procgen-coinrun-v0", render_mode: str | None = None, **options: Any) -> None:
+    def __init__(self, gym_id: str = "procgen:procgen-coinrun-v0", render_mode: str | None = None,
+                 start_level: int = 0, num_levels: int = 10000, distribution_mode: str = "easy") -> None:  # fmt: skip
         prefix, suffix = "procgen:procgen-", "-v0"
         check(isinstance(gym_id, str) and gym_id.startswith(prefix) and gym_id.endswith(suffix),
               f"gym_id {gym_id!r}: expected {prefix}<game>{suffix}")
         check(render_mode in (None, "rgb_array"), f"render_mode {render_mode!r}: must be None or 'rgb_array'")
         self.game = get_game(gym_id[len(prefix) : -len(suffix)])
         self.render_mode = render_mode
-        self._options = {"distribution_mode": "easy", **options}
+        check_levels(self.game, start_level, num_levels, distribution_mode)
+        self._options = {"start_level": start_level, "num_levels": num_levels, "distribution_mode": distribution_mode}
         with quiet_import(), no_collection():
             import gym
             from shimmy.openai_gym_compatibility import GymV21CompatibilityV0
@@ -51,27 +54,33 @@ class LegacyProcgenEnv(gymnasium.Env):
         self.action_space = gymnasium.spaces.Discrete(15)
         self._frame = np.zeros((64, 64, 3), np.uint8)
         self._steps = 0
+        self._playing = False
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start a new episode, in mid-episode too; raises `ResetError` for options (there are none)."""
-        if options:
-            raise ResetError(f"reset option {next(iter(options))!r}: the legacy path has none")
+        check_options(options, ())
+        (seed,) = check_seeds([seed], 1, 2**63)
         super().reset(seed=seed)
-        rand_seed = int(self.np_random.integers(_SEED_LIMIT)) if seed is None else seed % _SEED_LIMIT
+        rand_seed = int(self.np_random.integers(SEED_LIMIT)) if seed is None else seed % SEED_LIMIT
         fresh = make_procgen(num=1, env_name=self.game.name, rand_seed=rand_seed, num_threads=0, **self._options)
         self._base().set_state(fresh.get_state())
         fresh.close()
         self._frame = self._base().observe()[1]["rgb"][0].copy()
-        self._steps = 0
+        self._steps, self._playing = 0, True
         return self._frame.copy(), self._info()
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Advance by one action; at the end of an episode the last frame is repeated (Procgen shows no terminal one)."""
-        frame, reward, done, _, _ = self._shimmy.step(check_action(action))
+        action = check_action(action)
+        if not self._playing:
+            raise ResetError("step() outside an episode: call reset() first")
+        frame, reward, done, _, _ = self._shimmy.step(action)
         self._steps += 1
-        truncated = bool(done) and self._steps >= self.game.max_steps
+        self._playing = not done
+        completed = bool(done) and bool(self._base().get_info()[0]["prev_level_complete"])
+        truncated = bool(done) and self._steps >= self.game.max_steps and not completed
         if not done:
             self._frame = np.array(frame)
         return self._frame.copy(), float(reward), bool(done) and not truncated, truncated, self._info()

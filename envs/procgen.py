@@ -18,16 +18,14 @@ from gymnasium.vector.utils import batch_space
 from dreamenv.actions import check_action, check_actions, keys_to_action
 from dreamenv.config import check
 from dreamenv.errors import ResetError, SnapshotError
+from dreamenv.resets import as_array, check_mask, check_options, check_seeds
 from dreamenv.snapshot import pack, unpack
-from envs.games import Game, get_game
-
-_SEED_LIMIT = 2**31 - 1  # procgen's rand_seed and level seeds are signed 32-bit
-DISTRIBUTION_MODES = ("easy", "hard", "extreme", "memory")
+from envs.games import SEED_LIMIT, Game, check_levels, get_game
 
 
 @contextlib.contextmanager
 def quiet_import() -> Iterator[None]:
-    """Silence gym 0.26 and Shimmy, which announce on stderr that they are old; used at their imports only."""
+    """Silence gym 0.26 and Shimmy, which announce on stderr that they are old, where they are imported and made."""
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
@@ -106,16 +104,14 @@ class RealProcgenVectorEnv(VectorEnv):
         num_threads: int = 0,
     ) -> None:
         self.game: Game = get_game(game)
-        check(isinstance(num_envs, int) and num_envs >= 1, f"num_envs {num_envs!r}: must be an integer >= 1")
-        check(0 <= start_level <= _SEED_LIMIT, f"start_level {start_level}: must be in 0..{_SEED_LIMIT}")
-        check(0 <= num_levels <= _SEED_LIMIT - start_level, f"num_levels {num_levels}: the range leaves 32 bits")
-        check(num_levels > 0 or start_level == 0,
-              f"start_level {start_level} is ignored by Procgen when num_levels is 0: give num_levels >= 1")
-        check(distribution_mode in DISTRIBUTION_MODES,
-              f"distribution_mode {distribution_mode!r}: must be one of {', '.join(DISTRIBUTION_MODES)}")
+        check_levels(self.game, start_level, num_levels, distribution_mode)
+        for name, value, least in (("num_envs", num_envs, 1), ("num_threads", num_threads, 0)):
+            sound = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            check(sound, f"{name} {value!r}: must be an integer >= {least}")
+        modes = (AutoresetMode.SAME_STEP, AutoresetMode.DISABLED)
+        check(autoreset_mode in modes or autoreset_mode in [m.value for m in modes],
+              f"autoreset_mode {autoreset_mode!r}: must be SameStep or Disabled (Procgen has no terminal frame to show)")
         autoreset = AutoresetMode(autoreset_mode)
-        check(autoreset is not AutoresetMode.NEXT_STEP,
-              "autoreset_mode NEXT_STEP: Procgen has no terminal frame to show; use SAME_STEP or DISABLED")
         check(render_mode in (None, "rgb_array"), f"render_mode {render_mode!r}: must be None or 'rgb_array'")
         check(render_size in (64, 512), f"render_size {render_size}: must be 64 or 512")
 
@@ -137,6 +133,7 @@ class RealProcgenVectorEnv(VectorEnv):
         self._large: Any = None  # a lone instance that draws 512 px
         self._steps = np.zeros(num_envs, np.int64)
         self._levels = np.zeros(num_envs, np.int64)
+        self._pinned = np.zeros(num_envs, bool)  # at a level that `reset` was given
         self._finished = np.zeros(num_envs, bool)  # over, and not yet reset (DISABLED mode)
         self._frames = np.zeros((num_envs, 64, 64, 3), np.uint8)
         self._started = False
@@ -148,7 +145,8 @@ class RealProcgenVectorEnv(VectorEnv):
 
         Args:
             seed: one int (environment i gets seed + i), one int or None for each, or None to go on to the next level.
-            options: `reset_mask` bool (N,): reset only these; `level`: int or ints (N,), the level seeds to play.
+            options: `reset_mask` bool (N,): reset only these; `level`: int or ints (N,), the level seeds to play
+                (an autoreset repeats the level, the next reset goes back to the environment's own range).
 
         Returns:
             uint8 observations (N, 64, 64, 3) and infos.
@@ -156,24 +154,26 @@ class RealProcgenVectorEnv(VectorEnv):
         Raises:
             ResetError: a seed or option of the wrong type, shape or range.
         """
-        mask, levels, seeds = self._reset_arguments(seed, options)
+        options = check_options(options, ("reset_mask", "level"))
+        seeds = check_seeds(seed, self.num_envs, 2**63)
+        mask = check_mask(options, self.num_envs, self._started)
+        levels = self._check_level(options)
         if isinstance(seed, (int, np.integer)):
             super().reset(seed=int(seed))
         for i in np.flatnonzero(mask):
             if levels is not None:
-                self._set(i, self._fresh_state(int(levels[i]) % _SEED_LIMIT, level=int(levels[i])))
+                self._set(i, self._fresh_state(int(levels[i]) % SEED_LIMIT, level=int(levels[i])))
             elif seeds[i] is not None:
-                self._set(i, self._fresh_state(int(seeds[i]) % _SEED_LIMIT))
-            elif not self._started:
-                self._set(i, self._fresh_state(int(self.np_random.integers(_SEED_LIMIT))))
+                self._set(i, self._fresh_state(int(seeds[i]) % SEED_LIMIT))
+            elif not self._started or self._pinned[i]:
+                self._set(i, self._fresh_state(int(self.np_random.integers(SEED_LIMIT))))
             elif not self._finished[i]:  # a finished game already stands at its next level
                 self._set(i, self._forced_reset(self._get(i)))
-            self._steps[i] = 0
-            self._finished[i] = False
+            self._steps[i], self._finished[i], self._pinned[i] = 0, False, levels is not None
         self._started = True
         frames = self._envs.observe()[1]["rgb"]
         self._frames = np.where(mask[:, None, None, None], frames, self._frames)
-        self._read_levels()
+        self._levels = np.where(mask, self._current_levels(), self._levels)
         return self._frames.copy(), self._infos()
 
     def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
@@ -202,7 +202,7 @@ class RealProcgenVectorEnv(VectorEnv):
             self._frames = observation["rgb"]
             self._steps[done] = 0
             if done.any():
-                self._read_levels()
+                self._levels = self._current_levels()
         else:
             self._frames = np.where(done[:, None, None, None], self._frames, observation["rgb"])
             self._finished |= done
@@ -216,23 +216,23 @@ class RealProcgenVectorEnv(VectorEnv):
         """Return the whole batch's state as bytes that `restore` accepts, in another process too."""
         states = [np.frombuffer(self._get(i), np.uint8) for i in range(self.num_envs)]
         arrays = {f"state.{i}": s for i, s in enumerate(states)}
-        arrays |= {"steps": self._steps, "levels": self._levels, "finished": self._finished, "frames": self._frames}
-        return pack("real", {"game": self.game.name, "num_envs": self.num_envs, "started": self._started}, arrays)
+        arrays |= {name: getattr(self, f"_{name}") for name in _COUNTERS}
+        return pack("real", {"num_envs": self.num_envs, "options": self._options, "started": self._started}, arrays)
 
     def restore(self, data: bytes) -> np.ndarray:
         """Return to a snapshot and its observations, uint8 (N, 64, 64, 3).
 
         Raises:
-            SnapshotError: damaged bytes, another game, or another number of environments.
+            SnapshotError: damaged bytes, or of an environment with another game, levels, difficulty or batch size.
         """
         meta, arrays = unpack("real", data)
-        if meta["game"] != self.game.name or meta["num_envs"] != self.num_envs:
-            raise SnapshotError(f"snapshot of {meta['num_envs']} x {meta['game']} cannot be restored into "
-                                f"{self.num_envs} x {self.game.name}; make the same environment")  # fmt: skip
+        if meta["options"] != self._options or meta["num_envs"] != self.num_envs:
+            raise SnapshotError(f"snapshot of {meta['num_envs']} x {meta['options']} cannot be restored into "
+                                f"{self.num_envs} x {self._options}; make the same environment")  # fmt: skip
         for i in range(self.num_envs):
             self._set(i, arrays[f"state.{i}"].tobytes())
-        self._steps, self._levels = arrays["steps"].copy(), arrays["levels"].copy()
-        self._finished, self._frames = arrays["finished"].copy(), arrays["frames"].copy()
+        for name in _COUNTERS:
+            setattr(self, f"_{name}", arrays[name].copy())
         self._started = meta["started"]
         return self._frames.copy()
 
@@ -262,43 +262,25 @@ class RealProcgenVectorEnv(VectorEnv):
             if env is not None:
                 env.close()
 
-    def _reset_arguments(self, seed: Any, options: Any) -> tuple[np.ndarray, np.ndarray | None, list[int | None]]:
-        n = self.num_envs
-        options = dict(options or {})
-        mask = np.asarray(options.pop("reset_mask", np.ones(n, bool)))
-        if mask.shape != (n,) or mask.dtype != bool:
-            raise ResetError(f"reset_mask of shape {mask.shape} and dtype {mask.dtype}: expected bool ({n},)")
-        if not self._started and not mask.all():
-            raise ResetError("reset_mask on the first reset: every environment must be reset once")
-        levels = options.pop("level", None)
-        if levels is not None:
-            try:
-                levels = np.broadcast_to(np.asarray(levels), (n,))
-            except ValueError:
-                raise ResetError(f"level {levels!r}: expected one integer or {n} of them") from None
-            if levels.dtype.kind not in "iu" or levels.min() < 0 or levels.max() > _SEED_LIMIT:
-                raise ResetError(f"level {levels.tolist()}: expected integers in 0..{_SEED_LIMIT}")
-        if options:
-            raise ResetError(f"reset option {next(iter(options))!r}: unknown; there are 'reset_mask' and 'level'")
-        if seed is None or isinstance(seed, (int, np.integer)):
-            seeds: list[int | None] = [None if seed is None else int(seed) + i for i in range(n)]
-        else:
-            seeds = list(seed)
-            if len(seeds) != n:
-                raise ResetError(f"{len(seeds)} seeds for {n} environments: give one for each")
-        for s in seeds:
-            if s is not None and (not isinstance(s, (int, np.integer)) or s < 0):
-                raise ResetError(f"seed {s!r}: expected an integer >= 0 or None")
-        return mask, levels, seeds
+    def _check_level(self, options: dict[str, Any]) -> np.ndarray | None:
+        level, n = options.get("level"), self.num_envs
+        if level is None:
+            return None
+        try:
+            levels = np.broadcast_to(as_array(level, "level"), (n,))
+        except ValueError:
+            raise ResetError(f"level {level!r}: expected one integer or {n} of them") from None
+        if levels.dtype.kind not in "iu" or levels.min() < 0 or levels.max() > SEED_LIMIT:
+            raise ResetError(f"level {levels.tolist()}: expected integers in 0..{SEED_LIMIT}")
+        return levels
 
     def _infos(self) -> dict[str, Any]:
         every = np.ones(self.num_envs, bool)
         return {"level_seed": self._levels.copy(), "_level_seed": every,
                 "episode_step": self._steps.copy(), "_episode_step": every}  # fmt: skip
 
-    def _read_levels(self) -> None:
-        info = self._envs.get_info()
-        self._levels = np.array([x["level_seed"] for x in info], np.int64)
+    def _current_levels(self) -> np.ndarray:
+        return np.array([x["level_seed"] for x in self._envs.get_info()], np.int64)
 
     def _get(self, i: int) -> bytes:
         size = 2**20
@@ -325,6 +307,9 @@ class RealProcgenVectorEnv(VectorEnv):
         return self._helper.get_state()[0]
 
 
+_COUNTERS = ("steps", "levels", "finished", "pinned", "frames")
+
+
 class RealProcgenEnv(gym.Env):
     """One real Procgen game: the N = 1 view of `RealProcgenVectorEnv` (same arguments, no autoreset).
 
@@ -346,10 +331,12 @@ class RealProcgenEnv(gym.Env):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start a new episode; `options={"level": k}` plays level k. Returns uint8 (64, 64, 3) and info."""
-        super().reset(seed=seed)
+        options = check_options(options, ("level",))
+        (seed,) = check_seeds([seed], 1, 2**63)
         first = seed is None and not self.vector._started
-        start = int(self.np_random.integers(_SEED_LIMIT)) if first else seed
+        start = int(self.np_random.integers(SEED_LIMIT)) if first else seed
         frames, infos = self.vector.reset(seed=start, options=options)
+        super().reset(seed=seed)
         return frames[0], _single(infos)
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:

@@ -28,7 +28,8 @@ class ImpalaConfig:
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
-        check(1 <= len(self.channels) <= 5 and 1 <= min(self.channels) and max(self.channels) <= 1024, f"channels {self.channels}: 1..5 stages of 1..1024")
+        check(1 <= len(self.channels) <= 5 and 1 <= min(self.channels) and max(self.channels) <= 1024,
+              f"channels {self.channels}: 1..5 stages of 1..1024")
         check(1 <= self.features <= 8192, f"features {self.features}: must be 1..8192")
 
 

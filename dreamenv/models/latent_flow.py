@@ -45,7 +45,8 @@ class LatentFlowConfig:
               f"blocks {self.blocks}: must have one entry per level, {len(self.channels)}")
         check(8 <= min(self.channels) and max(self.channels) <= 2048, f"channels {self.channels}: must be 8..2048 each")
         check(1 <= min(self.blocks) and max(self.blocks) <= 64, f"blocks {self.blocks}: must be 1..64 each")
-        check(8 <= self.embedding <= 4096 and self.embedding % 4 == 0, f"embedding {self.embedding}: must be a multiple of 4 in 8..4096")
+        check(8 <= self.embedding <= 4096 and self.embedding % 4 == 0,
+              f"embedding {self.embedding}: must be a multiple of 4 in 8..4096")
         check(0 <= self.filter_bank <= 512, f"filter_bank {self.filter_bank}: must be 0..512")
         check(self.filter_size % 2 == 1 and 1 <= self.filter_size <= 15, f"filter_size {self.filter_size}: must be odd, 1..15")
 
