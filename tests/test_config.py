@@ -52,6 +52,12 @@ CASES = [
     (HeadsTaskConfig, {"balance": 0.9, "near": 0.2}, "near"),
     (CollectConfig, {"game": "coinrum"}, "did you mean 'coinrun'"),
     (CollectConfig, {"steps": 0}, "steps 0"),
+    (CollectConfig, {"start_level": 9000, "num_levels": 5000}, "held-out"),
+    (CollectConfig, {"distribution_mode": "extreme"}, "coinrun has easy, hard"),
+    (CollectConfig, {"seed": 2**64}, "seed"),
+    (PipelineConfig, {"set": ["unroled:loop.lr=1"]}, "no stage 'unroled'"),
+    (LoopConfig, {"lr": 10**400}, "finite"),
+    (LatentFlowConfig, {"filter_bank": 10**12}, "0..512"),
     (PipelineConfig, {"minutes": 0.0}, "minutes 0"),
 ]
 
@@ -100,7 +106,7 @@ def test_unknown_section(tmp_path: Path) -> None:
         train({"modle": {}}, tmp_path)
 
 
-@pytest.mark.parametrize("assignment", ["loop.lr", "=3", "loop.lr.x=1"])
+@pytest.mark.parametrize("assignment", ["loop.lr", "=3", "loop.lr.x=1", "loop.lr=[1"])
 def test_bad_override(assignment: str) -> None:
     with pytest.raises(ConfigError):
         override({"loop": {"lr": 1}}, (assignment,))

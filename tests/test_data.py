@@ -24,6 +24,7 @@ from dreamenv.models.impala import ImpalaAgent, ImpalaConfig, save_agent
 from dreamenv.policies import make_policy
 from envs.collect import CollectConfig, collect
 from envs.procgen import RealProcgenVectorEnv
+from trainers.latents import training_data
 
 SMALL = {"steps": 1600, "num_envs": 4, "shard_steps": 100, "num_levels": 50, "policy": "biased"}
 
@@ -95,7 +96,28 @@ def test_other_settings_do_not_continue_a_dataset(small: Path) -> None:
         collect(CollectConfig(out=str(small), **{**SMALL, "seed": 5}), progress=False)
 
 
-@pytest.mark.parametrize("damage", ["altered", "truncated", "missing", "pickled", "manifest", "version", "half", "none"])
+def test_killed_workers_do_not_spoil_the_resume(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "workers"
+    command = [sys.executable, "-m", "envs.collect", "--out", str(out), "--steps", "1600", "--num-envs", "4",
+               "--shard-steps", "100", "--num-levels", "50", "--policy", "biased", "--workers", "2"]  # fmt: skip
+    for _ in range(3):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline and not list(out.glob("shard-*")):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    assert tree_hash(out) == tree_hash(small)
+
+
+MANIFEST_DAMAGES: dict[str, dict] = {
+    "version": {"format_version": 99}, "half": {"complete": False}, "hole": {"shards": []}, "no shards": {"shards": None},
+    "bad entry": {"shards": [{}]}, "no facts": {"facts": {}}, "miscounted": {"steps": 5}, "nested": {"facts": [[]]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", ["altered", "truncated", "missing", "pickled", "manifest", "none", *MANIFEST_DAMAGES])
 def test_a_damaged_dataset_is_refused_by_name(small: Path, tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(small, folder)
@@ -117,12 +139,23 @@ def test_a_damaged_dataset_is_refused_by_name(small: Path, tmp_path: Path, damag
         shutil.rmtree(folder)
     else:
         value = json.loads(manifest.read_text())
-        value.update({"version": {"format_version": 99}, "half": {"complete": False}}[damage])
+        value.update(MANIFEST_DAMAGES[damage])
         manifest.write_text(json.dumps(value))
     if damage in ("altered", "truncated", "missing", "pickled"):
         name = "rewards.npy"
     with pytest.raises(DatasetError, match=name):
         Dataset(folder, verify="sha256")
+    if name == "manifest.json" and damage != "none":
+        with pytest.raises(DatasetError, match=name if damage != "half" else "complete"):
+            collect(CollectConfig(out=str(folder), **SMALL), progress=False)
+
+
+def test_nothing_trains_on_held_out_levels(tmp_path: Path) -> None:
+    settings = {**SMALL, "steps": 16, "start_level": 10000}
+    out = collect(CollectConfig(out=str(tmp_path / "held-out"), **settings), progress=False)
+    assert Dataset(out).shards[0].level_seeds.min() >= 10000
+    with pytest.raises(DatasetError, match="held out"):
+        training_data(out)
 
 
 def test_the_writer_refuses_a_wrong_column(tmp_path: Path) -> None:

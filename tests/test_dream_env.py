@@ -273,7 +273,7 @@ BAD_RESETS = [
     {"frames": np.zeros((2, 4, 64, 64, 3), np.uint8), "actions": np.full((2, 3), 15)},
     {"frames": np.zeros((2, 4, 64, 64, 3), np.uint8), "actions": np.zeros((2, 4), int)},
     {"actions": np.zeros((2, 3), int)}, {"frames": np.zeros((2, 1, 64, 64, 3), np.uint8), "start": 0},
-    {"reset_mask": [1, 0]}, {"reset_mask": np.ones(3, bool)},
+    {"frames": [[1], [2, 3]]}, {"start": [[1], [2, 3]]}, {"reset_mask": [1, 0]}, {"reset_mask": np.ones(3, bool)},
 ]  # fmt: skip
 
 
@@ -287,7 +287,14 @@ def test_bad_reset_options_leave_the_state_alone(toy_bundle: Path, options: dict
     assert same_bytes(envs.snapshot(), before)
 
 
-@pytest.mark.parametrize("seed", [-1, 2**64, [1], [1, 2, 3], [1, "a"], 1.5, "x"])
+def test_seeds_beyond_63_bits_differ(toy_bundle: Path) -> None:
+    envs = DreamVectorEnv(4, bundle=toy_bundle, sampler=NOISY)
+    envs.reset(seed=[2**63 + 1, 2**63 + 2, 2**64 - 2, 2**64 - 1], options={"start": 0})
+    frames = envs.step(np.full(4, 7))[0]
+    assert len({f.tobytes() for f in frames}) == 4
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, [1], [1, 2, 3], [1, "a"], 1.5, "x", True, {}])
 def test_bad_seeds(toy_bundle: Path, seed: object) -> None:
     envs = DreamVectorEnv(2, bundle=toy_bundle)
     with pytest.raises(ResetError):
@@ -298,6 +305,7 @@ BAD_ACTIONS = [
     -1, 15, 1000, 2**40, 1.0, 0.5, float("nan"), float("inf"), "right", b"7", None, True, [], [1, 2], [[1]], {}, {"a": 1},
     (3, 4), np.float32(3), np.array([1.0]), np.array([[3]]), np.array([15]), np.array(["7"]), object(), np.array(None),
     torch.tensor(2.5), 1 + 2j, [None], [[1], [2, 3]],
+    torch.tensor(3, dtype=torch.bfloat16), "", np.datetime64("2026-01-01"),
 ]  # fmt: skip
 
 
@@ -370,7 +378,7 @@ def test_damaged_snapshots(toy_bundle: Path, tmp_path: Path, damage: str) -> Non
 @pytest.mark.parametrize("arguments", [
     {"num_envs": 0}, {"num_envs": 1.5}, {"num_envs": True}, {"render_mode": "human"}, {"truncate_above": 0.0},
     {"autoreset_mode": "Never"}, {"sampler": {"nfe": 0}}, {"sampler": {"steps": 3}}, {"device": "tpu"},
-    {"precision": "fp8"}, {"exact": 1},
+    {"precision": "fp8"}, {"exact": 1}, {"truncate_above": "x"}, {"device": "meta"},
 ], ids=str)  # fmt: skip
 def test_bad_arguments(toy_bundle: Path, arguments: dict) -> None:
     with pytest.raises(ConfigError):

@@ -106,6 +106,16 @@ def test_levels_stay_in_their_range_and_can_be_chosen() -> None:
     assert infos["level_seed"].tolist() == list(range(50, 58))
 
 
+def test_a_chosen_level_is_left_at_the_next_reset_and_snapshots_keep_to_their_range() -> None:
+    env = RealProcgenEnv(start_level=0, num_levels=5)
+    assert env.reset(seed=0, options={"level": 10500})[1]["level_seed"] == 10500
+    assert {env.reset()[1]["level_seed"] for _ in range(6)} <= set(range(5))
+    held_out = RealProcgenEnv(start_level=10000, num_levels=5)
+    held_out.reset(seed=0)
+    with pytest.raises(SnapshotError, match="start_level"):
+        env.restore(held_out.snapshot())
+
+
 def test_the_time_limit_truncates_and_death_terminates() -> None:
     vector = RealProcgenVectorEnv(4, "maze")
     vector.reset(seed=0)
@@ -162,6 +172,29 @@ def test_legacy_seed_and_mid_episode_reset() -> None:
     assert not np.array_equal(b, c) and not np.array_equal(c, d)
 
 
+def test_single_envs_type_their_errors_and_end_their_episodes() -> None:
+    for env_id in ("envs:RealProcgen-v0", "envs:LegacyProcgen-v0"):
+        env = gym.make(env_id, disable_env_checker=True).unwrapped
+        with pytest.raises(ResetError):
+            env.step(7)
+        for bad in ({"seed": -1}, {"seed": 1.5}, {"options": {"begin": 1}}):
+            with pytest.raises(ResetError):
+                env.reset(**bad)
+        env.reset(seed=1)
+        done = False
+        for action in np.random.default_rng(0).choice([7, 8], 900):
+            _, _, terminated, truncated, _ = env.step(action)
+            if done := terminated or truncated:
+                break
+        assert done
+        with pytest.raises(ResetError):
+            env.step(7)
+    with pytest.raises(ConfigError):
+        gym.make("envs:LegacyProcgen-v0", distribution_mode="nightmare")
+    with pytest.raises(ConfigError):
+        gym.make("envs:LegacyProcgen-v0", gym_id="procgen-coinrun-v0")
+
+
 def test_the_wrapper_stack_of_the_seed_document() -> None:
     env = grayscale_stack(RealProcgenEnv())
     stack, _ = env.reset(seed=0)
@@ -188,7 +221,9 @@ def test_the_wrapper_stack_of_the_seed_document() -> None:
 
 
 @pytest.mark.parametrize("arguments", [
-    {"game": "coin"}, {"num_envs": 0}, {"start_level": -1}, {"start_level": 5, "num_levels": 0}, {"num_levels": 2**31},
+    {"game": "coin"}, {"game": 3}, {"num_envs": 0}, {"num_envs": True}, {"num_levels": 2.5}, {"start_level": "5"},
+    {"distribution_mode": "extreme"}, {"autoreset_mode": "Never"}, {"num_threads": -1},
+    {"start_level": -1}, {"start_level": 5, "num_levels": 0}, {"num_levels": 2**31},
     {"distribution_mode": "nightmare"}, {"autoreset_mode": AutoresetMode.NEXT_STEP}, {"render_mode": "ansi"},
     {"render_size": 100},
 ], ids=str)  # fmt: skip
@@ -209,7 +244,10 @@ def test_bad_calls_leave_the_state_alone() -> None:
     for options in ({"level": -1}, {"level": [1, 2, 3]}, {"reset_mask": [True, False, True]}, {"start": 0}):
         with pytest.raises(ResetError):
             vector.reset(options=options)
-    for seed in (-1, [1], [1, -2]):
+    for options in ([1], {"reset_mask": [[True], [True, False]]}):
+        with pytest.raises(ResetError):
+            vector.reset(options=options)  # type: ignore[arg-type]
+    for seed in (-1, [1], [1, -2], 1.5, "x", True):
         with pytest.raises(ResetError):
             vector.reset(seed=seed)
     assert same_bytes(vector.snapshot(), before)

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from dreamenv.config import check
-from dreamenv.data import Dataset, split_levels
+from dreamenv.data import split_levels
 from dreamenv.metrics import RARE_FREQUENCY, colour_frequencies
 from dreamenv.models.autoencoder import Autoencoder, to_frames, to_images
 from dreamenv.models.registry import build_model
+from dreamenv.noise import philox
 from dreamenv.report import save_grid
+from trainers.latents import training_data
 from trainers.losses import (
     colour_bins,
     colour_weights,
@@ -55,13 +57,15 @@ class AutoencoderTask:
 
     def __init__(self, config: AutoencoderTaskConfig, model: dict[str, Any], seed: int) -> None:
         self.config = config
-        self.dataset = Dataset(config.data)
+        self.dataset = training_data(config.data)
         torch.manual_seed(seed)
         self.model: nn.Module = build_model(model)
         validation = [split_levels(s.level_seeds, config.val_ratio, 0) for s in self.dataset.shards]
         self._train = _indices([~v for v in validation])
         self._val = _indices(validation)
-        rng = np.random.Generator(np.random.Philox(key=[seed, 2**63]))
+        check(len(self._train) > 0 and len(self._val) > 0,
+              f"val_ratio {config.val_ratio}: leaves no levels to train on or none to validate on; collect more levels")
+        rng = philox((seed, 2**63))
         sample, _ = self._gather(self._train[np.sort(rng.choice(len(self._train), min(4096, len(self._train))))])
         self._frequencies = torch.from_numpy(colour_frequencies(sample.numpy())).float()
         self._weights = colour_weights(self._frequencies, limit=config.rare_limit)

@@ -12,13 +12,16 @@ from torch import Tensor, nn
 
 from dreamenv.actions import NOOP
 from dreamenv.config import check
+from dreamenv.errors import ConfigError
 from dreamenv.flow import interpolate
-from dreamenv.models.autoencoder import Autoencoder, to_frames
+from dreamenv.models.autoencoder import to_frames
 from dreamenv.models.io import load_model
 from dreamenv.models.latent_flow import NULL_ACTION, LatentFlow
 from dreamenv.models.registry import build_model
-from dreamenv.report import save_grid
+from dreamenv.report import save_grid, save_video, side_by_side
 from trainers.latents import LatentDataset, channel_weights
+
+_HORIZON = 10  # steps of the validation's open loop
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,24 @@ class DynamicsTask:
     def __init__(self, config: DynamicsTaskConfig, model: dict[str, Any], seed: int) -> None:
         self.config = config
         self.data = LatentDataset(Path(config.latents), config.val_ratio)
-        self.autoencoder = cast(Autoencoder, load_model(self.data.facts["autoencoder"])[0])
+        self.autoencoder = self.data.autoencoder
         torch.manual_seed(seed)
         self.model: nn.Module = build_model(model)
+        network = cast(LatentFlow, self.model).config
+        check(network.latent_channels == self.data.latents.shape[1],
+              f"latent_channels {network.latent_channels}: the latents have {self.data.latents.shape[1]}")
         if config.init_from:
-            self.model.load_state_dict(load_model(config.init_from)[0].state_dict())
-        self.context = cast(LatentFlow, self.model).config.context
+            try:
+                self.model.load_state_dict(load_model(config.init_from)[0].state_dict())
+            except RuntimeError as error:
+                reason = str(error).splitlines()[-1].strip()
+                raise ConfigError(f"init_from {config.init_from}: holds another architecture ({reason})") from None
+        self.context = network.context
         self._train = self.data.windows(self.context + config.unroll, validation=False)
+        self._val = self.data.windows(self.context + _HORIZON, validation=True)
+        check(len(self._train) > 0 and len(self._val) > 0,
+              f"latents {config.latents}: too few steps for windows of {self.context} + {max(config.unroll, _HORIZON)} "
+              "in both parts of the split; collect more")
         starts = np.flatnonzero(self.data.first & ~self.data.validation)
         self._starts = starts[starts + config.unroll < len(self.data.start)]
         self._starts = self._starts[self.data.start[self._starts + config.unroll] == self._starts]
@@ -86,7 +100,7 @@ class DynamicsTask:
             now = np.where(at_start, self._starts[rng.integers(len(self._starts), size=size)], now)
         indices, actions = self.data.contexts(now, k, u)
         shortened = rng.random(size) < config.pad / 2  # a context cut short in mid-episode
-        keep = np.where(shortened, rng.integers(1, k, size=size), k)[:, None]
+        keep = np.where(shortened, rng.integers(1, k, size=size, endpoint=True), k)[:, None]
         cut = np.arange(k + u)[None, :] < k - keep
         indices = np.where(cut, np.take_along_axis(indices, k - keep, 1), indices)
         actions = np.where(cut, NOOP, actions)[:, :-1]
@@ -142,10 +156,9 @@ class DynamicsTask:
         return total, metrics
 
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        """Open-loop PSNR (of the mean squared error, against real frames) at 1, 5, 10 steps; writes a film strip."""
-        k, horizon, device = self.context, 10, next(model.parameters()).device
-        windows = self.data.windows(k + horizon, validation=True)
-        chosen = windows[np.random.default_rng(0).choice(len(windows), min(128, len(windows)), replace=False)]
+        """Open-loop PSNR (of the mean squared error, against real frames) at 1, 5, 10 steps; writes a strip and a video."""
+        k, horizon, device = self.context, _HORIZON, next(model.parameters()).device
+        chosen = self._val[np.random.default_rng(0).choice(len(self._val), min(128, len(self._val)), replace=False)]
         indices = chosen[:, None] + np.arange(k + horizon)
         context = torch.from_numpy(self.data.latents[indices[:, :k]]).float().to(device)
         actions = torch.from_numpy(self.data.actions[indices]).to(device)
@@ -159,8 +172,9 @@ class DynamicsTask:
             dream.append(to_frames(autoencoder.decode(clean.float())).cpu().numpy())
         frames = np.stack(dream, 1)
         errors = ((frames.astype(np.float32) - real) / 255) ** 2
-        rows = [r for i in range(4) for r in (real[i], frames[i])]
+        rows = [row for pair in zip(real[:4], frames[:4], strict=True) for row in pair]
         save_grid(folder / f"prediction-{step:07d}.png", rows)
+        save_video(folder / f"rollout-{step:07d}.mp4", side_by_side({"real": real[0], "dream": frames[0]}), fps=5)
         return {f"psnr_{h}": float(-10 * np.log10(errors[:, h - 1].mean())) for h in (1, 5, 10)}
 
     def facts(self) -> dict[str, Any]:

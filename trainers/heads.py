@@ -55,8 +55,13 @@ class HeadsTask:
         self.model: nn.Module = build_model({
             **model, "rewards": [r for r, _ in outcomes], "terminated": [t for _, t in outcomes],
         })  # fmt: skip
-        self.context = cast(OutcomeHead, self.model).config.context
+        network = cast(OutcomeHead, self.model).config
+        wanted, found = (network.latent_channels, network.latent_size), self.data.latents.shape[1:3]
+        check(wanted == found, f"latent_channels, latent_size {wanted}: the latents have {found}")
+        self.context = network.context
         train = np.flatnonzero(~self.data.validation)
+        check(0 < len(train) < len(self.labels),
+              f"val_ratio {config.val_ratio}: leaves no levels to train on or none to validate on; collect more levels")
         self._all = train
         self._classes = [train[self.labels[train] == c] for c in range(1, len(outcomes))]
         self._classes = [c for c in self._classes if len(c)]
@@ -135,6 +140,9 @@ def joint_outcomes(rewards: np.ndarray, terminated: np.ndarray, limit: int) -> t
         values = np.concatenate([[[0.0, 0.0]], values])
         order, inverse = np.arange(len(values)), inverse + 1
     kept = order[:limit]
+    ends = [o for o in order if values[o][1]]
+    if ends and ends[0] not in kept:  # an episode must be able to end
+        kept = np.append(kept[:-1], ends[0])
     new = np.zeros(len(values), np.int64)
     for old in range(len(values)):
         same = [k for k, o in enumerate(kept) if values[o][1] == values[old][1]] or [0]

@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +14,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dreamenv.actions import NOOP
-from dreamenv.artifacts import atomic_file, write_json
+from dreamenv.artifacts import atomic_file, read_json, readable_folder, write_json
+from dreamenv.bundle import pick_device
 from dreamenv.data import Dataset, Windows, split_levels
-from dreamenv.errors import DatasetError
+from dreamenv.errors import BundleError, DatasetError, DreamenvError
 from dreamenv.metrics import colour_frequencies
 from dreamenv.models.autoencoder import Autoencoder, to_images
 from dreamenv.models.io import load_model
-from trainers.loop import pick_device, use_bf16
 from trainers.losses import colour_bins, colour_weights
+
+HELD_OUT_FROM = 10000
+"""First level that no model trains on."""
+
+
+def training_data(folder: str | Path) -> Dataset:
+    """Open a dataset to train on, every byte verified.
+
+    Raises:
+        DatasetError: damaged, or it holds held-out levels.
+    """
+    dataset = Dataset(folder, verify="sha256")
+    for shard in dataset.shards:
+        if (highest := int(shard.level_seeds.max())) >= HELD_OUT_FROM:
+            raise DatasetError(f"{folder}: {shard.name} holds level {highest}; levels from {HELD_OUT_FROM} on are held "
+                               "out, collect others to train on")  # fmt: skip
+    return dataset
 
 
 def encode_dataset(data: Path, autoencoder: Path, out: Path, device: str = "auto") -> Path:
@@ -31,13 +47,12 @@ def encode_dataset(data: Path, autoencoder: Path, out: Path, device: str = "auto
     Writes per shard `latents-00000.npy` float16 (S, C, H, W) and `importance-00000.npy` uint8 (S, H, W): the mean
     rare-colour weight of each cell's pixels, times 16; and `latents.json` last.
     """
-    dataset = Dataset(data)
-    model = cast(Autoencoder, load_model(autoencoder)[0])
-    digest = json.loads((autoencoder / "model.json").read_text())["sha256"]
-    identity = {"autoencoder": digest, "shards": [s["sha256"]["frames"] for s in dataset.manifest["shards"]]}
+    dataset = training_data(data)
+    model, digest = load_autoencoder(autoencoder)
+    identity = _identity(dataset, digest)
     out.mkdir(parents=True, exist_ok=True)
     marker = out / "identity.json"
-    if not marker.exists() or json.loads(marker.read_text()) != identity:
+    if not marker.exists() or read_json(marker, DatasetError, "delete it and encode again") != identity:
         for stale in out.glob("*.npy"):
             stale.unlink()
         (out / "latents.json").unlink(missing_ok=True)
@@ -64,11 +79,20 @@ def encode_dataset(data: Path, autoencoder: Path, out: Path, device: str = "auto
             with atomic_file(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, array, allow_pickle=False)
         print(f"encoded {shard.name}", flush=True)
-    write_json(out / "latents.json", {
-        "data": str(data), "autoencoder": str(autoencoder), "autoencoder_sha256": digest,
-        "channels": model.config.latent_channels, "bf16": use_bf16("fp32", target),
-    })  # fmt: skip
+    write_json(out / "latents.json", {"data": str(data), "autoencoder": str(autoencoder), "autoencoder_sha256": digest})
     return out
+
+
+def load_autoencoder(folder: str | Path) -> tuple[Autoencoder, str]:
+    """Return a trained autoencoder and the sha256 of its weights; raises `BundleError` if it is none."""
+    model, _ = load_model(folder)
+    if not isinstance(model, Autoencoder):
+        raise BundleError(f"{folder}: is a {type(model).__name__}, expected an autoencoder")
+    return model, read_json(readable_folder(folder) / "model.json", BundleError, "train it again")["sha256"]
+
+
+def _identity(dataset: Dataset, autoencoder_sha256: str) -> dict[str, Any]:
+    return {"autoencoder": autoencoder_sha256, "shards": [s["sha256"] for s in dataset.manifest["shards"]]}
 
 
 class LatentDataset:
@@ -80,6 +104,7 @@ class LatentDataset:
         actions: int64 (N,); rewards: float32 (N,); terminated: bool (N,).
         start: int64 (N,), index of the first step of each step's episode or segment.
         validation: bool (N,), steps of validation levels.
+        autoencoder: the one that encoded them.
 
     Raises:
         DatasetError: not encoded, or encoded incompletely.
@@ -87,11 +112,14 @@ class LatentDataset:
 
     def __init__(self, folder: Path, val_ratio: float = 0.02) -> None:
         self.folder = Path(folder)
-        try:
-            self.facts: dict[str, Any] = json.loads((self.folder / "latents.json").read_text())
-        except (OSError, ValueError):
-            raise DatasetError(f"{self.folder}: not encoded, or not to the end; run: python -m trainers.pipeline") from None
+        self.facts = read_json(self.folder / "latents.json", DatasetError, "encode the dataset: python -m trainers.latents")
+        if missing := {"data", "autoencoder", "autoencoder_sha256"} - set(self.facts):
+            raise DatasetError(f"{self.folder / 'latents.json'}: key {sorted(missing)[0]} is missing; encode again")
         self.dataset = Dataset(self.facts["data"])
+        self.autoencoder, digest = load_autoencoder(self.facts["autoencoder"])
+        encoded = read_json(self.folder / "identity.json", DatasetError, "encode the dataset again")
+        if encoded != _identity(self.dataset, digest):
+            raise DatasetError(f"{self.folder}: was encoded from another dataset or by another autoencoder; encode again")
         shards = self.dataset.shards
         total = len(self.dataset)
 
@@ -99,7 +127,11 @@ class LatentDataset:
             out: np.ndarray | None = None
             at = 0
             for shard in shards:
-                part = np.load(self.folder / f"{kind}-{shard.name[6:]}.npy", mmap_mode="r", allow_pickle=False)
+                path = self.folder / f"{kind}-{shard.name[6:]}.npy"
+                try:
+                    part = np.load(path, mmap_mode="r", allow_pickle=False)
+                except (OSError, ValueError, EOFError) as error:
+                    raise DatasetError(f"{path}: missing or damaged ({error}); encode the dataset again") from None
                 if out is None:
                     out = np.empty((total, *part.shape[1:]), part.dtype)
                 out[at : at + len(part)] = part
@@ -161,4 +193,7 @@ def channel_weights(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
 if __name__ == "__main__":
     import tyro
 
-    tyro.cli(tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(encode_dataset))
+    try:
+        tyro.cli(tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(encode_dataset))
+    except DreamenvError as error:
+        raise SystemExit(f"error: {error}") from None

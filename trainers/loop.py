@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dreamenv.artifacts import atomic_file, atomic_folder, recover_folder, sha256_file, write_json
+from dreamenv.artifacts import atomic_file, atomic_folder, read_json, recover_folder, sha256_file, write_json
+from dreamenv.bundle import pick_device
 from dreamenv.config import check
 from dreamenv.errors import CheckpointError
 from dreamenv.models.io import save_model
+from dreamenv.noise import philox
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class LoopConfig:
     steps: int | None = 10000
     """Optimiser steps; None when `minutes` decides."""
     minutes: float | None = None
-    """Wall-clock budget; it wins over `steps`. The schedules follow the fraction done."""
+    """Budget of time spent in training steps (validation and saving come on top); it wins over `steps`. The schedules
+    follow the fraction done."""
     batch_size: int = 64
     """Samples a step, per process."""
     lr: float = 1e-3
@@ -73,6 +77,7 @@ class LoopConfig:
         check(0 <= self.final_lr <= 1, f"final_lr {self.final_lr}: must be in [0, 1]")
         check(0 <= self.ema < 1, f"ema {self.ema}: must be in [0, 1)")
         check(self.grad_clip > 0, f"grad_clip {self.grad_clip}: must be > 0")
+        check(0 <= self.seed < 2**63, f"seed {self.seed}: must be in 0..2^63-1")
         check(self.weight_decay >= 0, f"weight_decay {self.weight_decay}: must be >= 0")
 
 
@@ -99,14 +104,6 @@ class Task(Protocol):
         ...
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device for "auto" (the GPU if there is one) or an explicit name."""
-    if name == "auto":
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    return torch.device(name)
-
-
 def use_bf16(precision: str, device: torch.device) -> bool:
     """Resolve "auto" precision."""
     if precision != "auto":
@@ -129,6 +126,8 @@ class Loop:
         self.config, self.task, self.folder = config, task, Path(folder)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(config.device)
+        if config.device == "auto" and self.device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.bf16 = use_bf16(config.precision, self.device)
@@ -163,10 +162,12 @@ class Loop:
         recover_folder(self.folder / "checkpoint")
         if resume and (self.folder / "checkpoint").exists():
             self._load()
-        elif self.rank == 0:
+        elif self.rank == 0:  # a fresh start leaves nothing behind that a later resume could pick up
             (self.folder / "metrics.csv").unlink(missing_ok=True)
+            for stale in ("checkpoint", "model"):
+                shutil.rmtree(self.folder / stale, ignore_errors=True)
         log = _Log(self.folder, self.step, self.config.wandb) if self.rank == 0 else None
-        validated: dict[str, float] = {}
+        validated = self._validate() if self.progress >= 1 and self.rank == 0 else {}
         window, since = time.monotonic(), self.step
         while self.progress < 1:
             began = time.monotonic()
@@ -201,8 +202,7 @@ class Loop:
         return float(shared)
 
     def _update(self) -> dict[str, Tensor]:
-        key = [self.config.seed, self.step * self.world + self.rank]
-        rng = np.random.Generator(np.random.Philox(key=key))  # a step's data depends on its number alone
+        rng = philox((self.config.seed, self.step * self.world + self.rank))  # a step's data depends on its number alone
         generator = torch.Generator(self.device).manual_seed(int(rng.integers(2**62)))
         batch = {k: v.to(self.device, non_blocking=True) for k, v in self.task.batch(rng, self.config.batch_size).items()}
         rate = learning_rate(self.config, self.progress)
@@ -234,6 +234,8 @@ class Loop:
         return figures
 
     def _save(self) -> None:
+        # the model before the checkpoint: a kill between them repeats the last steps, to the same model
+        save_model(self.folder / "model", self.model, self.task.facts() | {"step": self.step}, self.ema)
         moments: dict[str, Tensor] = {}
         for index, parameter in enumerate(self.parameters):
             for name, value in self.optimizer.state.get(parameter, {}).items():
@@ -247,20 +249,20 @@ class Loop:
                 "step": self.step, "elapsed": self.elapsed, "identity": self.identity,
                 "sha256": {name: sha256_file(temporary / f"{name}.safetensors") for name in files},
             })  # fmt: skip
-        save_model(self.folder / "model", self.model, self.task.facts() | {"step": self.step}, self.ema)
 
     def _load(self) -> None:
         folder = self.folder / "checkpoint"
-        try:
-            state = json.loads((folder / "state.json").read_text())
-            for name, digest in state["sha256"].items():
-                if sha256_file(folder / f"{name}.safetensors") != digest:
-                    raise CheckpointError(f"{folder / name}.safetensors: sha256 differs from state.json; "
-                                          "delete the checkpoint to start anew")  # fmt: skip
-        except (OSError, ValueError, KeyError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{folder}: is damaged ({error}); delete it to start anew") from None
+        remedy = "delete the checkpoint to start anew"
+        state = read_json(folder / "state.json", CheckpointError, remedy)
+        files = ("model", "ema", "optimizer")
+        digests = state.get("sha256")
+        sound = isinstance(digests, dict) and set(digests) == set(files) and isinstance(state.get("step"), int)
+        if not sound or not isinstance(state.get("elapsed"), float) or "identity" not in state:
+            raise CheckpointError(f"{folder / 'state.json'}: is damaged; {remedy}")
+        for name in files:
+            path = folder / f"{name}.safetensors"
+            if not path.exists() or sha256_file(path) != digests[name]:
+                raise CheckpointError(f"{path}: missing, or its sha256 differs from state.json; {remedy}")
         if state["identity"] != self.identity:
             raise CheckpointError(f"{folder}: was made with another configuration; use the same one, or another --out")
         self.model.load_state_dict(load_file(folder / "model.safetensors"))

@@ -19,9 +19,9 @@ from typing import Any, cast
 import numpy as np
 import tyro
 
-from dreamenv.artifacts import write_json
-from dreamenv.bundle import GameFacts, Limits, Starts, save_bundle
-from dreamenv.config import check, from_dict, load_yaml, to_dict
+from dreamenv.artifacts import read_json, write_json
+from dreamenv.bundle import GameFacts, Limits, Starts, load_bundle, save_bundle
+from dreamenv.config import check, from_dict, to_dict
 from dreamenv.data import Dataset
 from dreamenv.errors import ConfigError, DreamenvError
 from dreamenv.models.autoencoder import Autoencoder
@@ -65,6 +65,12 @@ class PipelineConfig:
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
         check(self.minutes > 0, f"minutes {self.minutes}: must be > 0")
+        for item in self.set:
+            stage, separator, assignment = item.partition(":")
+            prefixed = bool(separator) and "=" not in stage
+            check(not prefixed or stage in _SHARES, f"set {item!r}: there is no stage {stage!r}, only {', '.join(_SHARES)}")
+            check("=" in (assignment if prefixed else item), f"set {item!r}: expected [stage:]section.key=value")
+        check(0 <= self.seed < 2**63, f"seed {self.seed}: must be in 0..2^63-1")
         check(self.steps >= 1, f"steps {self.steps}: must be >= 1")
         check(self.starts >= 1, f"starts {self.starts}: must be >= 1")
         check(self.stage_steps is None or self.stage_steps >= 1, f"stage_steps {self.stage_steps}: must be >= 1")
@@ -77,6 +83,14 @@ def run_pipeline(config: PipelineConfig) -> Path:
         ConfigError: bad settings, or a stage that failed (its log says why).
     """
     out = config.out
+    settings = {k: str(v) for k, v in to_dict(config).items() if k not in ("out", "workers")}
+    if (out / "pipeline.json").exists():
+        begun = read_json(out / "pipeline.json", ConfigError, "delete the run folder")
+        for key in sorted(set(begun) | set(settings)):
+            if begun.get(key) != settings.get(key):
+                raise ConfigError(f"{out}: was begun with {key} = {begun.get(key)}, now {settings.get(key)}; "
+                                  "use the same settings to resume, or another --out")  # fmt: skip
+    write_json(out / "pipeline.json", settings)
     data, latents = out / "data", out / "latents"
     collect = [sys.executable, "-m", "envs.collect", "--game", config.game, "--steps", str(config.steps), "--out", str(data),
                "--policy", config.policy, "--distribution-mode", config.distribution_mode, "--seed", str(config.seed),
@@ -112,7 +126,6 @@ def _command(command: list[str]) -> None:
 
 
 def _train(config: PipelineConfig, stage: str, task: dict[str, Any]) -> None:
-    values = load_yaml(CONFIGS / f"{stage}.yaml")
     overrides = [f"task.{k}={json.dumps(v)}" for k, v in task.items()] + [f"loop.seed={config.seed}"]
     for item in config.set:
         name, separator, rest = item.partition(":")
@@ -120,7 +133,6 @@ def _train(config: PipelineConfig, stage: str, task: dict[str, Any]) -> None:
             overrides.append(item)
         elif name == stage:
             overrides.append(rest)
-    check("task" in values, f"{stage}.yaml: has no task section")
     budget = (["--steps", str(config.stage_steps)] if config.stage_steps else
               ["--minutes", str(config.minutes * _SHARES[stage])])  # fmt: skip
     _command([sys.executable, "-m", "trainers.train", str(CONFIGS / f"{stage}.yaml"), "--out", str(config.out / stage),
@@ -152,7 +164,9 @@ def make_bundle(out: Path, data: Path, starts: int, dynamics: str = "flow") -> P
     provenance = {"data": collected, "steps": dataset.manifest["steps"], "dynamics_stage": dynamics,
                   "trained_steps": {"autoencoder": ae_facts["step"], dynamics: facts["step"], "heads": head_facts["step"]},
                   "outcome_share": head_facts["outcome_share"]}  # fmt: skip
-    return save_bundle(out / "bundle", model, game, limits, start_bank(dataset, starts), provenance)
+    bundle = save_bundle(out / "bundle", model, game, limits, start_bank(dataset, starts), provenance)
+    load_bundle(bundle, "cpu")  # what was written must be readable
+    return bundle
 
 
 def start_bank(dataset: Dataset, count: int) -> Starts:

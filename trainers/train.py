@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from dreamenv.bundle import pick_device
 from dreamenv.config import from_dict, load_yaml, to_dict
 from dreamenv.errors import ConfigError, DreamenvError
 from dreamenv.models.registry import build_model
@@ -43,8 +45,7 @@ class TrainArguments:
 def build_task(values: dict[str, Any], seed: int) -> Any:
     """Build the task of a config's model section; raises `ConfigError`."""
     model = values.get("model", {})
-    if not isinstance(model, dict) or model.get("type") not in _TASKS:
-        build_model(model)  # raises the error that names the nearest type
+    build_model(model)  # before any data is read: its errors name the nearest type or key
     module, name = _TASKS[model["type"]]
     tasks = importlib.import_module(module)  # each needs other libraries
     config = from_dict(getattr(tasks, f"{name}Config"), values.get("task", {}), "task")
@@ -55,7 +56,7 @@ def override(values: dict[str, Any], assignments: tuple[str, ...]) -> dict[str, 
     """Return `values` with "section.key=yaml value" assignments applied; raises `ConfigError`."""
     import yaml
 
-    values = json.loads(json.dumps(values))
+    values = copy.deepcopy(values)
     for assignment in assignments:
         path, separator, text = assignment.partition("=")
         *sections, key = path.split(".")
@@ -66,7 +67,10 @@ def override(values: dict[str, Any], assignments: tuple[str, ...]) -> dict[str, 
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
                 raise ConfigError(f"--set {assignment!r}: {section!r} is not a section")
-        target[key] = yaml.safe_load(text)
+        try:
+            target[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {assignment!r}: {' '.join(str(error).split())}") from None
     return values
 
 
@@ -79,6 +83,7 @@ def train(values: dict[str, Any], out: Path, resume: bool = False) -> dict[str, 
     if unknown := set(values) - {"model", "task", "loop"}:
         raise ConfigError(f"{sorted(unknown)[0]}: unknown section; there are model, task and loop")
     loop = from_dict(LoopConfig, values.get("loop", {}), "loop")
+    pick_device(loop.device)
     task = build_task(values, loop.seed)
     budget = {k: v for k, v in to_dict(loop).items() if k not in ("log_every", "wandb")}
     identity = {"model": values["model"], "task": values.get("task", {}), "loop": budget}
