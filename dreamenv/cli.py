@@ -43,7 +43,7 @@ def demo(out: Path = Path("out/demo"), game: str = "coinrun", bundle: Path | Non
         print(f"{name:>14} average precision {figures[f'{name}_ap']:.3f} "
               f"(base rate {figures[f'{name}_base_rate']:.4f}, {figures[f'{name}_events']} events)")  # fmt: skip
     print(f"end calibration error {figures['end_calibration_error']:.4f}; "
-          f"dreaming at {figures['film_frames_per_s']:.0f} frames/s")  # fmt: skip
+          f"dreaming at {figures['film_frames_per_s']:.0f} frames/s, three at a time")  # fmt: skip
     print(f"written to {out}/: side_by_side.mp4, side_by_side.gif, film_strip.png, horizon.png, metrics.json")
 
 

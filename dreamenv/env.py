@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from dreamenv.actions import check_action, keys_to_action
 from dreamenv.bundle import Bundle
 from dreamenv.errors import ResetError
 from dreamenv.resets import as_array, check_options
+from dreamenv.single import SingleView, single_info
 from dreamenv.vector import DreamVectorEnv
 
 
-class DreamEnv(gym.Env):
+class DreamEnv(SingleView):
     """One imagined game, with the real one's spaces, rewards and episode ends.
 
     Takes `DreamVectorEnv`'s arguments but `num_envs` and `autoreset_mode`.
@@ -27,13 +26,8 @@ class DreamEnv(gym.Env):
         >>> observation, reward, terminated, truncated, info = env.step(7)
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 15}
-
     def __init__(self, game: str = "coinrun", **kwargs: Any) -> None:
-        self.vector = DreamVectorEnv(1, game, autoreset_mode=AutoresetMode.DISABLED, **kwargs)
-        self.observation_space = self.vector.single_observation_space
-        self.action_space = self.vector.single_action_space
-        self.render_mode = self.vector.render_mode
+        super().__init__(DreamVectorEnv(1, game, autoreset_mode=AutoresetMode.DISABLED, **kwargs))
 
     @property
     def bundle(self) -> Bundle:
@@ -67,39 +61,8 @@ class DreamEnv(gym.Env):
         seeds = [int(self.np_random.integers(2**63))] if first else [seed]
         frames, infos = self.vector.reset(seed=seeds, options=options)
         super().reset(seed=seed)
-        return frames[0], _single(infos)
-
-    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Imagine one step.
-
-        Raises:
-            InvalidActionError: not an integer in 0..14; the state is unchanged.
-            ResetError: before the first reset, or the episode is over.
-        """
-        frames, rewards, terminated, truncated, infos = self.vector.step(np.array([check_action(action)]))
-        return frames[0], float(rewards[0]), bool(terminated[0]), bool(truncated[0]), _single(infos)
-
-    def render(self) -> np.ndarray | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return the current frame, uint8 (64, 64, 3)."""
-        frames = self.vector.render()
-        return None if frames is None else frames[0]
-
-    def snapshot(self) -> bytes:
-        """Return the state as bytes that `restore` accepts, in another process too."""
-        return self.vector.snapshot()
-
-    def restore(self, data: bytes) -> np.ndarray:
-        """Return to a snapshot and its observation, uint8 (64, 64, 3)."""
-        return self.vector.restore(data)[0]
+        return frames[0], single_info(infos)
 
     def branch(self, data: bytes, n: int) -> DreamVectorEnv:
         """Fan one moment out into n futures; see `DreamVectorEnv.branch`."""
         return self.vector.branch(data, n)
-
-    def get_keys_to_action(self) -> dict[tuple[int, ...], int]:
-        """Return key-code combinations -> action, as `gymnasium.utils.play` wants them."""
-        return keys_to_action()
-
-
-def _single(infos: dict[str, Any]) -> dict[str, Any]:
-    return {k: v[0].item() for k, v in infos.items() if not k.startswith("_")}

@@ -15,10 +15,11 @@ from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from dreamenv.actions import check_action, check_actions, keys_to_action
+from dreamenv.actions import check_actions, keys_to_action
 from dreamenv.config import check
 from dreamenv.errors import ResetError, SnapshotError
 from dreamenv.resets import as_array, check_mask, check_options, check_seeds
+from dreamenv.single import SingleView, single_info
 from dreamenv.snapshot import pack, unpack
 from envs.games import SEED_LIMIT, Game, check_levels, get_game
 
@@ -310,7 +311,7 @@ class RealProcgenVectorEnv(VectorEnv):
 _COUNTERS = ("steps", "levels", "finished", "pinned", "frames")
 
 
-class RealProcgenEnv(gym.Env):
+class RealProcgenEnv(SingleView):
     """One real Procgen game: the N = 1 view of `RealProcgenVectorEnv` (same arguments, no autoreset).
 
     Example:
@@ -319,13 +320,8 @@ class RealProcgenEnv(gym.Env):
         >>> observation, info = env.reset(seed=0)
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 15}
-
     def __init__(self, game: str = "coinrun", **kwargs: Any) -> None:
-        self.vector = RealProcgenVectorEnv(1, game, autoreset_mode=AutoresetMode.DISABLED, **kwargs)
-        self.observation_space = self.vector.single_observation_space
-        self.action_space = self.vector.single_action_space
-        self.render_mode = self.vector.render_mode
+        super().__init__(RealProcgenVectorEnv(1, game, autoreset_mode=AutoresetMode.DISABLED, **kwargs))
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -337,35 +333,4 @@ class RealProcgenEnv(gym.Env):
         start = int(self.np_random.integers(SEED_LIMIT)) if first else seed
         frames, infos = self.vector.reset(seed=start, options=options)
         super().reset(seed=seed)
-        return frames[0], _single(infos)
-
-    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Advance by one action; raises `InvalidActionError` and leaves the state as it was if it is not in 0..14."""
-        action = check_action(action)
-        frames, rewards, terminated, truncated, infos = self.vector.step(np.array([action]))
-        return frames[0], float(rewards[0]), bool(terminated[0]), bool(truncated[0]), _single(infos)
-
-    def render(self) -> np.ndarray | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return a uint8 (S, S, 3) frame."""
-        frames = self.vector.render()
-        return None if frames is None else frames[0]
-
-    def snapshot(self) -> bytes:
-        """Return the state as bytes that `restore` accepts."""
-        return self.vector.snapshot()
-
-    def restore(self, data: bytes) -> np.ndarray:
-        """Return to a snapshot and its observation, uint8 (64, 64, 3)."""
-        return self.vector.restore(data)[0]
-
-    def get_keys_to_action(self) -> dict[tuple[int, ...], int]:
-        """Return key-code combinations -> action."""
-        return keys_to_action()
-
-    def close(self) -> None:
-        """Release the game."""
-        self.vector.close()
-
-
-def _single(infos: dict[str, Any]) -> dict[str, Any]:
-    return {k: v[0].item() for k, v in infos.items() if not k.startswith("_")}
+        return frames[0], single_info(infos)
