@@ -1,8 +1,8 @@
 """From the real game to a bundle in one go, resumable at every stage.
 
 `python -m trainers.pipeline --game coinrun --minutes 90 --out runs/coinrun`:
-collect -> autoencoder -> encode -> predictor -> unrolled -> flow -> polished -> heads -> bundle, on CPU or GPU. Run the same line
-again after a kill: finished stages are skipped, the interrupted one goes on from its checkpoint.
+collect -> autoencoder -> encode -> predictor -> unrolled -> flow -> polished -> heads -> bundle, on CPU or GPU.
+Run the same line again after a kill: finished stages are skipped, the interrupted one goes on from its checkpoint.
 """
 
 from __future__ import annotations
