@@ -49,7 +49,7 @@ def save_video(path: Path, film: np.ndarray, fps: int = 15) -> None:
         if path.suffix == ".gif":
             from PIL import Image
 
-            images = [Image.fromarray(f).quantize(128, dither=Image.Dither.NONE) for f in film]
+            images = [Image.fromarray(f).quantize(256, dither=Image.Dither.NONE) for f in film]
             images[0].save(temporary, format="gif", save_all=True, append_images=images[1:], duration=round(1000 / fps),
                            loop=0, optimize=False)  # fmt: skip
             return
