@@ -11,13 +11,13 @@ import torch
 from dreamenv.actions import NOOP
 from dreamenv.bundle import Bundle
 from dreamenv.config import check
-from dreamenv.data.windows import Windows
+from dreamenv.data.windows import HELD_OUT_FROM, Windows
 from dreamenv.flow import SamplerConfig
 from dreamenv.noise import draw_step, philox
 from dreamenv.policies import make_policy
 from dreamenv.types import Clips, Segment
 
-HELD_OUT = (10000, 1000)
+HELD_OUT = (HELD_OUT_FROM, 1000)
 """First level and number of the held-out levels; no model or agent ever trains on them."""
 
 

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from dreamenv.config import check
+from dreamenv.data.windows import HELD_OUT_FROM
 from dreamenv.data.writer import COLUMNS, DatasetWriter
 from dreamenv.noise import philox
 from dreamenv.policies import make_policy, parse_mix
-from envs.games import HELD_OUT_FROM, check_levels, get_game
+from envs.games import check_levels, get_game
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,6 @@ _EXTREME = ("chaser", "dodgeball", "leaper", "starpilot")
 _MEMORY = ("caveflyer", "dodgeball", "heist", "jumper", "maze", "miner")
 SEED_LIMIT = 2**31 - 1
 """Procgen's level seeds and rand_seed are signed 32-bit integers."""
-HELD_OUT_FROM = 10000
-"""First level that nothing may train on."""
 
 
 def check_levels(game: Game, start_level: int, num_levels: int, distribution_mode: str) -> None:

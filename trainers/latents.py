@@ -16,15 +16,12 @@ from torch import Tensor
 from dreamenv.actions import NOOP
 from dreamenv.artifacts import atomic_file, read_json, readable_folder, write_json
 from dreamenv.bundle import pick_device
-from dreamenv.data import Dataset, Windows, split_levels
+from dreamenv.data import HELD_OUT_FROM, Dataset, Windows, split_levels
 from dreamenv.errors import BundleError, DatasetError, DreamenvError
 from dreamenv.metrics import colour_frequencies
 from dreamenv.models.autoencoder import Autoencoder, to_images
 from dreamenv.models.io import load_model
 from trainers.losses import colour_bins, colour_weights
-
-HELD_OUT_FROM = 10000
-"""First level that no model trains on."""
 
 
 def training_data(folder: str | Path) -> Dataset:

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+HELD_OUT_FROM = 10000
+"""First level that no model or agent ever trains on."""
+
 
 def split_levels(level_seeds: np.ndarray, val_ratio: float, seed: int) -> np.ndarray:
     """Return bool (S,): True where a step belongs to a validation level.
