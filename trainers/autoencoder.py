@@ -55,6 +55,8 @@ class AutoencoderTaskConfig:
 class AutoencoderTask:
     """See `trainers.loop.Task`."""
 
+    critic: nn.Module | None = None
+
     def __init__(self, config: AutoencoderTaskConfig, model: dict[str, Any], seed: int) -> None:
         self.config = config
         self.dataset = training_data(config.data)

@@ -19,6 +19,7 @@ from dreamenv.models.io import load_model
 from dreamenv.models.latent_flow import NULL_ACTION, LatentFlow
 from dreamenv.models.registry import build_model
 from dreamenv.report import save_grid, save_video, side_by_side
+from trainers.critic import Critic, fool, judge
 from trainers.latents import LatentDataset, channel_weights
 
 _HORIZON = 10  # steps of the validation's open loop
@@ -36,6 +37,10 @@ class DynamicsTaskConfig:
     """Steps predicted from the model's own predictions, with gradients through all of them."""
     flow: float = 0.0
     """Weight of the flow term at tau > 0; 0 trains the deterministic predictor alone."""
+    adversarial: float = 0.0
+    """Weight of the adversarial term on the unrolled predictions: sharp where the squared error alone would average."""
+    judged: int = 3
+    """Unrolled steps of each sample that the critic sees."""
     max_flow_weight: float = 5.0
     """Cap of the 1 / (1 - tau) weight."""
     context_noise: float = 0.3
@@ -53,6 +58,9 @@ class DynamicsTaskConfig:
         """Validate ranges; raises `ConfigError`."""
         check(1 <= self.unroll <= 64, f"unroll {self.unroll}: must be 1..64")
         check(self.flow >= 0, f"flow {self.flow}: must be >= 0")
+        check(self.adversarial >= 0, f"adversarial {self.adversarial}: must be >= 0")
+        check(1 <= self.judged <= self.unroll or not self.adversarial,
+              f"judged {self.judged}: must be in 1..unroll, which is {self.unroll}")
         check(self.max_flow_weight >= 1, f"max_flow_weight {self.max_flow_weight}: must be >= 1")
         check(0 <= self.context_noise <= 2, f"context_noise {self.context_noise}: must be in 0..2")
         check(self.importance >= 0, f"importance {self.importance}: must be >= 0")
@@ -79,6 +87,7 @@ class DynamicsTask:
             except RuntimeError as error:
                 reason = str(error).splitlines()[-1].strip()
                 raise ConfigError(f"init_from {config.init_from}: holds another architecture ({reason})") from None
+        self.critic = Critic(network.latent_channels) if config.adversarial else None
         self.context = network.context
         self._train = self.data.windows(self.context + config.unroll, validation=False)
         self._val = self.data.windows(self.context + _HORIZON, validation=True)
@@ -112,7 +121,7 @@ class DynamicsTask:
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator,
              progress: float) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        """Weighted squared error of the unrolled predictions, the error estimate's likelihood, and the flow term."""
+        """Weighted squared error of the unrolled predictions, their error estimate's likelihood, flow and adversarial terms."""
         config, k = self.config, self.context
         latents, actions = batch["latents"].float(), batch["actions"]
         device, size = latents.device, len(latents)
@@ -143,6 +152,7 @@ class DynamicsTask:
             total = total + config.flow * flow
             metrics["flow"] = flow.detach()
         rolled = context
+        sequence = [latents[:, k - 2], latents[:, k - 1]]  # what the critic sees before the first prediction is real
         for u in range(config.unroll):
             target = latents[:, k + u]
             clean, log_error = model(None, zero, rolled, actions[:, u : u + k], sigma)
@@ -153,6 +163,22 @@ class DynamicsTask:
             if u in (0, config.unroll - 1):
                 metrics[f"error_{u + 1}"] = detached.mean()
             rolled = torch.cat([rolled[:, 1:], clean.to(rolled.dtype)[:, None]], 1)
+            sequence.append(clean.float())
+        if self.critic is not None:
+            rows = torch.arange(size, device=device)[:, None]
+            order = torch.rand(size, config.unroll, generator=generator, device=device).argsort(1)
+            step = order[:, : config.judged]
+            dreamt = torch.stack(sequence, 1)
+            now = actions[rows, k - 1 + step].flatten()
+            imagined, real = (
+                torch.stack([x[rows, offset + i + step] for i in range(3)], 2).flatten(0, 1)
+                for x, offset in ((dreamt, 0), (latents, k - 2))
+            )
+            fooled = fool(self.critic, imagined, now)
+            judged, right = judge(self.critic, real, imagined, now)
+            # the critic's own loss reaches only the critic: its weight here cannot matter to the dynamics
+            total = total + config.adversarial * min(1.0, 20 * progress) * fooled + judged
+            metrics |= {"fooled": fooled.detach(), "critic": judged.detach(), "critic_right": right}
         return total, metrics
 
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:

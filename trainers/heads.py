@@ -47,6 +47,8 @@ class HeadsTaskConfig:
 class HeadsTask:
     """See `trainers.loop.Task`."""
 
+    critic: nn.Module | None = None
+
     def __init__(self, config: HeadsTaskConfig, model: dict[str, Any], seed: int) -> None:
         self.config = config
         self.data = LatentDataset(Path(config.latents), config.val_ratio)

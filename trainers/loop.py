@@ -85,6 +85,8 @@ class Task(Protocol):
     """What a model's short trainer module provides."""
 
     model: nn.Module
+    critic: nn.Module | None
+    """A network trained beside the model, by the same loss, and neither averaged nor saved with it; usually None."""
 
     def batch(self, rng: np.random.Generator, size: int) -> dict[str, Tensor]:
         """Draw one batch of CPU tensors; all randomness from `rng`."""
@@ -134,11 +136,14 @@ class Loop:
         self.identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self.model = task.model.to(self.device, memory_format=torch.channels_last)
         self.trained = nn.parallel.DistributedDataParallel(self.model) if self.world > 1 else self.model
-        self.parameters = list(self.model.parameters())
-        matrices = [p for p in self.parameters if p.ndim >= 2]
-        vectors = [p for p in self.parameters if p.ndim < 2]
+        self.critic = None if task.critic is None else task.critic.to(self.device, memory_format=torch.channels_last)
+        own = list(self.model.parameters())
+        others = [] if self.critic is None else list(self.critic.parameters())
+        self.groups, self.parameters = [own, others], own + others
         self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            [{"params": [p for p in own if p.ndim >= 2], "weight_decay": config.weight_decay},
+             {"params": [p for p in own if p.ndim < 2], "weight_decay": 0.0},
+             *([{"params": others, "weight_decay": 0.0, "betas": (0.5, 0.99)}] if others else [])],
             lr=config.lr, betas=(0.9, 0.99), fused=True,
         )  # fmt: skip
         self.ema = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
@@ -213,8 +218,14 @@ class Loop:
             loss, metrics = self.task.loss(self.trained, batch, generator, self.progress)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
-        if not torch.isfinite(norm):  # one bad batch must not end a long run
+        if self.critic is not None and self.world > 1:  # the model's gradients DDP has averaged already
+            for parameter in self.groups[1]:
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
+                    parameter.grad /= self.world
+        norms = [nn.utils.clip_grad_norm_(group, self.config.grad_clip) for group in self.groups if group]
+        norm = norms[0]
+        if not all(torch.isfinite(n) for n in norms):  # one bad batch must not end a long run
             self.optimizer.zero_grad(set_to_none=True)
         else:
             self.optimizer.step()
@@ -242,6 +253,8 @@ class Loop:
                 moments[f"{index}.{name}"] = value.detach().cpu().contiguous()
         with atomic_folder(self.folder / "checkpoint") as temporary:
             files = {"model": self.model.state_dict(), "ema": self.ema, "optimizer": moments}
+            if self.critic is not None:
+                files["critic"] = self.critic.state_dict()
             for name, tensors in files.items():
                 plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
                 save_file(plain, temporary / f"{name}.safetensors")
@@ -254,7 +267,7 @@ class Loop:
         folder = self.folder / "checkpoint"
         remedy = "delete the checkpoint to start anew"
         state = read_json(folder / "state.json", CheckpointError, remedy)
-        files = ("model", "ema", "optimizer")
+        files = ("model", "ema", "optimizer") if self.critic is None else ("model", "ema", "optimizer", "critic")
         digests = state.get("sha256")
         sound = isinstance(digests, dict) and set(digests) == set(files) and isinstance(state.get("step"), int)
         if not sound or not isinstance(state.get("elapsed"), float) or "identity" not in state:
@@ -266,6 +279,8 @@ class Loop:
         if state["identity"] != self.identity:
             raise CheckpointError(f"{folder}: was made with another configuration; use the same one, or another --out")
         self.model.load_state_dict(load_file(folder / "model.safetensors"))
+        if self.critic is not None:
+            self.critic.load_state_dict(load_file(folder / "critic.safetensors"))
         self.ema = {k: v.to(self.device) for k, v in load_file(folder / "ema.safetensors").items()}
         moments = load_file(folder / "optimizer.safetensors")
         for index, parameter in enumerate(self.parameters):
