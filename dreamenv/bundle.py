@@ -69,6 +69,12 @@ class Limits:
         check(self.latent_max > 0, f"latent_max {self.latent_max}: must be > 0")
         check(self.latent_rms_max > 0, f"latent_rms_max {self.latent_rms_max}: must be > 0")
 
+    def exceeded(self, latents: torch.Tensor) -> torch.Tensor:
+        """Bool (B,): latents (B, C, h, w) that are beyond twice the range, or not finite."""
+        flat = latents.flatten(1)
+        sound = (flat.abs().amax(1) <= 2 * self.latent_max) & (flat.square().mean(1).sqrt() <= 2 * self.latent_rms_max)
+        return ~sound  # NaN compares false, so it counts as beyond
+
 
 @dataclass(frozen=True)
 class Starts:

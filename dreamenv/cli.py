@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import tyro
+
+from dreamenv.compare import CompareConfig
 from dreamenv.errors import DreamenvError
+
+_COMPARE = CompareConfig()
 
 
 def _sampler(nfe: int, solver: str, temperature: float) -> Any:
@@ -67,43 +72,48 @@ def play(game: str = "coinrun", bundle: Path | None = None, world: Literal["drea
     run(game, bundle, world, scale, fps, _sampler(nfe, "euler", temperature), device, seed)
 
 
-def compare(out: Path = Path("out/compare"), game: str = "coinrun", bundle: Path | None = None, clips: int = 256,
-            horizon: int = 50, policy: str = "mix", levels: tuple[int, int] = (10000, 1000), steps: int = 60_000,
-            nfe: int = 1, solver: Literal["euler", "heun"] = "euler", temperature: float = 1.0, device: str = "auto",
-            seed: int = 0, card: bool = False) -> None:  # fmt: skip
-    """Measure a bundle against the real game; the last line printed is JSON.
+def compare(settings: Annotated[CompareConfig, tyro.conf.arg(name="")] = _COMPARE, out: Path = Path("out/compare"),
+            game: str = "coinrun", bundle: Path | None = None, nfe: int = 1, solver: Literal["euler", "heun"] = "euler",
+            temperature: float = 1.0, device: str = "auto", quick: bool = False, card: bool = False) -> None:  # fmt: skip
+    """Measure a bundle against the real game on held-out levels; the last line printed is JSON.
 
     Args:
-        out: folder for metrics.json and horizon.png.
+        settings: how much is measured.
+        out: folder for report.html, metrics.json, tables, pictures and films.
         game: which embedded bundle.
         bundle: a bundle folder instead.
-        clips: how many real clips to dream on from.
-        horizon: steps dreamt in each.
-        policy: who plays the real game: random, sticky, biased, agent:FOLDER[:EPSILON], mix, or a weighted mixture.
-        levels: first level and number of levels.
-        steps: real steps played for clips and events.
         nfe: network function evaluations per step.
         solver: euler or heun.
         temperature: scales the dream's noise.
         device: auto, cpu, cuda ...
-        seed: decides levels, actions and noise.
+        quick: measure less of everything, in under a minute.
         card: store the figures in the bundle's card.json.
     """
-    from dreamenv.artifacts import write_json
+    from tqdm import tqdm
+
     from dreamenv.bundle import load_bundle, resolve_bundle, update_card
     from dreamenv.compare import compare as run
-    from dreamenv.report import save_horizon_plot
-    from dreamenv.rollout import play_real
+    from dreamenv.page import save_comparison
 
+    settings = settings.quick() if quick else settings
     folder = resolve_bundle(bundle, game)
     loaded = load_bundle(folder, device)
-    real = play_real(loaded.game.name, -(-steps // 32), 32, policy, levels, loaded.game.distribution_mode, seed)
-    result = run(loaded, real, clips, horizon, _sampler(nfe, solver, temperature), seed)
-    figures = result["figures"] | {"policy": policy, "levels": list(levels), "seed": seed}
-    write_json(out / "metrics.json", figures | {"curves": {k: v.tolist() for k, v in result["curves"].items()}})
-    save_horizon_plot(out / "horizon.png", result["curves"], f"{loaded.game.name}, levels {levels[0]}+{levels[1]}, {nfe} NFE")
+    stages = 6 + bool(settings.drift) + bool(settings.policies) + bool(settings.endless_steps)
+    with tqdm(total=stages, unit="stage", bar_format="{l_bar}{bar}| {n}/{total} [{elapsed}]") as bar:
+        told: list[str] = []
+
+        def progress(stage: str) -> None:
+            bar.update(bool(told))
+            told.append(stage)
+            bar.set_description(f"{stage:>24}")
+
+        result = run(loaded, settings, _sampler(nfe, solver, temperature), progress)
+        bar.update(1)
+    page = save_comparison(out, loaded, settings, result)
+    figures = result.figures | {"policy": settings.policy, "levels": list(settings.levels), "seed": settings.seed}
     if card:
         update_card(folder, figures)
+    print(f"written to {out}/: open {page.name} in a browser", file=sys.stderr)
     print(json.dumps(figures))
 
 
@@ -159,8 +169,6 @@ def info(game: str = "coinrun", bundle: Path | None = None) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    import tyro
-
     try:
         tyro.extras.subcommand_cli_from_dict(
             {"demo": demo, "play": play, "compare": compare, "bench": bench, "info": info},

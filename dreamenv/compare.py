@@ -1,99 +1,329 @@
-"""Measures a bundle against the real game on held-out levels."""
+"""Measures a bundle against the real game on held-out levels: every figure that its card and report show."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from dreamenv.bundle import Bundle
+from dreamenv.closed_loop import POLICIES, Episodes, agreement, endless, play_both
+from dreamenv.config import check
+from dreamenv.control import (
+    DELTA_STEP,
+    Branches,
+    action_shifts,
+    branch_accuracy,
+    branch_dream,
+    branch_real,
+    delta_psnr,
+    frame_shifts,
+)
 from dreamenv.flow import SamplerConfig
-from dreamenv.metrics import average_precision, calibration_error, colour_frequencies, psnr, rare_pixels, squared_error
-from dreamenv.rollout import cut_clips, open_loop, outcome_scores
-from dreamenv.types import Clips, Segment
+from dreamenv.metrics import (
+    average_precision,
+    calibration_curve,
+    calibration_error,
+    colour_frequencies,
+    confusion_matrix,
+    detail,
+    moving_pixels,
+    psnr,
+    rare_pixels,
+    spearman,
+    squared_error,
+    ssim,
+)
+from dreamenv.perceptual import feature_distance, features, frechet_distance
+from dreamenv.rollout import HELD_OUT, OutcomeScores, cut_clips, open_loop, outcome_scores, play_real
+from dreamenv.types import Clips
+from dreamenv.world_model import WorldModel
 
 HORIZONS = (1, 5, 10, 30, 50, 100)
 
 
-def compare_open_loop(bundle: Bundle, clips: Clips, frequencies: np.ndarray, sampler: SamplerConfig,
-                      seed: int = 0) -> dict[str, Any]:  # fmt: skip
+@dataclass(frozen=True)
+class CompareConfig:
+    """How much is measured. The defaults take a few minutes on two cores."""
+
+    clips: int = 256
+    """Real clips to dream on from."""
+    horizon: int = 50
+    """Steps dreamt in each."""
+    policy: str = "mix"
+    """Who plays the real game for clips, events and branches; see `dreamenv.policies.make_policy`."""
+    levels: tuple[int, int] = HELD_OUT
+    """First level and number of levels."""
+    steps: int = 60_000
+    """Real steps played for clips and events."""
+    samples: int = 3
+    """Dreams of each clip when the sampler is stochastic: for the best, the mean and the spread."""
+    branches: int = 128
+    """Real moments branched under every distinct action."""
+    branch_steps: int = 4
+    """Steps each branch holds its action."""
+    drift: int = 10
+    """Steps dreamt before the outcome head is asked on a drifted context."""
+    policies: tuple[str, ...] = POLICIES
+    """Policies played in both worlds; none skips it."""
+    episodes: int = 48
+    """Episodes of each policy in each world."""
+    limit: int = 200
+    """Steps after which these episodes are cut off, in both worlds."""
+    endless_steps: int = 5000
+    """Steps dreamt without a reset; 0 skips it."""
+    seed: int = 0
+    """Decides levels, actions and noise."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises `ConfigError`."""
+        for name in ("clips", "steps", "samples", "branches", "branch_steps", "episodes", "limit"):
+            check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
+        check(self.horizon >= 6, f"horizon {self.horizon}: must be >= 6")
+        for name in ("drift", "endless_steps"):
+            check(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: must be >= 0")
+        check(0 <= self.seed < 2**63, f"seed {self.seed}: must be in 0..2^63-1")
+
+    def quick(self) -> CompareConfig:
+        """Less of everything: under a minute on two cores, with wider errors."""
+        return replace(self, clips=min(self.clips, 64), horizon=min(self.horizon, 30), steps=min(self.steps, 20_000), samples=1,
+                       branches=min(self.branches, 32), episodes=min(self.episodes, 8), limit=min(self.limit, 60),
+                       endless_steps=min(self.endless_steps, 300))  # fmt: skip
+
+
+@dataclass
+class Comparison:
+    """What was measured.
+
+    Attributes:
+        figures: flat and JSON-able; the card.
+        table: rows of the open loop, one per (what, step).
+        curves: name -> PSNR per step, float (H,).
+        clips, dream: the real clips and the dream of them, uint8 (N, H, 64, 64, 3).
+        outcomes: name -> scores, on real and on drifted contexts.
+        branches: real branches and the dreamt ones, uint8 (N, A, H, 64, 64, 3).
+        episodes: policy -> (real, dreamt) episodes; endless: see `dreamenv.closed_loop.endless`.
+    """
+
+    figures: dict[str, Any]
+    table: list[dict[str, Any]]
+    curves: dict[str, np.ndarray]
+    clips: Clips
+    dream: np.ndarray
+    outcomes: dict[str, OutcomeScores] = field(default_factory=dict)
+    branches: tuple[Branches, np.ndarray] | None = None
+    episodes: dict[str, tuple[Episodes, Episodes]] = field(default_factory=dict)
+    endless: dict[str, Any] | None = None
+
+
+def compare_open_loop(model: WorldModel, clips: Clips, frequencies: np.ndarray, sampler: SamplerConfig, seed: int = 0,
+                      samples: int = 1) -> Comparison:  # fmt: skip
     """Paired open-loop fidelity on real clips.
 
-    PSNR is that of the mean squared error over all clips (stricter than the mean of each clip's PSNR, which is
-    given as `psnr_mean`).
+    PSNR is that of the mean squared error over all clips, which the worst clips decide; `psnr_mean` is the mean of
+    each clip's PSNR, capped at 60 dB, as papers usually state it.
 
     Args:
-        bundle: the bundle.
+        model: the world model.
         clips: real clips on held-out levels.
         frequencies: `colour_frequencies` of many real frames; they say which colours are rare.
         sampler: how the dream is drawn.
         seed: decides its noise.
-
-    Returns:
-        `figures` (flat, JSON-able), `curves` (name -> float (H,) PSNR per step) and `frames` uint8 (N, H, 64, 64, 3).
+        samples: dreams of each clip, if the sampler is stochastic.
     """
-    k, model = clips.context, bundle.world_model
-    real, last = clips.frames[:, k:], clips.frames[:, k - 1 : k]
-    dream, uncertainty = open_loop(bundle, clips, sampler, seed)
-    ceiling = np.empty_like(real)
-    for i, frames in enumerate(real):
-        ceiling[i] = model.decode(model.encode(frames)).numpy()
-    error, still, floor = (squared_error(x, real) for x in (dream, np.broadcast_to(last, real.shape), ceiling))
+    k = clips.context
+    real, before, last = clips.frames[:, k:], clips.frames[:, k - 1 : -1], clips.frames[:, k - 1 : k]
+    dream, uncertainty = open_loop(model, clips, sampler, seed)
+    ceiling = np.stack([model.decode(model.encode(frames)).numpy() for frames in real])
+    rows = {"dream": dream, "copy last frame": np.broadcast_to(last, real.shape), "autoencoder ceiling": ceiling}
+    if sampler.nfe > 1:
+        rows["deterministic predictor"] = open_loop(model, clips, SamplerConfig(), seed)[0]
+    rare, moving = rare_pixels(real, frequencies), moving_pixels(real, before)
+    table, curves = [], {}
+    for name, frames in rows.items():
+        error = squared_error(frames, real)
+        curves[name] = np.asarray(psnr(error.mean((0, 2, 3))))
+        for h in (h for h in HORIZONS if h <= clips.horizon):
+            table.append({"what": name, "step": h} | _row(frames, real, error, rare, moving, h - 1))
+    error = squared_error(dream, real)
     per_clip = error.mean((2, 3))
-    rare = rare_pixels(real, frequencies)
-    curves = {name: psnr(e.mean((0, 2, 3))) for name, e in
-              {"dream": error, "copy last frame": still, "autoencoder ceiling": floor}.items()}  # fmt: skip
-
-    def rare_psnr(e: np.ndarray, which: np.ndarray) -> float | None:
-        return float(psnr(e[which].mean())) if which.any() else None
-
     figures: dict[str, Any] = {
-        "clips": len(real), "context": k, "nfe": sampler.nfe, "solver": sampler.solver,
-        "autoencoder_psnr": float(psnr(floor.mean())), "autoencoder_psnr_rare": rare_psnr(floor, rare),
+        "clips": len(real), "context": k, "nfe": sampler.nfe, "solver": sampler.solver, "temperature": sampler.temperature,
+        "uncertainty_error_spearman": spearman(uncertainty[:, 0], per_clip[:, 0]),
     }  # fmt: skip
-    for h in (h for h in HORIZONS if h <= clips.horizon):
-        at = h - 1
-        figures |= {
-            f"psnr_{h}": float(curves["dream"][at]), f"psnr_mean_{h}": float(psnr(per_clip[:, at]).clip(max=60).mean()),
-            f"psnr_rare_{h}": rare_psnr(error[:, at], rare[:, at]),
-            f"copy_psnr_{h}": float(curves["copy last frame"][at]),
-        }  # fmt: skip
-    rank = np.argsort(np.argsort(np.stack([uncertainty[:, 0], per_clip[:, 0]]), axis=1), axis=1)
-    figures["uncertainty_error_spearman"] = float(np.corrcoef(rank)[0, 1]) if len(real) > 2 else 0.0
-    return {"figures": figures, "curves": curves, "frames": dream}
+    floor = squared_error(ceiling, real)
+    figures |= {"autoencoder_psnr": float(psnr(floor.mean())), "autoencoder_psnr_rare": _masked_psnr(floor, rare),
+                "autoencoder_ssim": float(ssim(ceiling[:, ::10], real[:, ::10]).mean())}  # fmt: skip
+    short = {"dream": "", "copy last frame": "copy_", "deterministic predictor": "predictor_"}
+    for row in table:
+        if row["what"] in short:
+            prefix, h = short[row["what"]], row["step"]
+            figures |= {f"{prefix}{name}_{h}": v for name, v in row.items() if name not in ("what", "step")}
+    if sampler.stochastic and samples > 1:
+        figures |= _spread(model, clips, dream, sampler, seed, samples)
+    return Comparison(figures, table, curves, clips, dream)
 
 
-def compare_outcomes(bundle: Bundle, play: Segment) -> dict[str, Any]:
-    """Reward and termination heads on real contexts: average precision, base rate and calibration error.
+def add_perceptual(model: WorldModel, result: Comparison, clips: int = 128, later: int = 10) -> None:
+    """Add the perceptual distance of each row of the table, and the Fréchet distance of all later frames.
 
-    Death is a terminal step without reward; the named rewards are the game's own magnitudes.
+    Args:
+        model: the world model, for the ceiling's frames.
+        result: extended in place: `perceptual` in the table, and the same for the dream, with `frechet`, in the figures.
+        clips: how many clips are looked at.
+        later: frames of every so many steps go into the Fréchet distance, over all clips.
     """
-    model = bundle.world_model
-    probabilities, rewards, terminated, weights = outcome_scores(bundle, play)
-    figures: dict[str, Any] = {"steps": int(play.first.size)}
+    k, real, dream = result.clips.context, result.clips.frames[:clips, result.clips.context :], result.dream[:clips]
+    for h in sorted({row["step"] for row in result.table}):
+        truth, _ = features(real[:, h - 1])
+        shown = {"dream": dream[:, h - 1], "copy last frame": result.clips.frames[:clips, k - 1],
+                 "autoencoder ceiling": model.decode(model.encode(real[:, h - 1])).numpy()}  # fmt: skip
+        for row in result.table:
+            if row["step"] == h:
+                frames = shown.get(row["what"])
+                row["perceptual"] = None if frames is None else float(feature_distance(features(frames)[0], truth).mean())
+                if row["what"] == "dream":
+                    result.figures[f"perceptual_{h}"] = row["perceptual"]
+    steps = np.arange(later - 1, result.clips.horizon, later)
+    if len(steps):
+        worlds = (x[:, steps].reshape(-1, 64, 64, 3) for x in (result.clips.frames[:, k:], result.dream))
+        result.figures["frechet"] = frechet_distance(*(features(frames)[1] for frames in worlds))
 
-    def add(name: str, scores: np.ndarray, positive: np.ndarray) -> None:
-        figures[f"{name}_ap"] = average_precision(scores, positive, weights)
+
+def _row(frames: np.ndarray, real: np.ndarray, error: np.ndarray, rare: np.ndarray, moving: np.ndarray,
+         at: int) -> dict[str, Any]:  # fmt: skip
+    each = np.asarray(psnr(error[:, at].mean((1, 2)))).clip(max=60)
+    return {
+        "mse": float(error[:, at].mean()), "psnr": float(psnr(error[:, at].mean())), "psnr_mean": float(each.mean()),
+        "ssim": float(ssim(frames[:, at], real[:, at]).mean()),
+        "psnr_moving": _masked_psnr(error[:, at], moving[:, at]), "psnr_rare": _masked_psnr(error[:, at], rare[:, at]),
+        "detail": float(detail(frames[:, at]).mean() / max(detail(real[:, at]).mean(), 1e-9)),
+    }  # fmt: skip
+
+
+def _masked_psnr(error: np.ndarray, which: np.ndarray) -> float | None:
+    return float(psnr(error[which].mean())) if which.any() else None
+
+
+def _spread(model: WorldModel, clips: Clips, dream: np.ndarray, sampler: SamplerConfig, seed: int,
+            samples: int) -> dict[str, float]:  # fmt: skip
+    """Best and mean of several samples of each clip, and how far apart they are (SEED phase 3)."""
+    horizon = min(clips.horizon, 10)
+    k = clips.context
+    short = Clips(clips.frames[:, : k + horizon], clips.actions[:, : k - 1 + horizon], clips.level_seeds, k)
+    drawn = [dream[:, :horizon]]
+    drawn += [open_loop(model, short, sampler, seed + (s << 32))[0] for s in range(1, samples)]
+    errors = np.stack([squared_error(d, short.frames[:, k:]).mean((2, 3)) for d in drawn])  # (S, N, H)
+    apart = [squared_error(a, b)[:, -1].mean() for i, a in enumerate(drawn) for b in drawn[i + 1 :]]
+    return {f"samples_mean_psnr_{horizon}": float(psnr(errors[:, :, -1].mean())),
+            f"samples_best_psnr_{horizon}": float(psnr(errors[:, :, -1].min(0).mean())),
+            f"samples_diversity_{horizon}": float(np.mean(apart))}  # fmt: skip
+
+
+def _random_player(bundle: Bundle, config: CompareConfig, sampler: SamplerConfig) -> dict[str, float]:
+    """Figures on clips of a player whose every action is random, so that none gives away the next."""
+    model, game, seed, horizon = bundle.world_model, bundle.game, config.seed, 10
+    play = play_real(game.name, 150, 32, "random", config.levels, game.distribution_mode, seed)
+    clips = cut_clips(play, min(config.clips, 256), model.context, horizon, seed)
+    dream, _ = open_loop(model, clips, sampler, seed)
+    error = squared_error(dream, clips.frames[:, model.context :]).mean((2, 3))
+    delta = delta_psnr(model, clips, dream, sampler, seed)
+    figures = {"random_delta_psnr_4": float(delta[DELTA_STEP - 1])}
+    for h in (1, horizon):
+        figures |= {f"random_psnr_{h}": float(psnr(error[:, h - 1].mean())),
+                    f"random_psnr_mean_{h}": float(psnr(error[:, h - 1]).clip(max=60).mean())}  # fmt: skip
+    figures |= {f"action_shift_{s}": v for s, v in action_shifts(model, clips, sampler, seed).items()}
+    return figures | {f"frame_shift_{s}": v for s, v in frame_shifts(clips, dream).items()}
+
+
+def outcome_figures(model: WorldModel, scores: OutcomeScores, prefix: str = "") -> dict[str, Any]:
+    """Average precision, base rate, events, calibration and confusion of the joint (reward, end) outcomes.
+
+    Death is a terminal step without reward; the named rewards are the game's own magnitudes. The confusion matrix
+    holds expected counts of real steps: each step spreads over outcomes as the head's probabilities say.
+    """
+    p, weights = scores.probabilities, scores.weights
+    figures: dict[str, Any] = {}
+
+    def add(name: str, score: np.ndarray, positive: np.ndarray) -> None:
+        figures[f"{name}_ap"] = average_precision(score, positive, weights)
         figures[f"{name}_base_rate"] = float((weights * positive).sum() / weights.sum())
         figures[f"{name}_events"] = int(positive.sum())
 
     for value in np.unique(model.rewards[model.rewards != 0]):
-        add(f"reward_{value:g}", probabilities @ (model.rewards == value), rewards == np.float32(value))
-    add("death", probabilities @ (model.terminated & (model.rewards == 0)), terminated & (rewards == 0))
-    end = probabilities @ model.terminated
-    add("end", end, terminated)
-    figures["end_calibration_error"] = calibration_error(end, terminated, weights)
+        add(f"reward_{value:g}", p @ (model.rewards == value), scores.rewards == np.float32(value))
+    add("death", p @ (model.terminated & (model.rewards == 0)), scores.terminated & (scores.rewards == 0))
+    end = p @ model.terminated
+    add("end", end, scores.terminated)
+    figures["end_calibration_error"] = calibration_error(end, scores.terminated, weights)
     likely = end >= 0.05  # nearly all steps are surely uneventful; this is the error where it matters
     figures["end_calibration_error_likely"] = (
-        calibration_error(end[likely], terminated[likely], weights[likely]) if likely.any() else 0.0
+        calibration_error(end[likely], scores.terminated[likely], weights[likely]) if likely.any() else 0.0
     )
-    return figures
+    return {f"{prefix}{k}": v for k, v in figures.items()}
 
 
-def compare(bundle: Bundle, play: Segment, clips: int, horizon: int, sampler: SamplerConfig, seed: int = 0) -> dict[str, Any]:
-    """All measures; see `compare_open_loop` (whose result this extends) and `compare_outcomes`."""
+def outcome_confusion(model: WorldModel, scores: OutcomeScores) -> np.ndarray:
+    """Real steps by (actual, most likely) outcome, float64 (outcomes, outcomes), rows actual."""
+    actual = np.zeros(len(scores.rewards), np.int64)
+    for i, (reward, end) in enumerate(zip(model.rewards, model.terminated, strict=True)):
+        actual[(scores.rewards == np.float32(reward)) & (scores.terminated == end)] = i
+    return confusion_matrix(actual, scores.probabilities.argmax(1), len(model.rewards), scores.weights)
+
+
+def outcome_curve(model: WorldModel, scores: OutcomeScores) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Calibration curve of the end of an episode, see `dreamenv.metrics.calibration_curve`."""
+    return calibration_curve(scores.probabilities @ model.terminated, scores.terminated, scores.weights)
+
+
+def compare(bundle: Bundle, config: CompareConfig, sampler: SamplerConfig,
+            progress: Callable[[str], None] = lambda stage: None) -> Comparison:  # fmt: skip
+    """Measure everything (needs procgen); `progress` is told each stage as it begins.
+
+    Raises:
+        ConfigError: a value outside its range, or too few real steps for the clips.
+        PolicyError: an unknown policy.
+    """
+    model, game, seed = bundle.world_model, bundle.game, config.seed
+    progress("playing the real game")
+    play = play_real(game.name, -(-config.steps // 32), 32, config.policy, config.levels, game.distribution_mode, seed)
     frequencies = colour_frequencies(play.frames[:, :: max(play.frames.shape[1] // 128, 1)])
-    chosen = cut_clips(play, clips, bundle.world_model.context, horizon, seed)
-    result = compare_open_loop(bundle, chosen, frequencies, sampler, seed)
-    result["figures"] |= compare_outcomes(bundle, play)
+    clips = cut_clips(play, config.clips, model.context, config.horizon, seed)
+    progress("open loop")
+    result = compare_open_loop(model, clips, frequencies, sampler, seed, config.samples)
+    figures = result.figures
+    progress("perceptual distance")
+    add_perceptual(model, result)
+    progress("outcomes")
+    result.outcomes["real"] = outcome_scores(model, play, sampler, seed=seed)
+    figures |= outcome_figures(model, result.outcomes["real"]) | {"steps": int(play.first.size)}
+    if config.drift:
+        progress("outcomes after drift")
+        result.outcomes["drifted"] = outcome_scores(model, play, sampler, config.drift, negatives=1500, seed=seed)
+        figures |= outcome_figures(model, result.outcomes["drifted"], "drifted_") | {"drift": config.drift}
+    progress("controllability")
+    delta = delta_psnr(model, clips, result.dream[:, :10], sampler, seed)
+    figures |= {f"delta_psnr_{h}": float(delta[h - 1]) for h in (1, DELTA_STEP, len(delta))}
+    figures |= _random_player(bundle, config, sampler)
+    for kind in ("action", "frame"):
+        figures[f"{kind}_offset"] = max((-1, 0, 1), key=lambda s, kind=kind: figures[f"{kind}_shift_{s}"])
+    progress("branches")
+    real = branch_real(game, config.branches, model.context, config.branch_steps, config.levels, config.policy, seed)
+    dreamt = branch_dream(model, real, sampler, seed)
+    result.branches = real, dreamt
+    figures |= {f"branch_{k}": v for k, v in branch_accuracy(real.real[:, :, -1], dreamt[:, :, -1]).items()}
+    figures |= {"branches": len(dreamt), "branch_steps": config.branch_steps}
+    if config.policies:
+        progress("closed loop")
+        result.episodes = play_both(bundle, config.policies, config.episodes, config.limit, sampler, config.levels, seed)
+        figures |= {f"closed_loop_{k}": v for k, v in agreement(result.episodes, seed=seed).items()}
+        figures |= {"closed_loop_episodes": config.episodes, "closed_loop_limit": config.limit}
+    if config.endless_steps:
+        progress("endless dream")
+        result.endless = endless(bundle, config.endless_steps, sampler=sampler, seed=seed)
+        figures |= {"endless_steps": config.endless_steps, "endless_diverged": result.endless["diverged"],
+                    "endless_latent_rms": float(result.endless["latent_rms"][-1]),
+                    "endless_detail": float(result.endless["detail"][-1] / result.endless["real_detail"])}  # fmt: skip
     return result

@@ -10,10 +10,11 @@ import numpy as np
 
 from dreamenv.artifacts import write_json
 from dreamenv.bundle import load_bundle, resolve_bundle
-from dreamenv.compare import compare
+from dreamenv.compare import compare_open_loop, outcome_figures
 from dreamenv.flow import SamplerConfig
+from dreamenv.metrics import colour_frequencies
 from dreamenv.report import save_grid, save_horizon_plot, save_video, side_by_side
-from dreamenv.rollout import cut_clips, open_loop, play_real
+from dreamenv.rollout import cut_clips, open_loop, outcome_scores, play_real
 from dreamenv.types import Clips
 
 
@@ -34,10 +35,13 @@ def demo(out: Path, game: str = "coinrun", bundle: Path | None = None, clips: in
     print(f"playing {play_steps} steps of the real {facts.name} on held-out levels ...", flush=True)
     play = play_real(facts.name, -(-play_steps // envs), envs, distribution_mode=facts.distribution_mode, seed=seed)
     print(f"dreaming {clips} clips of {horizon} steps and scoring the heads ...", flush=True)
-    result = compare(loaded, play, clips, horizon, sampler, seed)
-    film = _liveliest(cut_clips(play, 64, loaded.world_model.context, film_steps, seed + 1), 3)
+    model = loaded.world_model
+    frequencies = colour_frequencies(play.frames[:, :: max(play.frames.shape[1] // 128, 1)])
+    result = compare_open_loop(model, cut_clips(play, clips, model.context, horizon, seed), frequencies, sampler, seed)
+    scored = outcome_figures(model, outcome_scores(model, play, sampler, seed=seed))
+    film = _liveliest(cut_clips(play, 64, model.context, film_steps, seed + 1), 3)
     began = time.perf_counter()
-    dreams, _ = open_loop(loaded, film, sampler, seed)
+    dreams, _ = open_loop(model, film, sampler, seed)
     speed = dreams.shape[0] * dreams.shape[1] / (time.perf_counter() - began)
 
     k = film.context
@@ -48,10 +52,10 @@ def demo(out: Path, game: str = "coinrun", bundle: Path | None = None, clips: in
         save_video(out / name, side_by_side(columns, scale=(6, 3)[i]))
     shown = np.unique(np.linspace(0, film_steps - 1, 10).astype(int))
     save_grid(out / "film_strip.png", [rows[i][shown] for i in range(len(real)) for rows in (real, dreams)])
-    save_horizon_plot(out / "horizon.png", result["curves"],
+    save_horizon_plot(out / "horizon.png", result.curves,
                       f"{facts.name}, held-out levels, {clips} clips, {sampler.nfe} NFE")  # fmt: skip
-    figures = result["figures"] | {"film_frames_per_s": speed, "film_level_seeds": film.level_seeds.tolist()}
-    curves = {name: [round(float(v), 3) for v in curve] for name, curve in result["curves"].items()}
+    figures = result.figures | scored | {"film_frames_per_s": speed, "film_level_seeds": film.level_seeds.tolist()}
+    curves = {name: [round(float(v), 3) for v in curve] for name, curve in result.curves.items()}
     metrics = {"game": facts.name, "bundle": loaded.identity, "seed": seed, "figures": figures, "curves": curves}
     write_json(out / "metrics.json", metrics)
     return metrics

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from dreamenv.actions import NUM_ACTIONS
+from dreamenv.actions import NAMES, NUM_ACTIONS
 from dreamenv.errors import PolicyError
 
 DEFAULT_MIX = "random=0.1,sticky=0.2,biased=0.7"
@@ -39,6 +39,17 @@ class StickyPolicy:
         keep = (rng.random(n) < self.stickiness) & ~first
         self._last = draw if self._last is None else np.where(keep, self._last, draw)
         return self._last.astype(np.int64)
+
+
+class HoldPolicy:
+    """Always the same action: a policy of known, low skill."""
+
+    def __init__(self, action: int) -> None:
+        self.action = action
+
+    def act(self, observations: np.ndarray, first: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """See `VectorPolicy.act`."""
+        return np.full(len(first), self.action, np.int64)
 
 
 class AgentPolicy:
@@ -103,8 +114,8 @@ def make_policy(spec: str, bias: np.ndarray | None = None) -> MixturePolicy:
     """Build a policy from its specification.
 
     Args:
-        spec: "random", "sticky", "biased", "agent:FOLDER" or "agent:FOLDER:EPSILON", "mix", or a weighted
-            mixture such as "random=0.2,agent:runs/a:0.1=0.8".
+        spec: "random", "sticky", "biased", "hold:ACTION" (as "hold:right+up"), "agent:FOLDER" or
+            "agent:FOLDER:EPSILON", "mix", or a weighted mixture such as "random=0.2,agent:runs/a:0.1=0.8".
         bias: action weights (15,) of the game, for "biased".
 
     Raises:
@@ -123,6 +134,10 @@ def _component(name: str, bias: np.ndarray | None) -> VectorPolicy:
         if bias is None:
             raise PolicyError("policy 'biased' needs the game's action weights; use 'sticky' where they are not known")
         return StickyPolicy(0.75, bias)
+    if name.startswith("hold:"):
+        if (held := name[len("hold:") :]) not in NAMES:
+            raise PolicyError(f"policy {name!r}: unknown action {held!r}; there are {', '.join(NAMES)}")
+        return HoldPolicy(NAMES.index(held))
     if name.startswith("agent:"):
         path, separator, epsilon = name[len("agent:") :].rpartition(":")
         try:
@@ -134,4 +149,5 @@ def _component(name: str, bias: np.ndarray | None) -> VectorPolicy:
         if not 0 <= value <= 1:
             raise PolicyError(f"policy {name!r}: epsilon {value} must be in 0..1")
         return AgentPolicy(path, value)
-    raise PolicyError(f"policy {name!r}: unknown; there are random, sticky, biased, agent:FOLDER[:EPSILON] and mix")
+    known = "random, sticky, biased, hold:ACTION, agent:FOLDER[:EPSILON] and mix"
+    raise PolicyError(f"policy {name!r}: unknown; there are {known}")

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
-import torch
 
 from dreamenv.actions import NOOP
-from dreamenv.bundle import Bundle
 from dreamenv.config import check
 from dreamenv.data.windows import HELD_OUT_FROM, Windows
 from dreamenv.flow import SamplerConfig
 from dreamenv.noise import draw_step, philox
 from dreamenv.policies import make_policy
 from dreamenv.types import Clips, Segment
+from dreamenv.world_model import WorldModel
 
 HELD_OUT = (HELD_OUT_FROM, 1000)
 """First level and number of the held-out levels; no model or agent ever trains on them."""
@@ -67,57 +67,102 @@ def cut_clips(play: Segment, count: int, context: int, horizon: int, seed: int =
     return Clips(frames, play.actions.reshape(-1)[indices[:, :-1]], play.level_seeds.reshape(-1)[start], context)
 
 
-def open_loop(bundle: Bundle, clips: Clips, sampler: SamplerConfig, seed: int = 0,
-              batch: int = 64) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Dream on from each clip's context under the clip's own actions.
+def imagine(model: WorldModel, frames: np.ndarray, history: np.ndarray, actions: np.ndarray, sampler: SamplerConfig,
+            seed: int = 0, batch: int = 64) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Dream on from real contexts under given actions.
+
+    Args:
+        model: the world model.
+        frames: uint8 (N, T, 64, 64, 3), real context.
+        history: integers (N, T - 1), the actions between them.
+        actions: integers (N, H), the actions to dream under.
+        sampler: how it is drawn.
+        seed: decides the noise; row i draws what it would draw in any batch.
+        batch: rows dreamt at once.
 
     Returns:
         uint8 frames (N, H, 64, 64, 3), and the uncertainty float32 (N, H).
     """
-    model, k = bundle.world_model, clips.context
-    frames = np.empty((len(clips.frames), clips.horizon, 64, 64, 3), np.uint8)
-    uncertainty = np.empty(frames.shape[:2], np.float32)
-    for at in range(0, len(frames), batch):
-        rows = slice(at, min(at + batch, len(frames)))
-        state = model.start(clips.frames[rows, :k], clips.actions[rows, : k - 1])
-        for h in range(clips.horizon):
-            noise = None
-            if sampler.stochastic:
-                each = [draw_step(seed + i, 0, 0, h, model.latent_shape)[1] for i in range(rows.start, rows.stop)]
-                noise = np.stack(cast(list[np.ndarray], each))
-            imagined = model.step(state, clips.actions[rows, k - 1 + h], noise, sampler)
+    n, horizon = actions.shape
+    dream = np.empty((n, horizon, 64, 64, 3), np.uint8)
+    uncertainty = np.empty((n, horizon), np.float32)
+    for at in range(0, n, batch):
+        rows = slice(at, min(at + batch, n))
+        state = model.start(frames[rows], history[rows])
+        for h in range(horizon):
+            imagined = model.step(state, actions[rows, h], step_noise(model, sampler, seed, rows, h), sampler)
             state = imagined.state
-            frames[rows, h] = model.decode(state.latents[:, -1]).numpy()
+            dream[rows, h] = model.decode(state.latents[:, -1]).numpy()
             uncertainty[rows, h] = imagined.uncertainty.float().cpu().numpy()
-    return frames, uncertainty
+    return dream, uncertainty
 
 
-def outcome_scores(bundle: Bundle, play: Segment, negatives: int = 20000, seed: int = 0,
-                   batch: int = 256) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-    """Score the outcome head on real contexts: every rewarded or terminal step, and a sample of the others.
+def open_loop(model: WorldModel, clips: Clips, sampler: SamplerConfig, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """`imagine` each clip's future from its context, under its own actions."""
+    k = clips.context
+    return imagine(model, clips.frames[:, :k], clips.actions[:, : k - 1], clips.actions[:, k - 1 :], sampler, seed)
 
-    Returns:
-        probabilities float64 (M, outcomes), rewards (M,), terminated bool (M,), weights (M,): how many real steps
-        each stands for.
+
+def step_noise(model: WorldModel, sampler: SamplerConfig, seed: int, rows: slice, step: int) -> np.ndarray | None:
+    """Standard normal float32 (B, C, h, w) of rows at one step, whatever the batch; None if the sampler needs none."""
+    if not sampler.stochastic:
+        return None
+    each = [draw_step(seed + i, 0, 0, step, model.latent_shape)[1] for i in range(rows.start, rows.stop)]
+    return np.stack(cast(list[np.ndarray], each))
+
+
+@dataclass(frozen=True)
+class OutcomeScores:
+    """What the outcome head said at M real moments, and what happened.
+
+    Attributes:
+        probabilities: float64 (M, outcomes).
+        rewards: (M,) real rewards; terminated: bool (M,) real ends.
+        weights: float64 (M,), how many real steps each stands for.
     """
-    model = bundle.world_model
+
+    probabilities: np.ndarray
+    rewards: np.ndarray
+    terminated: np.ndarray
+    weights: np.ndarray
+
+
+def outcome_scores(model: WorldModel, play: Segment, sampler: SamplerConfig, drift: int = 0, negatives: int = 20000,
+                   seed: int = 0, batch: int = 64) -> OutcomeScores:  # fmt: skip
+    """Score the outcome head at every rewarded or terminal step, and at a sample of the others.
+
+    Args:
+        model: the world model.
+        play: real games.
+        sampler: how the dream is drawn.
+        drift: steps that the dream went on alone, under the real actions, before the head is asked; 0 asks it on the
+            real context.
+        negatives: how many uneventful steps.
+        seed: decides which, and the noise.
+        batch: rows at once.
+    """
     n, t = play.first.shape
-    event = (play.rewards != 0) | play.terminated
-    start = np.maximum.accumulate(np.where(play.first, np.arange(t), 0), axis=1)
-    common = np.argwhere(~event)
+    first = play.first.copy()
+    first[:, 0] = True
+    start = np.maximum.accumulate(np.where(first, np.arange(t), 0), axis=1)
+    possible = np.arange(t) - start >= drift
+    event = ((play.rewards != 0) | play.terminated) & possible
+    common = np.argwhere(~event & possible)
     kept = np.random.default_rng(seed).permutation(len(common))[:negatives]
     chosen = np.concatenate([np.argwhere(event), common[kept]])
     weights = np.ones(len(chosen))
     weights[int(event.sum()) :] = len(common) / max(len(kept), 1)
-    steps = np.empty((len(chosen), len(model.rewards)))
+    probabilities = np.empty((len(chosen), len(model.rewards)))
     for at in range(0, len(chosen), batch):
-        env, now = chosen[at : at + batch].T
-        raw = now[:, None] + np.arange(-model.context + 1, 1)
+        rows = slice(at, min(at + batch, len(chosen)))
+        env, now = chosen[rows].T
+        raw = now[:, None] - drift + np.arange(-model.context + 1, 1)
         index = np.maximum(raw, start[env, now][:, None])
-        frames, actions = play.frames[env[:, None], index], play.actions[env[:, None], index]
-        state = model.start(frames, np.where(raw == index, actions, NOOP)[:, :-1])
-        with torch.inference_mode():
-            taken = torch.cat([state.actions, torch.as_tensor(actions[:, -1:]).to(model.device)], 1)
-            steps[at : at + batch] = model.head.log_probabilities(state.latents, taken).exp().double().cpu().numpy()
+        history = np.where(raw == index, play.actions[env[:, None], index], NOOP)[:, :-1]
+        state = model.start(play.frames[env[:, None], index], history)
+        for d in range(drift):
+            noise = step_noise(model, sampler, seed, rows, d)
+            state = model.step(state, play.actions[env, now - drift + d], noise, sampler).state
+        probabilities[rows] = model.outcomes(state, play.actions[env, now]).exp().double().cpu().numpy()
     env, now = chosen.T
-    return steps, play.rewards[env, now], play.terminated[env, now], weights
+    return OutcomeScores(probabilities, play.rewards[env, now], play.terminated[env, now], weights)

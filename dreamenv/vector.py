@@ -181,7 +181,7 @@ class DreamVectorEnv(VectorEnv):
         uncertainty = imagined.uncertainty.double().cpu().numpy()
 
         latents = imagined.state.latents[:, -1]
-        diverged = self._diverged(latents)
+        diverged = self.bundle.limits.exceeded(latents).cpu().numpy()
         if diverged.any():  # keep the last sound latent, so that no frame is ever drawn from an unsound one
             bad = torch.as_tensor(diverged, device=latents.device)[:, None, None, None]
             sound = torch.where(bad, self._state.latents[:, -1], latents)
@@ -298,12 +298,6 @@ class DreamVectorEnv(VectorEnv):
         if not self.exact:
             return model.decode(latents).numpy()
         return torch.cat([model.decode(latents[i : i + 1]) for i in range(self.num_envs)]).numpy()
-
-    def _diverged(self, latents: torch.Tensor) -> np.ndarray:
-        limits = self.bundle.limits
-        flat = latents.flatten(1)
-        sound = (flat.abs().amax(1) <= 2 * limits.latent_max) & (flat.square().mean(1).sqrt() <= 2 * limits.latent_rms_max)
-        return (~sound).cpu().numpy()  # NaN compares false, so it counts as diverged
 
     def _begin(self, i: int, start: int | None) -> None:
         """Put environment i at a start of the bank, drawn from its seed and episode if not given."""

@@ -81,7 +81,7 @@ class WorldModel:
             noise: standard normal float32 (B, C, H, W); may be None where `sampler.stochastic` is False.
             sampler: how the next latent is drawn.
         """
-        taken = torch.cat([state.actions, torch.as_tensor(actions, device=self.device).long()[:, None]], 1)
+        taken = self._taken(state, actions)
         noise = None if noise is None else torch.as_tensor(noise, device=self.device)
         zero = torch.zeros(len(taken), device=self.device)
 
@@ -98,7 +98,18 @@ class WorldModel:
 
         with self._autocast():
             clean, log_error = sample(predict, noise, sampler)
-            log_probabilities = self.head.log_probabilities(state.latents, taken)
         latents = torch.cat([state.latents[:, 1:], clean[:, None]], 1)
         uncertainty = log_error.exp().mean((1, 2)).sqrt()
-        return Transition(State(latents, taken[:, 1:]), log_probabilities, uncertainty)
+        return Transition(State(latents, taken[:, 1:]), self._outcomes(state.latents, taken), uncertainty)
+
+    @torch.inference_mode()
+    def outcomes(self, state: State, actions: np.ndarray | Tensor) -> Tensor:
+        """Log-probabilities float32 (B, outcomes) of what the actions int64 (B,) would bring at `state`."""
+        return self._outcomes(state.latents, self._taken(state, actions))
+
+    def _outcomes(self, latents: Tensor, taken: Tensor) -> Tensor:
+        with self._autocast():
+            return self.head.log_probabilities(latents, taken)
+
+    def _taken(self, state: State, actions: np.ndarray | Tensor) -> Tensor:
+        return torch.cat([state.actions, torch.as_tensor(actions, device=self.device).long()[:, None]], 1)

@@ -13,9 +13,10 @@ from gymnasium.utils.env_checker import check_env
 
 import dreamenv
 from dreamenv.bundle import Bundle, load_bundle, resolve_bundle
-from dreamenv.compare import compare
+from dreamenv.compare import compare_open_loop, outcome_figures
 from dreamenv.flow import SamplerConfig
-from dreamenv.rollout import play_real
+from dreamenv.metrics import colour_frequencies
+from dreamenv.rollout import cut_clips, outcome_scores, play_real
 from dreamenv.types import Segment
 from dreamenv.vector import DreamVectorEnv
 
@@ -38,7 +39,9 @@ def test_it_is_small_and_never_saw_the_held_out_levels(bundle: Bundle) -> None:
 
 def test_it_is_faithful_on_held_out_levels(bundle: Bundle, play: Segment) -> None:
     assert play.level_seeds.min() >= 10000
-    figures = compare(bundle, play, 48, 10, SamplerConfig())["figures"]
+    model, clips = bundle.world_model, cut_clips(play, 48, bundle.world_model.context, 10)
+    figures = compare_open_loop(model, clips, colour_frequencies(play.frames[:, ::7]), SamplerConfig()).figures
+    figures |= outcome_figures(model, outcome_scores(model, play, SamplerConfig()))
     assert figures["autoencoder_psnr"] > 40 and figures["autoencoder_psnr_rare"] > 27
     assert figures["psnr_1"] > max(27, figures["copy_psnr_1"] + 5)
     assert figures["psnr_10"] > max(17.5, figures["copy_psnr_10"] + 6)  # 48 clips scatter by some two dB

@@ -155,7 +155,15 @@ def test_from_the_real_game_to_a_dream_through_the_command_line(tmp_path: Path) 
     assert (out / "bundle" / "dynamics.safetensors").read_bytes() == weights
 
     small = ["--bundle", str(out / "bundle"), "--clips", "8", "--horizon", "5"]
-    compared = run("dreamenv", "compare", *small, "--steps", "3200", "--out", str(tmp_path / "compare"), "--nfe", "2", "--card")
+    compared = run("dreamenv", "compare", *small, "--steps", "3200", "--out", str(tmp_path / "compare"), "--nfe", "2", "--card",
+                   "--horizon", "6", "--drift", "2", "--branches", "3", "--episodes", "2", "--limit", "5", "--endless-steps",
+                   "7", "--policies", "random", "hold:right")
+    written = {p.name for p in (tmp_path / "compare").iterdir()}
+    assert written == {"report.html", "metrics.json", "open_loop.csv", "policies.csv", "horizon.png", "film_strip.png",
+                       "side_by_side.mp4", "calibration.png", "branches.png", "policies.png", "endless.png",
+                       "endless_frames.png"}  # fmt: skip
+    page = (tmp_path / "compare" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 7 and "http" not in page
     figures = json.loads(compared.splitlines()[-1])
     assert figures["clips"] == 8 and 5 < figures["psnr_1"] < 60 and figures["autoencoder_psnr"] > figures["psnr_5"]
     assert load_bundle(out / "bundle", "cpu").card == figures
