@@ -1,1 +1,1 @@
-"""Agents that live in both worlds. So far they are loaded by `dreamenv.models.impala`; training comes next."""
+"""Agents that live in both worlds: the Stable-Baselines3 adapter, training, evaluation."""

@@ -37,12 +37,18 @@ class Episodes:
     ended: np.ndarray
 
 
-def play_episodes(envs: Any, frames: np.ndarray, policy: VectorPolicy, limit: int, rng: np.random.Generator) -> Episodes:
-    """Play every environment of a vector env, which stands at `frames` uint8 (N, 64, 64, 3), to its end or `limit`."""
+def play_episodes(envs: Any, frames: np.ndarray, policy: VectorPolicy, limit: int, rng: np.random.Generator,
+                  film: list[np.ndarray] | None = None) -> Episodes:  # fmt: skip
+    """Play every environment of a vector env, which stands at `frames` uint8 (N, 64, 64, 3), to its end or `limit`.
+
+    If `film` is given, the frames before each step are appended to it.
+    """
     n = len(frames)
     running, first = np.ones(n, bool), np.ones(n, bool)
     returns, lengths, ended = np.zeros(n), np.zeros(n, np.int64), np.zeros(n, bool)
     for _ in range(limit):
+        if film is not None:
+            film.append(frames)
         frames, rewards, terminated, truncated, _ = envs.step(policy.act(frames, first, rng))
         returns += np.where(running, rewards, 0)
         lengths += running

@@ -5,12 +5,15 @@ They drive the real game and the dream alike: collection, demos and comparisons 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from dreamenv.actions import NAMES, NUM_ACTIONS
 from dreamenv.errors import PolicyError
+
+if TYPE_CHECKING:
+    from dreamenv.models.impala import ImpalaAgent
 
 DEFAULT_MIX = "random=0.1,sticky=0.2,biased=0.7"
 
@@ -55,10 +58,10 @@ class HoldPolicy:
 class AgentPolicy:
     """A saved agent (`agent.json` + `agent.safetensors`), sampled from, epsilon-greedy towards uniform actions."""
 
-    def __init__(self, path: str, epsilon: float = 0.0) -> None:
+    def __init__(self, agent: str | ImpalaAgent, epsilon: float = 0.0) -> None:
         from dreamenv.models.impala import load_agent  # needs torch: only when an agent is asked for
 
-        self._agent = load_agent(path)
+        self._agent = load_agent(agent) if isinstance(agent, str) else agent
         self.epsilon = epsilon
 
     def act(self, observations: np.ndarray, first: np.ndarray, rng: np.random.Generator) -> np.ndarray:

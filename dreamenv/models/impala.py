@@ -25,6 +25,8 @@ class ImpalaConfig:
     """Width of each stage; each halves the picture."""
     features: int = 256
     """Width of the last hidden layer."""
+    greedy: bool = False
+    """Whether the best action is taken (networks trained as action values) rather than one sampled."""
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
@@ -69,6 +71,8 @@ class ImpalaAgent(nn.Module):
         """Frames uint8 (B, 64, 64, 3) -> action probabilities float64 (B, 15)."""
         device = self.policy.weight.device
         logits, _ = self(to_images(torch.as_tensor(frames).to(device)))
+        if self.config.greedy:
+            return F.one_hot(logits.argmax(1), NUM_ACTIONS).double().cpu().numpy()
         return logits.double().softmax(1).cpu().numpy()
 
 

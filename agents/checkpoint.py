@@ -1,0 +1,99 @@
+"""Checkpoints of an on-policy run between two rollouts: with the environments' own state, so a resume changes nothing."""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecMonitor, VecNormalize, unwrap_vec_wrapper
+
+from dreamenv.artifacts import atomic_folder, read_json, recover_folder, sha256_file, write_json
+from dreamenv.errors import CheckpointError
+
+_REMEDY = "delete the checkpoint to start anew"
+
+
+def save_checkpoint(folder: Path, model: OnPolicyAlgorithm, identity: str) -> None:
+    """Write everything the next rollout depends on, atomically."""
+    arrays = {f"policy.{k}": v.detach().cpu().numpy() for k, v in model.policy.state_dict().items()}
+    for index, parameter in enumerate(model.policy.parameters()):
+        for name, value in model.policy.optimizer.state.get(parameter, {}).items():
+            arrays[f"optimizer.{index}.{name}"] = value.detach().cpu().numpy()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    arrays |= {"rng.torch": torch.get_rng_state().numpy(), "rng.numpy": np.asarray(keys)}
+    arrays |= {"last_obs": np.asarray(model._last_obs), "last_episode_starts": np.asarray(model._last_episode_starts)}
+    assert model.env is not None
+    for i, data in enumerate(model.env.env_method("snapshot", indices=_leaders(model.env))):
+        arrays[f"env.{i}"] = np.frombuffer(data, np.uint8)
+    state: dict[str, Any] = {
+        "identity": identity, "steps": model.num_timesteps, "updates": model._n_updates,
+        "progress_remaining": model._current_progress_remaining, "numpy": [kind, int(position), int(has_gauss), float(cached)],
+        "episodes": [[float(e["r"]), int(e["l"]), float(e["t"])] for e in model.ep_info_buffer or ()],
+    }  # fmt: skip
+    if (monitor := unwrap_vec_wrapper(model.env, VecMonitor)) is not None:
+        assert isinstance(monitor, VecMonitor)
+        arrays |= {"monitor.returns": monitor.episode_returns, "monitor.lengths": monitor.episode_lengths}
+    if (scaler := unwrap_vec_wrapper(model.env, VecNormalize)) is not None:
+        assert isinstance(scaler, VecNormalize)
+        arrays |= {"scaler.returns": scaler.returns, "scaler.mean": np.asarray(scaler.ret_rms.mean),
+                   "scaler.var": np.asarray(scaler.ret_rms.var)}  # fmt: skip
+        state["scaler_count"] = float(scaler.ret_rms.count)
+    with atomic_folder(folder) as temporary:
+        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary / "arrays.safetensors")
+        write_json(temporary / "state.json", state | {"sha256": sha256_file(temporary / "arrays.safetensors")})
+
+
+def load_checkpoint(folder: Path, model: OnPolicyAlgorithm, identity: str) -> bool:
+    """Continue from `folder` if there is a checkpoint; returns whether there was.
+
+    Raises:
+        CheckpointError: it is damaged, or belongs to another configuration.
+    """
+    recover_folder(folder)
+    if not folder.exists():
+        return False
+    state = read_json(folder / "state.json", CheckpointError, _REMEDY)
+    path = folder / "arrays.safetensors"
+    if not path.exists() or sha256_file(path) != state.get("sha256"):
+        raise CheckpointError(f"{path}: missing, or its sha256 differs from state.json; {_REMEDY}")
+    if state.get("identity") != identity:
+        raise CheckpointError(f"{folder}: was made with another configuration; use the same one, or another --out")
+    arrays = load_file(path)
+    model.policy.load_state_dict({k[7:]: torch.from_numpy(v) for k, v in arrays.items() if k.startswith("policy.")})
+    for index, parameter in enumerate(model.policy.parameters()):
+        prefix = f"optimizer.{index}."
+        moments = {k[len(prefix) :]: torch.from_numpy(v) for k, v in arrays.items() if k.startswith(prefix)}
+        if moments:
+            model.policy.optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter) for k, v in moments.items()}
+    assert model.env is not None
+    model.env.reset()
+    snapshots = [arrays[f"env.{i}"].tobytes() for i in range(len(_leaders(model.env)))]
+    for index, data in zip(_leaders(model.env), snapshots, strict=True):
+        model.env.env_method("restore", data, indices=[index])
+    model._last_obs, model._last_episode_starts = arrays["last_obs"], arrays["last_episode_starts"]
+    model.num_timesteps, model._n_updates = state["steps"], state["updates"]
+    model._current_progress_remaining = state["progress_remaining"]
+    model.ep_info_buffer = deque(({"r": r, "l": n, "t": t} for r, n, t in state["episodes"]), maxlen=model._stats_window_size)
+    model.ep_success_buffer = deque(maxlen=model._stats_window_size)
+    if (monitor := unwrap_vec_wrapper(model.env, VecMonitor)) is not None:
+        assert isinstance(monitor, VecMonitor)
+        monitor.episode_returns, monitor.episode_lengths = arrays["monitor.returns"], arrays["monitor.lengths"]
+    if (scaler := unwrap_vec_wrapper(model.env, VecNormalize)) is not None:
+        assert isinstance(scaler, VecNormalize)
+        scaler.returns = arrays["scaler.returns"]
+        moments = scaler.ret_rms
+        moments.mean, moments.var, moments.count = arrays["scaler.mean"], arrays["scaler.var"], state["scaler_count"]
+    kind, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, arrays["rng.numpy"], position, has_gauss, cached))
+    torch.set_rng_state(torch.from_numpy(arrays["rng.torch"]))
+    return True
+
+
+def _leaders(envs: Any) -> list[int]:
+    """The first environment of each native batch behind `envs`: a batch has one snapshot for all of its own."""
+    return list(getattr(envs.unwrapped, "leaders", [0]))

@@ -1,0 +1,164 @@
+"""Judges an agent, by default in the real game on levels that nobody trained on.
+
+`python -m agents.evaluate --agent runs/agents/dream/agent --world real --levels 10000:11000 --episodes 200`.
+`--agent random` is the uniform policy, `--agent bundled` the one shipped with the bundle. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+import tyro
+
+from dreamenv.bundle import resolve_bundle
+from dreamenv.closed_loop import Episodes, play_episodes
+from dreamenv.config import check
+from dreamenv.errors import ConfigError, DreamenvError, PolicyError
+from dreamenv.metrics import interval
+from dreamenv.models.impala import ImpalaAgent
+from dreamenv.noise import philox
+from dreamenv.policies import AgentPolicy, VectorPolicy, make_policy
+from dreamenv.report import save_video, side_by_side
+from dreamenv.vector import DreamVectorEnv
+
+_BATCH = 100
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        figures: `mean_return`, `ci` (95 % bootstrap), `success_rate`, `mean_length`, `episodes`, and what was asked.
+        episodes: every episode; frames: uint8 (T, 64, 64, 3) of the first few.
+        levels: int64 (E,), the level of each.
+    """
+
+    figures: dict[str, Any]
+    episodes: Episodes
+    levels: np.ndarray
+    frames: list[np.ndarray]
+
+
+def evaluate(agent: str | ImpalaAgent, world: str = "real", game: str = "coinrun", levels: tuple[int, int] = (10000, 11000),
+             episodes: int = 200, bundle: Path | None = None, nfe: int = 1, seed: int = 0, films: int = 0,
+             distribution_mode: str = "easy") -> Evaluation:  # fmt: skip
+    """Play one episode on each of `episodes` levels, to its end.
+
+    A dream starts from the real first frame of its level, so both worlds can be compared level by level.
+
+    Args:
+        agent: "random", "bundled", an agent's folder, any policy specification, or a network.
+        world: "real" or "dream".
+        game: which game.
+        levels: first level, and the one after the last.
+        episodes: how many; levels repeat only if there are fewer of them.
+        bundle: bundle folder of the dream; the embedded one by default.
+        nfe: network function evaluations of the dream's steps.
+        seed: decides levels, actions and noise.
+        films: how many episodes to keep the frames of.
+        distribution_mode: Procgen's difficulty.
+
+    Raises:
+        ConfigError: a value outside its range.
+        PolicyError: no such agent.
+    """
+    check(world in ("real", "dream"), f"world {world!r}: must be 'real' or 'dream'")
+    check(episodes >= 1, f"episodes {episodes}: must be >= 1")
+    first, end = levels
+    check(0 <= first < end, f"levels {first}:{end}: the first must be >= 0 and less than the end")
+    chosen = first + philox((seed, 0xE7A1)).choice(end - first, episodes, replace=episodes > end - first)
+    played, films_kept = [], []
+    for at in range(0, episodes, _BATCH):
+        batch = chosen[at : at + _BATCH]
+        envs: Any = gym.make_vec("envs:RealProcgen-v0", num_envs=len(batch), game=game, start_level=first,
+                                 num_levels=end - first, distribution_mode=distribution_mode)  # fmt: skip
+        limit, bias = envs.unwrapped.game.max_steps, np.asarray(envs.unwrapped.game.bias)
+        policy = _policy(agent, bias, bundle, game)
+        frames, _ = envs.reset(seed=seed + at, options={"level": batch})
+        if world == "dream":
+            envs.close()
+            dreams = DreamVectorEnv(len(batch), game, bundle, sampler={"nfe": nfe})
+            frames, _ = dreams.reset(seed=seed + at, options={"frames": frames[:, None]})
+            envs = dreams
+        film: list[np.ndarray] = []
+        played.append(play_episodes(envs, frames, policy, limit, philox((seed, at)), film if at == 0 and films else None))
+        envs.close()
+        if film:
+            strip = np.stack(film, 1)
+            films_kept = [strip[i, : played[0].lengths[i]] for i in range(min(films, len(batch)))]
+    every = Episodes(*(np.concatenate([getattr(p, n) for p in played]) for n in ("returns", "lengths", "ended")))
+    draws = np.random.default_rng(seed).integers(episodes, size=(10000, episodes))
+    figures = {
+        "mean_return": float(every.returns.mean()), "ci": list(interval(every.returns[draws].mean(1))),
+        "success_rate": float((every.returns > 0).mean()), "mean_length": float(every.lengths.mean()),
+        "episodes": episodes, "world": world, "game": game, "levels": [first, end], "seed": seed,
+        "agent": agent if isinstance(agent, str) else "network",
+    }  # fmt: skip
+    return Evaluation(figures, every, chosen, films_kept)
+
+
+def _policy(agent: str | ImpalaAgent, bias: np.ndarray, bundle: Path | None, game: str) -> VectorPolicy:
+    if isinstance(agent, ImpalaAgent):
+        return AgentPolicy(agent)
+    if agent == "bundled":
+        folder = resolve_bundle(bundle, game) / "agent"
+        if not folder.exists():
+            raise PolicyError(f"agent 'bundled': {folder.parent} ships none; train one with python -m agents.train")
+        return AgentPolicy(str(folder))
+    if (Path(agent) / "agent.json").exists():
+        return AgentPolicy(agent)
+    return make_policy(agent, bias)
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    """Judge an agent; the last line printed is JSON."""
+
+    agent: str
+    """random, bundled, an agent's folder, or a policy specification."""
+    world: Literal["real", "dream"] = "real"
+    """Where it plays."""
+    game: str = "coinrun"
+    """Which game."""
+    levels: str = "10000:11000"
+    """First level, and the one after the last."""
+    episodes: int = 200
+    """How many, one on each level."""
+    bundle: Path | None = None
+    """Bundle folder of the dream, and of the bundled agent."""
+    nfe: int = 1
+    """Network function evaluations of the dream's steps."""
+    video: Path | None = None
+    """Write the first four episodes side by side to this .mp4 or .gif."""
+    seed: int = 0
+    """Decides levels, actions and noise."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    try:
+        args = tyro.cli(_Arguments, args=arguments, description=__doc__)
+        try:
+            first, end = (int(x) for x in args.levels.split(":"))
+        except ValueError:
+            raise ConfigError(f"levels {args.levels!r}: expected FIRST:END, such as 10000:11000") from None
+        result = evaluate(args.agent, args.world, args.game, (first, end), args.episodes, args.bundle, args.nfe, args.seed,
+                          films=4 if args.video else 0)  # fmt: skip
+        if args.video:
+            longest = max(len(f) for f in result.frames)
+            films = {f"level {level}": np.concatenate([f, np.repeat(f[-1:], longest - len(f), 0)])
+                     for f, level in zip(result.frames, result.levels, strict=False)}  # fmt: skip
+            save_video(args.video, side_by_side(films))
+        print(json.dumps(result.figures))
+    except DreamenvError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

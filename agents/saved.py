@@ -1,0 +1,84 @@
+"""SB3 algorithms by name, and what they learnt as a saved agent: JSON and safetensors, no pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from torch import Tensor
+
+from agents.extractor import ImpalaExtractor
+from dreamenv.errors import ConfigError
+from dreamenv.models.impala import ImpalaAgent, ImpalaConfig, save_agent
+
+_ACTOR_CRITIC = ("PPO", "A2C", "TRPO")
+_VALUE_BASED = ("DQN", "QRDQN")
+ALGORITHMS = _ACTOR_CRITIC + _VALUE_BASED
+
+
+def algorithm_class(name: str) -> type[BaseAlgorithm]:
+    """Return an SB3 or sb3-contrib algorithm.
+
+    Raises:
+        ConfigError: unknown, or its policy is not one network from a frame to actions.
+    """
+    if name not in ALGORITHMS:
+        raise ConfigError(f"algorithm {name!r}: there are {', '.join(ALGORITHMS)}")
+    import sb3_contrib
+    import stable_baselines3
+
+    return getattr(stable_baselines3 if hasattr(stable_baselines3, name) else sb3_contrib, name)
+
+
+def make_algorithm(name: str, envs: Any, settings: Mapping[str, Any], network: ImpalaConfig, seed: int,
+                   **options: Any) -> BaseAlgorithm:  # fmt: skip
+    """Build an algorithm with the IMPALA network.
+
+    Raises:
+        ConfigError: an unknown algorithm, or settings that it refuses.
+    """
+    policy = {"features_extractor_class": ImpalaExtractor, "net_arch": [],
+              "features_extractor_kwargs": {"channels": network.channels, "features": network.features}}  # fmt: skip
+    try:
+        return algorithm_class(name)("CnnPolicy", envs, policy_kwargs=policy, seed=seed, **settings, **options)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"settings {dict(settings)}: {name} refuses them ({error})") from None
+
+
+def to_agent(model: BaseAlgorithm) -> ImpalaAgent:
+    """The network that `model` acts by; value-based algorithms act greedily on their (mean) action values."""
+    name = type(model).__name__
+    weights: dict[str, Tensor] = {}
+    state = model.policy.state_dict()
+    if name in _ACTOR_CRITIC:
+        trunk, heads = "features_extractor.", {"action_net.": "policy.", "value_net.": "value."}
+    elif name == "DQN":
+        trunk, heads = "q_net.features_extractor.", {"q_net.q_net.0.": "policy."}
+    elif name == "QRDQN":
+        trunk, heads = "quantile_net.features_extractor.", {"quantile_net.quantile_net.0.": "policy."}
+    else:
+        raise ConfigError(f"algorithm {name!r}: there are {', '.join(ALGORITHMS)}")
+    for key, value in state.items():
+        if key.startswith(trunk):
+            weights[key[len(trunk) :]] = value
+        for prefix, target in heads.items():
+            if key.startswith(prefix):
+                weights[target + key[len(prefix) :]] = value
+    if name == "QRDQN":  # (quantiles * actions, F) -> the mean quantile's (actions, F)
+        actions = int(model.action_space.n)  # pyright: ignore
+        for key in ("policy.weight", "policy.bias"):
+            weights[key] = weights[key].unflatten(0, (-1, actions)).mean(0)
+    if name in _VALUE_BASED:
+        weights |= {"value.weight": torch.zeros(1, weights["policy.weight"].shape[1]), "value.bias": torch.zeros(1)}
+    extractor = next(m for m in model.policy.modules() if isinstance(m, ImpalaExtractor))
+    agent = ImpalaAgent(ImpalaConfig(extractor.config.channels, extractor.config.features, greedy=name in _VALUE_BASED))
+    agent.load_state_dict(weights)
+    return agent.eval()
+
+
+def save_algorithm(folder: Path, model: BaseAlgorithm, facts: dict[str, Any]) -> Path:
+    """Save what `model` learnt; every policy specification can name the folder as agent:FOLDER."""
+    return save_agent(folder, to_agent(model), facts | {"algorithm": type(model).__name__, "steps": int(model.num_timesteps)})

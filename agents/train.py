@@ -1,0 +1,236 @@
+"""Trains an agent in the real game, in the dream, or in both at once.
+
+`python -m agents.train --world dream --game coinrun --steps 1000000 --out runs/agents/dream`. The run folder holds
+`agent/` (JSON + safetensors), `best/` by the evaluation in the other world, `checkpoint/`, `progress.csv` and
+TensorBoard's files. Run the same line with `--resume` after a kill.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import tyro
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
+from stable_baselines3.common.logger import Logger, make_output_format
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
+from stable_baselines3.common.vec_env.base_vec_env import VecEnv
+
+from agents.checkpoint import load_checkpoint, save_checkpoint
+from agents.evaluate import evaluate
+from agents.saved import make_algorithm, save_algorithm, to_agent
+from agents.worlds import make_world
+from dreamenv.config import check, from_dict, load_yaml, to_dict
+from dreamenv.errors import ConfigError, DreamenvError
+from dreamenv.models.impala import ImpalaConfig
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """How an agent learns; one YAML file."""
+
+    algorithm: str = "PPO"
+    """PPO, A2C, TRPO, DQN or QRDQN, of Stable-Baselines3 and sb3-contrib."""
+    num_envs: int = 64
+    """Environments in the batch."""
+    normalize_reward: bool = True
+    """Divide rewards by the running deviation of the discounted return (observations are never normalised)."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the algorithm's constructor."""
+    network: ImpalaConfig = field(default_factory=ImpalaConfig)
+    """Shape of the agent's network."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises `ConfigError`."""
+        check(self.num_envs >= 1, f"num_envs {self.num_envs}: must be >= 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run."""
+
+    world: Literal["real", "dream", "mix"] = "dream"
+    """Where it learns."""
+    game: str = "coinrun"
+    """Which game."""
+    steps: int = 1_000_000
+    """Environment steps in all."""
+    out: Path = Path("runs/agents/dream")
+    """Run folder."""
+    config: Path = CONFIGS / "ppo.yaml"
+    """The algorithm's YAML file."""
+    bundle: Path | None = None
+    """Bundle folder of the dream; the embedded one by default."""
+    horizon: int | None = None
+    """Cut dreams off after so many steps."""
+    truncate_above: float | None = None
+    """End dreams whose uncertainty exceeds this."""
+    starts: Path | None = None
+    """Dataset folder whose real contexts dreams start from, instead of the bundle's bank."""
+    share: float = 0.5
+    """Share of dreams in the mix."""
+    nfe: int = 1
+    """Network function evaluations of the dream's steps."""
+    eval_every: int = 0
+    """Environment steps between evaluations in the other world; 0 evaluates at the end only."""
+    eval_episodes: int = 64
+    """Episodes of each evaluation, on training levels."""
+    checkpoint_every: int = 10
+    """Rollouts between checkpoints."""
+    device: str = "auto"
+    """auto, cpu, cuda ..."""
+    seed: int = 0
+    """Decides everything but the wall clock."""
+    resume: bool = False
+    """Go on from the checkpoint, if there is one."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises `ConfigError`."""
+        for name in ("steps", "eval_episodes", "checkpoint_every"):
+            check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
+        check(self.eval_every >= 0, f"eval_every {self.eval_every}: must be >= 0")
+        check(0 <= self.seed < 2**31, f"seed {self.seed}: must be in 0..2^31-1")
+
+
+class _Keeper(BaseCallback):
+    """Between rollouts: checkpoint, evaluate in the other world, keep the best; and time the environment's share."""
+
+    def __init__(self, config: TrainConfig, identity: str) -> None:
+        super().__init__()
+        self.config, self.identity = config, identity
+        self.rollouts, self.best = 0, float("-inf")
+        self.next_evaluation = config.eval_every
+
+    def _on_rollout_start(self) -> None:
+        if not isinstance(self.model, OnPolicyAlgorithm):
+            return
+        if self.rollouts and self.rollouts % self.config.checkpoint_every == 0:
+            self.save()
+        self.rollouts += 1
+        if self.config.eval_every and self.model.num_timesteps >= self.next_evaluation:
+            self.next_evaluation += self.config.eval_every
+            self.judge()
+
+    def _on_step(self) -> bool:
+        return True
+
+    def save(self) -> None:
+        save_checkpoint(self.config.out / "checkpoint", cast(OnPolicyAlgorithm, self.model), self.identity)
+        save_algorithm(self.config.out / "agent", self.model, _facts(self.config))
+
+    def judge(self) -> dict[str, Any]:
+        """Evaluate without touching the run's random streams; keeps the agent if it is the best so far."""
+        other = "real" if self.config.world == "dream" else "dream"
+        state = torch.get_rng_state()
+        figures = evaluate(to_agent(self.model), other, self.config.game, (0, 10000), self.config.eval_episodes,
+                           bundle=self.config.bundle, seed=self.config.seed).figures  # fmt: skip
+        torch.set_rng_state(state)
+        for name in ("mean_return", "success_rate", "mean_length"):
+            self.logger.record(f"{other}/{name}", figures[name])
+        if figures["mean_return"] > self.best:
+            self.best = figures["mean_return"]
+            save_algorithm(self.config.out / "best", self.model, _facts(self.config) | {f"{other}_return": self.best})
+        return figures
+
+
+class TimedVecEnv(VecMonitor):
+    """`VecMonitor` that also adds up the seconds spent in the environments.
+
+    Attributes:
+        seconds: spent in `step_wait` so far.
+    """
+
+    def __init__(self, venv: VecEnv) -> None:
+        super().__init__(venv)
+        self.seconds = 0.0
+
+    def step_wait(self) -> Any:
+        """See `VecMonitor.step_wait`."""
+        began = time.perf_counter()
+        result = super().step_wait()
+        self.seconds += time.perf_counter() - began
+        return result
+
+
+def _facts(config: TrainConfig) -> dict[str, Any]:
+    return {"world": config.world, "game": config.game, "seed": config.seed, "levels": [0, 10000]}
+
+
+def train(config: TrainConfig, progress: bool = False) -> dict[str, Any]:
+    """Train one agent and save it as `<out>/agent`.
+
+    Returns:
+        `agent` (its folder), `steps`, `steps_per_s`, `env_share` (of the time), and the last evaluation's figures.
+
+    Raises:
+        ConfigError: bad settings.
+        CheckpointError: `resume` finds a damaged checkpoint, or one of another configuration.
+    """
+    algorithm = load_algorithm(config.config)
+    described = {k: str(v) for k, v in to_dict(config).items() if k not in ("out", "resume", "config", "steps")}
+    identity = hashlib.sha256(json.dumps([described, to_dict(algorithm)], sort_keys=True).encode()).hexdigest()
+    options = {} if config.world == "real" else {
+        "horizon": config.horizon, "truncate_above": config.truncate_above, "sampler": {"nfe": config.nfe}}  # fmt: skip
+    inner = make_world(config.world, config.game, algorithm.num_envs, config.bundle, config.device, config.starts,
+                       config.share, **options)  # fmt: skip
+    timed = TimedVecEnv(inner)
+    envs: VecEnv = timed
+    if algorithm.normalize_reward:
+        envs = VecNormalize(timed, norm_obs=False, norm_reward=True, gamma=algorithm.settings.get("gamma", 0.99))
+    model = make_algorithm(algorithm.algorithm, envs, algorithm.settings, algorithm.network, config.seed, device=config.device)
+    if config.resume and not isinstance(model, OnPolicyAlgorithm):
+        raise ConfigError(f"resume: {algorithm.algorithm} keeps a replay buffer that is not saved; train it anew")
+    resumed = config.resume and load_checkpoint(config.out / "checkpoint", cast(OnPolicyAlgorithm, model), identity)
+    suffix = f"-{model.num_timesteps}" if resumed else ""  # a resumed run leaves the earlier progress.csv alone
+    formats = ["csv"] + (["tensorboard"] if find_spec("tensorboard") else [])
+    config.out.mkdir(parents=True, exist_ok=True)
+    model.set_logger(Logger(str(config.out), [make_output_format(name, str(config.out), suffix) for name in formats]))
+    keeper = _Keeper(config, identity)
+    before, began = model.num_timesteps, time.perf_counter()
+    if (left := config.steps - before) > 0:
+        callbacks = CallbackList([keeper, *([ProgressBarCallback()] if progress else [])])
+        model.learn(left, callbacks, reset_num_timesteps=not resumed)
+    seconds = time.perf_counter() - began
+    keeper.init_callback(model)
+    figures = keeper.judge()
+    if isinstance(model, OnPolicyAlgorithm):
+        save_checkpoint(config.out / "checkpoint", model, identity)
+    folder = save_algorithm(config.out / "agent", model, _facts(config))
+    model.logger.dump(model.num_timesteps)
+    model.logger.close()
+    envs.close()
+    steps = model.num_timesteps - before
+    return {"agent": str(folder), "steps": model.num_timesteps, "steps_per_s": steps / seconds if steps else 0.0,
+            "env_share": timed.seconds / seconds if steps else 0.0,
+            ("real" if config.world == "dream" else "dream"): figures}  # fmt: skip
+
+
+def load_algorithm(path: Path) -> AlgorithmConfig:
+    """Read an algorithm's YAML file.
+
+    Raises:
+        ConfigError: unreadable, an unknown key, or a value outside its range.
+    """
+    return from_dict(AlgorithmConfig, load_yaml(path))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line: every field of `TrainConfig` is an option; the last line printed is JSON."""
+    try:
+        config = tyro.cli(TrainConfig, args=arguments, description=__doc__)
+        print(json.dumps(train(config, progress=True)))
+    except DreamenvError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

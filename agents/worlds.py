@@ -1,0 +1,149 @@
+"""The worlds an agent can live in, as SB3 environments: the real game, the dream, or some of both."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import gymnasium as gym
+import numpy as np
+from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvStepReturn
+
+from agents.adapter import NativeVecEnv
+from dreamenv.bundle import Bundle, Starts, load_bundle, resolve_bundle
+from dreamenv.data import Dataset, Windows
+from dreamenv.errors import ConfigError
+from dreamenv.vector import DreamVectorEnv
+
+TRAIN_LEVELS = (0, 10000)
+"""First level and number of the levels agents train on."""
+
+
+def real_world(game: str, num_envs: int, levels: tuple[int, int] = TRAIN_LEVELS,
+               distribution_mode: str = "easy") -> NativeVecEnv:  # fmt: skip
+    """The real game (needs procgen)."""
+    return NativeVecEnv(gym.make_vec("envs:RealProcgen-v0", num_envs=num_envs, game=game, start_level=levels[0],
+                                     num_levels=levels[1], distribution_mode=distribution_mode))  # fmt: skip
+
+
+def dream_world(bundle: Bundle, num_envs: int, horizon: int | None = None, starts: Starts | None = None,
+                **options: Any) -> NativeVecEnv:  # fmt: skip
+    """The dream.
+
+    Args:
+        bundle: the bundle.
+        num_envs: how many.
+        horizon: truncate after so many imagined steps; None leaves the game's own limit. Short dreams from diverse
+            starts leave an agent little room to exploit the model's errors.
+        starts: real contexts to dream from instead of the bundle's bank.
+        options: for `DreamVectorEnv`, such as `sampler` and `truncate_above`.
+    """
+    if horizon is not None:
+        if not 1 <= horizon <= bundle.game.max_steps:
+            raise ConfigError(f"horizon {horizon}: must be in 1..{bundle.game.max_steps}")
+        bundle = replace(bundle, game=replace(bundle.game, max_steps=horizon))
+    if starts is not None:
+        bundle = replace(bundle, starts=starts)
+    return NativeVecEnv(DreamVectorEnv(num_envs, bundle=bundle, **options))
+
+
+def dataset_starts(folder: Path, count: int, context: int, seed: int = 0) -> Starts:
+    """`count` real contexts drawn from anywhere in a dataset's episodes."""
+    dataset = Dataset(folder)
+    windows = Windows([s.first for s in dataset.shards], context)
+    chosen = np.sort(np.random.default_rng(seed).choice(len(windows), min(count, len(windows)), replace=False))
+    frames, actions, levels = [], [], []
+    for shard, start in zip(windows.shard[chosen], windows.start[chosen], strict=True):
+        part, rows = dataset.shards[shard], slice(start, start + context)
+        frames.append(part.frames[rows])
+        actions.append(part.actions[rows][:-1])
+        levels.append(part.level_seeds[start])
+    return Starts(np.stack(frames), np.stack(actions), np.array(levels, np.int32))
+
+
+def make_world(world: str, game: str, num_envs: int, bundle: Path | None = None, device: str = "auto",
+               data: Path | None = None, share: float = 0.5, **options: Any) -> VecEnv:  # fmt: skip
+    """Make the world called "real", "dream" or "mix" (of which `share` are dreams).
+
+    Raises:
+        ConfigError: another name, or a mix without both.
+    """
+    if world not in ("real", "dream", "mix"):
+        raise ConfigError(f"world {world!r}: must be 'real', 'dream' or 'mix'")
+    if world == "real":
+        return real_world(game, num_envs)
+    loaded = load_bundle(resolve_bundle(bundle, game), device)
+    starts = None if data is None else dataset_starts(data, 2000, loaded.world_model.context)
+    dreams = num_envs if world == "dream" else round(num_envs * share)
+    if not 1 <= dreams <= num_envs or (world == "mix" and dreams == num_envs):
+        raise ConfigError(f"share {share}: leaves {dreams} dreams of {num_envs} environments; a mix needs both worlds")
+    dream = dream_world(loaded, dreams, starts=starts, **options)
+    return dream if world == "dream" else MixedVecEnv([dream, real_world(game, num_envs - dreams)])
+
+
+class MixedVecEnv(VecEnv):
+    """Several native batches as one, in order.
+
+    Attributes:
+        leaders: index of each batch's first environment.
+    """
+
+    def __init__(self, parts: list[NativeVecEnv]) -> None:
+        self.parts = parts
+        self.leaders = np.cumsum([0] + [p.num_envs for p in parts])[:-1].tolist()
+        super().__init__(sum(p.num_envs for p in parts), parts[0].observation_space, parts[0].action_space)
+
+    def reset(self) -> np.ndarray:
+        """Reset every part; see `NativeVecEnv.reset`."""
+        for part, at in zip(self.parts, self.leaders, strict=True):
+            part._seeds, part._options = self._seeds[at : at + part.num_envs], self._options[at : at + part.num_envs]
+        observations = [cast(np.ndarray, part.reset()) for part in self.parts]
+        self.reset_infos = [info for part in self.parts for info in part.reset_infos]
+        self._reset_seeds()
+        self._reset_options()
+        return np.concatenate(observations)
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Hand each part its actions."""
+        for part, at in zip(self.parts, self.leaders, strict=True):
+            part.step_async(actions[at : at + part.num_envs])
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """Step every part; see `NativeVecEnv.step_wait`."""
+        steps = [part.step_wait() for part in self.parts]
+        observations, rewards, dones = (np.concatenate([cast(np.ndarray, s[i]) for s in steps]) for i in range(3))
+        self.reset_infos = [info for part in self.parts for info in part.reset_infos]
+        return observations, rewards, dones, [info for s in steps for info in s[3]]
+
+    def close(self) -> None:
+        """Close every part."""
+        for part in self.parts:
+            part.close()
+
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
+        """See `NativeVecEnv.get_attr`."""
+        every = [value for part in self.parts for value in part.get_attr(attr_name)]
+        return [every[i] for i in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        """See `NativeVecEnv.set_attr`."""
+        if sorted(self._get_indices(indices)) != list(range(self.num_envs)):
+            raise ConfigError(f"indices {indices}: the environments are batches; set {attr_name!r} for all of them")
+        for part in self.parts:
+            part.set_attr(attr_name, value)
+
+    def env_method(self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any) -> list[Any]:
+        """Call a method of the parts that hold the environments asked for, once each; see `NativeVecEnv.env_method`."""
+        chosen = list(self._get_indices(indices))
+        out: dict[int, Any] = {}
+        for part, at in zip(self.parts, self.leaders, strict=True):
+            own = [i for i in chosen if at <= i < at + part.num_envs]
+            if own:
+                results = part.env_method(method_name, *method_args, indices=[i - at for i in own], **method_kwargs)
+                out |= dict(zip(own, results, strict=True))
+        return [out[i] for i in chosen]
+
+    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
+        """See `NativeVecEnv.env_is_wrapped`."""
+        return [False for _ in self._get_indices(indices)]
