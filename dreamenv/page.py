@@ -125,8 +125,8 @@ def _page(out: Path, bundle: Bundle, config: CompareConfig, result: Comparison, 
                               "psnr_moving": "moving pixels", "psnr_rare": "rare colours", "detail": "detail",
                               "perceptual": "perceptual distance"}),
         "<p class=note>PSNR in dB, of the mean squared error over all clips unless it says otherwise. Detail is the mean "
-        "difference of neighbouring pixels relative to the real frames': 1 is as crisp, less is fog. The perceptual distance compares "
-        "EfficientNet-Lite0 features: 0 is equal, 2 as far as can be; it is neither LPIPS nor FID.</p>",
+        "difference of neighbouring pixels relative to the real frames': 1 is as crisp, less is fog. The perceptual "
+        "distance compares EfficientNet-Lite0 features: 0 is equal, 2 as far as can be; it is neither LPIPS nor FID.</p>",
         f"<p>Fréchet distance of the dreamt frames' features from the real ones': {_number(f.get('frechet'))}.</p>",
         f"<p>The model's own uncertainty ranks the error of its first step with Spearman "
         f"{f['uncertainty_error_spearman']:.2f}.</p>",

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from dreamenv.actions import NOOP
-from dreamenv.flow import SamplerConfig, sample
+from dreamenv.flow import SamplerConfig
 from dreamenv.models.autoencoder import Autoencoder, to_frames, to_images
 from dreamenv.models.heads import OutcomeHead
-from dreamenv.models.latent_flow import NULL_ACTION, LatentFlow
+from dreamenv.models.latent_flow import LatentFlow, draw_next
 from dreamenv.types import State, Transition
 
 
@@ -83,21 +83,8 @@ class WorldModel:
         """
         taken = self._taken(state, actions)
         noise = None if noise is None else torch.as_tensor(noise, device=self.device)
-        zero = torch.zeros(len(taken), device=self.device)
-
-        def network(x: Tensor | None, tau: float, given: Tensor) -> tuple[Tensor, Tensor]:
-            clean, log_error = self.dynamics(x, zero + tau, state.latents, given, zero)
-            return clean.float(), log_error
-
-        def predict(x: Tensor | None, tau: float) -> tuple[Tensor, Tensor]:
-            clean, log_error = network(x, tau, taken)
-            if sampler.guidance_scale != 1:
-                unaware, _ = network(x, tau, torch.full_like(taken, NULL_ACTION))
-                clean = unaware + sampler.guidance_scale * (clean - unaware)
-            return clean, log_error
-
         with self._autocast():
-            clean, log_error = sample(predict, noise, sampler)
+            clean, log_error = draw_next(self.dynamics, state.latents, taken, noise, sampler)
         latents = torch.cat([state.latents[:, 1:], clean[:, None]], 1)
         uncertainty = log_error.exp().mean((1, 2)).sqrt()
         return Transition(State(latents, taken[:, 1:]), self._outcomes(state.latents, taken), uncertainty)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from dreamenv.actions import NOOP
 from dreamenv.config import check
 from dreamenv.errors import ConfigError
-from dreamenv.flow import interpolate
+from dreamenv.flow import SamplerConfig, interpolate
+from dreamenv.metrics import detail, psnr, squared_error
 from dreamenv.models.autoencoder import to_frames
 from dreamenv.models.io import load_model
-from dreamenv.models.latent_flow import NULL_ACTION, LatentFlow
+from dreamenv.models.latent_flow import NULL_ACTION, LatentFlow, draw_next
 from dreamenv.models.registry import build_model
 from dreamenv.report import save_grid, save_video, side_by_side
 from trainers.critic import Critic, fool, judge
@@ -37,8 +38,14 @@ class DynamicsTaskConfig:
     """Steps predicted from the model's own predictions, with gradients through all of them."""
     flow: float = 0.0
     """Weight of the flow term at tau > 0; 0 trains the deterministic predictor alone."""
+    certainty: float = 0.0
+    """How far cells that the model expects to know weigh more: weight (expected error) ** -certainty (beta-NLL, Seitzer
+    et al. 2022). Without it what scrolls into view, which nobody can know, decides nearly all of the loss."""
     adversarial: float = 0.0
-    """Weight of the adversarial term on the unrolled predictions: sharp where the squared error alone would average."""
+    """Weight of the adversarial term. Half of each batch is then unrolled through samples of two evaluations: the first
+    stays the mean that the squared error makes it, the second answers to the critic and commits to one future."""
+    sampled: float = 0.25
+    """Weight of the squared error of those second evaluations, beside the adversarial term."""
     judged: int = 3
     """Unrolled steps of each sample that the critic sees."""
     max_flow_weight: float = 5.0
@@ -58,7 +65,9 @@ class DynamicsTaskConfig:
         """Validate ranges; raises `ConfigError`."""
         check(1 <= self.unroll <= 64, f"unroll {self.unroll}: must be 1..64")
         check(self.flow >= 0, f"flow {self.flow}: must be >= 0")
+        check(0 <= self.certainty <= 1, f"certainty {self.certainty}: must be in 0..1")
         check(self.adversarial >= 0, f"adversarial {self.adversarial}: must be >= 0")
+        check(self.sampled >= 0, f"sampled {self.sampled}: must be >= 0")
         check(1 <= self.judged <= self.unroll or not self.adversarial,
               f"judged {self.judged}: must be in 1..unroll, which is {self.unroll}")
         check(self.max_flow_weight >= 1, f"max_flow_weight {self.max_flow_weight}: must be >= 1")
@@ -137,6 +146,13 @@ class DynamicsTask:
         def error(predicted: Tensor, target: Tensor) -> Tensor:
             return ((predicted.float() - target).square() * channels).mean(1)
 
+        def known(log_error: Tensor) -> Tensor:
+            weight = (-config.certainty * log_error.detach().clamp(-8, 2)).exp()
+            return weight / weight.mean()
+
+        def likelihood(log_error: Tensor, e: Tensor) -> Tensor:
+            return 0.003 * ((-log_error).clamp_max(10).exp() * e.detach() + log_error).mean()
+
         actions = torch.where(uniform()[:, None] < config.drop_actions, NULL_ACTION, actions)
         sigma = uniform() * config.context_noise
         context = latents[:, :k] + normal(latents[:, :k].shape) * sigma[:, None, None, None, None]
@@ -146,33 +162,44 @@ class DynamicsTask:
         if config.flow > 0:
             target, tau = latents[:, k], uniform()
             noisy = interpolate(normal(target.shape), target, tau)
-            clean, _ = model(noisy, tau, context, actions[:, :k], sigma)
+            clean, log_error = model(noisy, tau, context, actions[:, :k], sigma)
             weight = (1 / (1 - tau).clamp_min(1e-6)).clamp_max(config.max_flow_weight)
-            flow = (error(clean, target) * cells[:, 0] * weight[:, None, None]).mean()
-            total = total + config.flow * flow
+            e = error(clean, target)
+            flow = (e * cells[:, 0] * known(log_error) * weight[:, None, None]).mean()
+            total = total + config.flow * flow + likelihood(log_error, e)
             metrics["flow"] = flow.detach()
         rolled = context
-        sequence = [latents[:, k - 2], latents[:, k - 1]]  # what the critic sees before the first prediction is real
+        m = size // 2 if self.critic is not None else 0  # the last m rows go on from their samples, the others from means
+        drawn = slice(size - m, size)
+        sequence = [latents[drawn, k - 2], latents[drawn, k - 1]]  # what the critic sees before the first sample is real
         for u in range(config.unroll):
             target = latents[:, k + u]
             clean, log_error = model(None, zero, rolled, actions[:, u : u + k], sigma)
             e = error(clean, target)
-            detached = e.detach()
-            estimate = ((-log_error).clamp_max(10).exp() * detached + log_error).mean()
-            total = total + (e * cells[:, u]).mean() / config.unroll + 0.003 * estimate / config.unroll
+            weighted = (e * cells[:, u] * known(log_error)).mean()
+            total = total + (weighted + likelihood(log_error, e)) / config.unroll
             if u in (0, config.unroll - 1):
-                metrics[f"error_{u + 1}"] = detached.mean()
+                metrics |= {f"error_{u + 1}": e.detach().mean(), f"weighted_{u + 1}": weighted.detach()}
+            if m:
+                halfway = torch.full((m,), 0.5, device=device)
+                x = interpolate(normal(clean[drawn].shape), clean[drawn].detach().float(), halfway)
+                sharp, log_error = model(x, halfway, rolled[drawn], actions[drawn, u : u + k], sigma[drawn])
+                e = error(sharp, target[drawn])
+                weighted = (e * cells[drawn, u] * known(log_error)).mean()
+                total = total + config.sampled * weighted / config.unroll
+                if u in (0, config.unroll - 1):
+                    metrics[f"sampled_{u + 1}"] = e.detach().mean()
+                clean = torch.cat([clean[: size - m], sharp])
+                sequence.append(sharp.float())
             rolled = torch.cat([rolled[:, 1:], clean.to(rolled.dtype)[:, None]], 1)
-            sequence.append(clean.float())
         if self.critic is not None:
-            rows = torch.arange(size, device=device)[:, None]
-            order = torch.rand(size, config.unroll, generator=generator, device=device).argsort(1)
+            rows = torch.arange(m, device=device)[:, None]
+            order = torch.rand(m, config.unroll, generator=generator, device=device).argsort(1)
             step = order[:, : config.judged]
-            dreamt = torch.stack(sequence, 1)
-            now = actions[rows, k - 1 + step].flatten()
+            now = actions[drawn][rows, k - 1 + step].flatten()
             imagined, real = (
                 torch.stack([x[rows, offset + i + step] for i in range(3)], 2).flatten(0, 1)
-                for x, offset in ((dreamt, 0), (latents, k - 2))
+                for x, offset in ((torch.stack(sequence, 1), 0), (latents[drawn], k - 2))
             )
             fooled = fool(self.critic, imagined, now)
             judged, right = judge(self.critic, real, imagined, now)
@@ -182,26 +209,36 @@ class DynamicsTask:
         return total, metrics
 
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        """Open-loop PSNR (of the mean squared error, against real frames) at 1, 5, 10 steps; writes a strip and a video."""
+        """Open-loop PSNR (of the mean squared error, against real frames) at 1, 5, 10 steps; writes a strip and a video.
+
+        With an adversarial term the same for samples of two evaluations, and how much detail they keep (1 is all).
+        """
         k, horizon, device = self.context, _HORIZON, next(model.parameters()).device
         chosen = self._val[np.random.default_rng(0).choice(len(self._val), min(128, len(self._val)), replace=False)]
         indices = chosen[:, None] + np.arange(k + horizon)
-        context = torch.from_numpy(self.data.latents[indices[:, :k]]).float().to(device)
+        start = torch.from_numpy(self.data.latents[indices[:, :k]]).float().to(device)
         actions = torch.from_numpy(self.data.actions[indices]).to(device)
         real = self.data.frames(indices[:, k:])
-        zero = torch.zeros(len(chosen), device=device)
         autoencoder = self.autoencoder.to(device)
-        dream = []
-        for h in range(horizon):
-            clean, _ = model(None, zero, context, actions[:, h : h + k], zero)
-            context = torch.cat([context[:, 1:], clean.float()[:, None]], 1)
-            dream.append(to_frames(autoencoder.decode(clean.float())).cpu().numpy())
-        frames = np.stack(dream, 1)
-        errors = ((frames.astype(np.float32) - real) / 255) ** 2
-        rows = [row for pair in zip(real[:4], frames[:4], strict=True) for row in pair]
-        save_grid(folder / f"prediction-{step:07d}.png", rows)
-        save_video(folder / f"rollout-{step:07d}.mp4", side_by_side({"real": real[0], "dream": frames[0]}), fps=5)
-        return {f"psnr_{h}": float(-10 * np.log10(errors[:, h - 1].mean())) for h in (1, 5, 10)}
+        figures, shown = {}, {"real": real[:4]}
+        for nfe in (1, 2) if self.critic is not None else (1,):
+            context, dream = start, []
+            generator = torch.Generator(device).manual_seed(0)
+            for h in range(horizon):
+                noise = torch.randn(start[:, 0].shape, generator=generator, device=device)
+                clean, _ = draw_next(model, context, actions[:, h : h + k], noise, SamplerConfig(nfe=nfe))
+                context = torch.cat([context[:, 1:], clean[:, None]], 1)
+                dream.append(to_frames(autoencoder.decode(clean)).cpu().numpy())
+            frames = np.stack(dream, 1)
+            errors = squared_error(frames, real)
+            prefix = "" if nfe == 1 else "sampled_"
+            figures |= {f"{prefix}psnr_{h}": float(psnr(errors[:, h - 1].mean())) for h in (1, 5, 10)}
+            if nfe > 1:
+                figures["sampled_detail_10"] = float(detail(frames[:, -1]).mean() / detail(real[:, -1]).mean())
+            shown[f"dream, {nfe} NFE"] = frames[:4]
+        save_grid(folder / f"prediction-{step:07d}.png", [rows[i] for i in range(len(real[:4])) for rows in shown.values()])
+        save_video(folder / f"rollout-{step:07d}.mp4", side_by_side({n: rows[0] for n, rows in shown.items()}), fps=5)
+        return figures
 
     def facts(self) -> dict[str, Any]:
         """The data it was trained on and the latents' range, beyond which a dream has diverged."""

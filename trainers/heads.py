@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamenv.config import check
+from dreamenv.flow import SamplerConfig
 from dreamenv.metrics import average_precision
 from dreamenv.models.heads import OutcomeHead
+from dreamenv.models.io import load_model
+from dreamenv.models.latent_flow import LatentFlow, draw_next
 from dreamenv.models.registry import build_model
 from trainers.latents import LatentDataset
 
@@ -28,6 +31,12 @@ class HeadsTaskConfig:
     """Share of each batch drawn from the rare outcomes, evenly between them."""
     near: float = 0.2
     """Share drawn from the last steps before a rare outcome, the hardest negatives."""
+    dynamics: str = ""
+    """Model folder of trained dynamics; some contexts are then dreamt, as they will be when the head is used."""
+    drift: int = 6
+    """Most steps dreamt, with two evaluations each, before the head is asked."""
+    dreamt: float = 0.25
+    """Share of each batch with a dreamt context."""
     context_noise: float = 0.2
     """Largest standard deviation of the noise added to the context."""
     val_ratio: float = 0.1
@@ -39,6 +48,8 @@ class HeadsTaskConfig:
         """Validate ranges; raises `ConfigError`."""
         check(0 <= self.balance < 1, f"balance {self.balance}: must be in [0, 1)")
         check(0 <= self.near < 1 - self.balance, f"near {self.near}: must be in [0, 1 - balance)")
+        check(1 <= self.drift <= 64, f"drift {self.drift}: must be in 1..64")
+        check(0 <= self.dreamt <= 1, f"dreamt {self.dreamt}: must be in 0..1")
         check(self.context_noise >= 0, f"context_noise {self.context_noise}: must be >= 0")
         check(0 < self.val_ratio < 1, f"val_ratio {self.val_ratio}: must be in (0, 1)")
         check(self.max_outcomes >= 2, f"max_outcomes {self.max_outcomes}: must be >= 2")
@@ -61,6 +72,14 @@ class HeadsTask:
         wanted, found = (network.latent_channels, network.latent_size), self.data.latents.shape[1:3]
         check(wanted == found, f"latent_channels, latent_size {wanted}: the latents have {found}")
         self.context = network.context
+        self.dynamics: LatentFlow | None = None
+        if config.dynamics:
+            loaded, facts = load_model(config.dynamics)
+            check(isinstance(loaded, LatentFlow) and facts.get("autoencoder_sha256") == self.data.facts["autoencoder_sha256"],
+                  f"dynamics {config.dynamics}: is no latent_flow trained on these latents")
+            self.dynamics = cast(LatentFlow, loaded).requires_grad_(False)
+            check(self.dynamics.config.context == self.context,
+                  f"dynamics {config.dynamics}: has a context of {self.dynamics.config.context}, the head of {self.context}")
         train = np.flatnonzero(~self.data.validation)
         check(0 < len(train) < len(self.labels),
               f"val_ratio {config.val_ratio}: leaves no levels to train on or none to validate on; collect more levels")
@@ -73,7 +92,11 @@ class HeadsTask:
         self._near = np.unique(before[(self.labels[before] == 0) & ~self.data.validation[before]])
 
     def batch(self, rng: np.random.Generator, size: int) -> dict[str, Tensor]:
-        """Contexts float16 (B, K, C, H, W), actions int64 (B, K), labels int64 (B,)."""
+        """Contexts float16 (B, K, C, H, W), actions int64 (B, K), labels int64 (B,).
+
+        With dynamics, the first D rows' contexts lie some steps back, and `roll` int64 (D, S, K) holds the actions of
+        S steps to be dreamt, of which `live` bool (D, S) are meant.
+        """
         pick = rng.random(size)
         now = self._all[rng.integers(len(self._all), size=size)]
         if self._classes:
@@ -84,18 +107,41 @@ class HeadsTask:
         if len(self._near):
             near = self._near[rng.integers(len(self._near), size=size)]
             now = np.where((pick >= self.config.balance) & (pick < self.config.balance + self.config.near), near, now)
-        context, actions = self._gather(now)
-        return {"context": context, "actions": actions, "labels": torch.from_numpy(self.labels[now])}
+        _, actions = self._gather(now)
+        back = np.zeros(size, np.int64)
+        out = {"actions": actions, "labels": torch.from_numpy(self.labels[now])}
+        if self.dynamics is not None:
+            rows, steps = int(size * self.config.dreamt), int(rng.integers(1, self.config.drift, endpoint=True))
+            back[:rows] = np.minimum(steps, now[:rows] - self.data.start[now[:rows]])
+            ahead = np.arange(steps)[None] - steps  # -steps .. -1, relative to now
+            live = -ahead <= back[:rows, None]
+            moments = np.maximum(now[:rows, None] + ahead, self.data.start[now[:rows]][:, None])
+            roll = self._gather(moments.ravel())[1].unflatten(0, moments.shape)
+            out |= {"roll": roll, "live": torch.from_numpy(live)}
+        return out | {"context": self._gather(now - back)[0]}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator,
              progress: float) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """Cross-entropy of the joint outcomes."""
         context, labels = batch["context"].float(), batch["labels"]
+        if self.dynamics is not None and len(batch["roll"]):
+            context = torch.cat([self._dream(context[: len(batch["roll"])], batch, generator), context[len(batch["roll"]) :]])
         sigma = torch.rand(len(context), generator=generator, device=context.device) * self.config.context_noise
         noise = torch.randn(context.shape, generator=generator, device=context.device)
         logits = model(context + noise * sigma[:, None, None, None, None], batch["actions"])
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
         return F.cross_entropy(logits, labels), {"accuracy": accuracy}
+
+    @torch.no_grad()
+    def _dream(self, context: Tensor, batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+        assert self.dynamics is not None
+        dynamics = self.dynamics.to(context.device)
+        for step in range(batch["roll"].shape[1]):
+            noise = torch.randn(context[:, 0].shape, generator=generator, device=context.device)
+            clean, _ = draw_next(dynamics, context, batch["roll"][:, step], noise, SamplerConfig(nfe=2))
+            moved = torch.cat([context[:, 1:], clean[:, None]], 1)
+            context = torch.where(batch["live"][:, step, None, None, None, None], moved, context)
+        return context
 
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
         """Calibrate on validation levels (stored with the model), then average precision and negative log-likelihood."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dreamenv.actions import NUM_ACTIONS
 from dreamenv.config import check
+from dreamenv.flow import SamplerConfig, sample
 from dreamenv.models.blocks import DynamicFilters, ResBlock, group_norm, sinusoidal, zero_init
 from dreamenv.models.registry import register_model
 
@@ -130,3 +131,33 @@ class LatentFlow(nn.Module):
         if self.filters is not None:
             clean = clean + self.filters(last, x)
         return clean, out[:, c].float()
+
+
+def draw_next(model: nn.Module, context: Tensor, actions: Tensor, noise: Tensor | None,
+              sampler: SamplerConfig) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Draw the next latent, guided by the action if the sampler says so.
+
+    Args:
+        model: a `LatentFlow`.
+        context: (B, K, C, H, W), the current latent last.
+        actions: int64 (B, K), the one taken now last.
+        noise: standard normal (B, C, H, W); may be None where `sampler.stochastic` is False.
+        sampler: how.
+
+    Returns:
+        The latent float32 (B, C, H, W), and the log error that the first evaluation expected, (B, H, W).
+    """
+    zero = torch.zeros(len(context), device=context.device)
+
+    def network(x: Tensor | None, tau: float, given: Tensor) -> tuple[Tensor, Tensor]:
+        clean, log_error = model(x, zero + tau, context, given, zero)
+        return clean.float(), log_error
+
+    def predict(x: Tensor | None, tau: float) -> tuple[Tensor, Tensor]:
+        clean, log_error = network(x, tau, actions)
+        if sampler.guidance_scale != 1:
+            unaware, _ = network(x, tau, torch.full_like(actions, NULL_ACTION))
+            clean = unaware + sampler.guidance_scale * (clean - unaware)
+        return clean, log_error
+
+    return sample(predict, noise, sampler)
