@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -172,6 +173,13 @@ class Loop:
             for stale in ("checkpoint", "model"):
                 shutil.rmtree(self.folder / stale, ignore_errors=True)
         log = _Log(self.folder, self.step, self.config.wandb) if self.rank == 0 else None
+        with contextlib.closing(log) if log else contextlib.nullcontext():
+            validated = self._train(log)
+        if self.world > 1:
+            dist.barrier()
+        return validated
+
+    def _train(self, log: _Log | None) -> dict[str, float]:
         validated = self._validate() if self.progress >= 1 and self.rank == 0 else {}
         window, since = time.monotonic(), self.step
         while self.progress < 1:
@@ -192,10 +200,6 @@ class Loop:
                 log.write(self.step, {f"val_{k}": v for k, v in validated.items()})
             if self.rank == 0 and (last or self.step % self.config.checkpoint_every == 0):
                 self._save()
-        if log:
-            log.close()
-        if self.world > 1:
-            dist.barrier()
         return validated
 
     def _agree(self, elapsed: float) -> float:

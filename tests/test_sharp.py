@@ -1,0 +1,169 @@
+"""The adversarial stage, the certainty weights, and heads that learn from dreamt contexts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dreamenv.actions import NOOP
+from dreamenv.errors import CheckpointError, ConfigError
+from dreamenv.flow import SamplerConfig
+from dreamenv.models.latent_flow import draw_next
+from envs.collect import CollectConfig, collect
+from trainers.critic import Critic, fool, judge
+from trainers.dynamics import DynamicsTask, DynamicsTaskConfig
+from trainers.heads import HeadsTask, HeadsTaskConfig
+from trainers.latents import encode_dataset
+from trainers.loop import Loop
+from trainers.train import train
+
+FLOW = {"type": "latent_flow", "latent_channels": 8, "channels": [16, 32], "blocks": [1, 1], "embedding": 32, "filter_bank": 4}
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("latents")
+    data = collect(CollectConfig(out=str(root / "d"), steps=4000, num_envs=8, shard_steps=250, policy="biased"), progress=False)
+    model = {"type": "autoencoder", "latent_channels": 8, "width": 16, "blocks": 1}
+    train({"model": model, "task": {"data": str(data), "val_ratio": 0.2}, "loop": {"steps": 2, "batch_size": 4}}, root / "ae")
+    return encode_dataset(data, root / "ae" / "model", root / "latents", "cpu")
+
+
+def test_neither_side_of_the_game_trains_the_other() -> None:
+    torch.manual_seed(0)
+    critic = Critic(4, 16)
+    real, dreamt = torch.randn(6, 3, 4, 8, 8), torch.randn(6, 3, 4, 8, 8, requires_grad=True)
+    actions = torch.arange(6)
+    fool(critic, dreamt, actions).backward()
+    assert dreamt.grad is not None and dreamt.grad.abs().sum() > 0
+    assert all(p.grad is None for p in critic.parameters()) and all(p.requires_grad for p in critic.parameters())
+    dreamt.grad = None
+    judge(critic, real, dreamt, actions)[0].backward()
+    assert dreamt.grad is None and all(p.grad is not None for p in critic.parameters())
+
+
+def test_a_critic_learns_to_tell_fog_from_frames() -> None:
+    torch.manual_seed(0)
+    critic = Critic(4, 16)
+    optimizer = torch.optim.Adam(critic.parameters(), 2e-3, betas=(0.5, 0.99))
+    actions = torch.zeros(16, dtype=torch.int64)
+
+    def batch() -> tuple[torch.Tensor, torch.Tensor]:
+        real = torch.randn(16, 3, 4, 8, 8).sign()
+        return real, nn.functional.avg_pool2d(real.flatten(0, 1), 3, 1, 1).unflatten(0, (16, 3))
+
+    for _ in range(60):
+        loss, _ = judge(critic, *batch(), actions)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    real, fog = batch()
+    assert judge(critic, real, fog, actions)[1] > 0.9 and fool(critic, fog, actions) > fool(critic, real, actions)
+
+
+def settings(latents: Path, **task: object) -> dict[str, Any]:
+    wanted = {"latents": str(latents), "unroll": 3, "judged": 2, "flow": 0.3, "certainty": 0.5, "adversarial": 0.1,
+              "val_ratio": 0.2}  # fmt: skip
+    loop = {"steps": 8, "batch_size": 4, "checkpoint_every": 3, "val_every": 100, "log_every": 1}
+    return {"model": FLOW, "task": wanted | task, "loop": loop}
+
+
+def test_an_adversarial_run_resumes_to_the_same_bytes(latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = train(settings(latents), tmp_path / "whole")
+    assert {"psnr_10", "sampled_psnr_10", "sampled_detail_10"} <= set(figures)
+    update = Loop._update
+
+    def killed(self: Loop) -> Any:
+        if self.step == 5:
+            raise KeyboardInterrupt
+        return update(self)
+
+    monkeypatch.setattr(Loop, "_update", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(latents), tmp_path / "killed")
+    monkeypatch.undo()
+    train(settings(latents), tmp_path / "killed", resume=True)
+    for name in ("model/model.safetensors", "checkpoint/critic.safetensors", "checkpoint/optimizer.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    (tmp_path / "killed" / "checkpoint" / "critic.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="critic"):
+        train(settings(latents), tmp_path / "killed", resume=True)
+
+
+class Stub(nn.Module):
+    """Predicts zeros, sure of the left half of the picture and unsure of the right one."""
+
+    def forward(self, noisy: Any, tau: torch.Tensor, context: torch.Tensor, actions: Any, sigma: Any) -> Any:
+        log_error = torch.full((len(context), 16, 16), -4.0)
+        log_error[:, :, 8:] = 2.0
+        return torch.zeros_like(context[:, -1]).requires_grad_(), log_error
+
+
+@pytest.mark.parametrize("certainty", [0.0, 0.5, 1.0])
+def test_certainty_weighs_cells_by_the_error_expected_of_them(certainty: float, latents: Path) -> None:
+    config = DynamicsTaskConfig(latents=str(latents), certainty=certainty, importance=0, drop_actions=0, val_ratio=0.2)
+    task = DynamicsTask(config, FLOW, 0)
+    batch = task.batch(np.random.default_rng(0), 4)
+    _, metrics = task.loss(Stub(), batch, torch.Generator().manual_seed(0), 0.5)
+    error = (batch["latents"][:, 4].float().square() * task._channels[:, None, None]).mean(1)
+    low, high = np.exp(4 * certainty), np.exp(-2 * certainty)
+    expected = (error[:, :, :8].mean() * low + error[:, :, 8:].mean() * high) / (low + high)
+    assert float(metrics["weighted_1"]) == pytest.approx(float(expected), rel=1e-4)
+    assert float(metrics["error_1"]) == pytest.approx(float(error.mean()), rel=1e-4)
+
+
+def test_dreamt_contexts_of_the_head_end_where_the_real_ones_do(latents: Path, tmp_path: Path) -> None:
+    """With the real next latents in the place of the dynamics, a dreamt context is the real context."""
+    train(settings(latents), tmp_path / "flow")
+    dynamics = str(tmp_path / "flow" / "model")
+    config = HeadsTaskConfig(latents=str(latents), dynamics=dynamics, drift=5, dreamt=1.0, val_ratio=0.2)
+    task = HeadsTask(config, {"type": "outcome_head", "latent_channels": 8, "width": 16}, 0)
+    data = task.data
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        batch = task.batch(rng, 32)
+        steps = batch["roll"].shape[1]
+        context = batch["context"].clone()
+        for row in range(32):
+            ends = [int(i) for i in np.flatnonzero((data.latents == context[row, -1].numpy()).all((1, 2, 3)))]
+            now = ends[0] + int(batch["live"][row].sum())
+            indices, actions = data.contexts(np.array([now]), 4)
+            assert actions[0].tolist() == batch["actions"][row].tolist() or len(ends) > 1
+            for step in range(steps):
+                if batch["live"][row, step] and len(ends) == 1:
+                    moment = now - steps + step
+                    assert batch["roll"][row, step, -1] == data.actions[moment]
+            assert data.start[now] == data.start[ends[0]], "a dream never crosses the episode's start"
+        assert (batch["roll"] == NOOP).any() or steps >= 1
+    figures = train({"model": {"type": "outcome_head", "latent_channels": 8, "width": 16},
+                     "task": {"latents": str(latents), "dynamics": dynamics, "val_ratio": 0.2},
+                     "loop": {"steps": 3, "batch_size": 16}}, tmp_path / "head")  # fmt: skip
+    assert np.isfinite(figures["nll"])
+
+
+def test_bad_adversarial_and_head_settings_are_refused(latents: Path) -> None:
+    for bad in ({"certainty": 2.0}, {"adversarial": -1.0}, {"judged": 9, "adversarial": 0.1}, {"sampled": -1.0}):
+        with pytest.raises(ConfigError, match=next(iter(bad))):
+            DynamicsTaskConfig(unroll=3, **bad)
+    with pytest.raises(ConfigError, match="drift"):
+        HeadsTaskConfig(drift=0)
+
+
+def test_two_evaluations_sharpen_the_first_ones_answer() -> None:
+    """The second evaluation sees the first's answer half buried in noise, at tau = 0.5."""
+    seen: list[tuple[float, torch.Tensor | None]] = []
+
+    class Recorder(nn.Module):
+        def forward(self, noisy: Any, tau: torch.Tensor, context: torch.Tensor, actions: Any, sigma: Any) -> Any:
+            seen.append((float(tau[0]), noisy))
+            return torch.full_like(context[:, -1], 3.0), torch.zeros(len(context), 16, 16)
+
+    noise = torch.randn(2, 8, 16, 16)
+    draw_next(Recorder(), torch.zeros(2, 4, 8, 16, 16), torch.zeros(2, 4, dtype=torch.int64), noise, SamplerConfig(nfe=2))
+    assert [t for t, _ in seen] == [0.0, 0.5] and seen[0][1] is None and seen[1][1] is not None
+    assert torch.allclose(seen[1][1], 0.5 * noise + 1.5)
