@@ -15,8 +15,8 @@ from dreamenv.config import check
 from dreamenv.errors import ConfigError
 from dreamenv.flow import SamplerConfig
 
-_BAR = 28
-_HELP = "arrows: move   tab: other world   r: new start   esc: quit"
+_BAR = 46
+_HELP = "arrows move, tab world, r restart, esc quit"
 
 
 class _World:
@@ -106,8 +106,9 @@ def run(game: str, bundle: Path | None, world: Literal["dream", "real"], scale: 
             picture = pygame.surfarray.make_surface(np.ascontiguousarray(now.frame.swapaxes(0, 1)))
             window.blit(pygame.transform.scale(picture, (64 * scale, 64 * scale)), (0, 0))
             window.fill((20, 20, 20), (0, 64 * scale, 64 * scale, _BAR))
-            text = f"{now.name}   step {now.step_count}   reward {now.total:g}   {now.over or _HELP}"
-            window.blit(font.render(text, True, (230, 230, 230)), (8, 64 * scale + 7))
+            state = f"{now.name}   step {now.step_count}   reward {now.total:g}   {now.over}"
+            for line, (text, shade) in enumerate(((state, 230), (_HELP, 150))):
+                window.blit(font.render(text, True, (shade, shade, shade)), (8, 64 * scale + 6 + 20 * line))
             pygame.display.flip()
             clock.tick(fps)
     finally:

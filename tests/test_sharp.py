@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,7 +13,8 @@ from torch import nn
 from dreamenv.actions import NOOP
 from dreamenv.errors import CheckpointError, ConfigError
 from dreamenv.flow import SamplerConfig
-from dreamenv.models.latent_flow import draw_next
+from dreamenv.models.io import load_model
+from dreamenv.models.latent_flow import LatentFlow, draw_next
 from envs.collect import CollectConfig, collect
 from trainers.critic import Critic, fool, judge
 from trainers.dynamics import DynamicsTask, DynamicsTaskConfig
@@ -167,3 +168,19 @@ def test_two_evaluations_sharpen_the_first_ones_answer() -> None:
     draw_next(Recorder(), torch.zeros(2, 4, 8, 16, 16), torch.zeros(2, 4, dtype=torch.int64), noise, SamplerConfig(nfe=2))
     assert [t for t, _ in seen] == [0.0, 0.5] and seen[0][1] is None and seen[1][1] is not None
     assert torch.allclose(seen[1][1], 0.5 * noise + 1.5)
+
+
+def test_a_closed_gate_copies_exactly_and_a_grown_one_begins_open(latents: Path, tmp_path: Path) -> None:
+    train(settings(latents, adversarial=0.0), tmp_path / "plain")
+    plain = cast(LatentFlow, load_model(tmp_path / "plain" / "model")[0])
+    task = DynamicsTask(DynamicsTaskConfig(latents=str(latents), init_from=str(tmp_path / "plain" / "model"), val_ratio=0.2),
+                        FLOW | {"gate": True}, 0)  # fmt: skip
+    gated = cast(LatentFlow, task.model)
+    context, actions, zero = torch.randn(3, 4, 8, 16, 16), torch.zeros(3, 4, dtype=torch.int64), torch.zeros(3)
+    with torch.no_grad():
+        before, after = plain(None, zero, context, actions, zero)[0], gated(None, zero, context, actions, zero)[0]
+        last = context[:, -1]
+        assert torch.allclose(after - last, (before - last) * torch.sigmoid(torch.tensor(4.0)), atol=1e-5)
+        assert (before - last).abs().max() > 1e-3
+        cast(torch.Tensor, gated.out.bias)[-1] = -200
+        assert (gated(None, zero, context, actions, zero)[0] == last).all()

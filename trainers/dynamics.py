@@ -91,8 +91,13 @@ class DynamicsTask:
         check(network.latent_channels == self.data.latents.shape[1],
               f"latent_channels {network.latent_channels}: the latents have {self.data.latents.shape[1]}")
         if config.init_from:
+            weights = load_model(config.init_from)[0].state_dict()
+            for name in ("out.weight", "out.bias"):  # a model without a gate grows one
+                own = self.model.state_dict()[name]
+                if name in weights and own.shape[1:] == weights[name].shape[1:] and len(own) == len(weights[name]) + 1:
+                    weights[name] = torch.cat([weights[name], own[-1:]])
             try:
-                self.model.load_state_dict(load_model(config.init_from)[0].state_dict())
+                self.model.load_state_dict(weights)
             except RuntimeError as error:
                 reason = str(error).splitlines()[-1].strip()
                 raise ConfigError(f"init_from {config.init_from}: holds another architecture ({reason})") from None

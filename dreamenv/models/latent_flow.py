@@ -36,6 +36,8 @@ class LatentFlowConfig:
     """Dynamic filters; 0 turns them off."""
     filter_size: int = 5
     """Their kernel size, in cells."""
+    gate: bool = False
+    """Whether each cell's change is multiplied by a gate in 0..1, so that what stands still can be copied exactly."""
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
@@ -49,6 +51,7 @@ class LatentFlowConfig:
         check(8 <= self.embedding <= 4096 and self.embedding % 4 == 0,
               f"embedding {self.embedding}: must be a multiple of 4 in 8..4096")
         check(0 <= self.filter_bank <= 512, f"filter_bank {self.filter_bank}: must be 0..512")
+        check(isinstance(self.gate, bool), f"gate {self.gate!r}: must be true or false")
         check(self.filter_size % 2 == 1 and 1 <= self.filter_size <= 15, f"filter_size {self.filter_size}: must be odd, 1..15")
 
 
@@ -88,7 +91,9 @@ class LatentFlow(nn.Module):
                 width = widths[level]
             self.up.append(blocks)
         self.out_norm = group_norm(width)
-        self.out = zero_init(nn.Conv2d(width, c + 1, 3, padding=1))
+        self.out = zero_init(nn.Conv2d(width, c + 1 + config.gate, 3, padding=1))
+        if config.gate:
+            nn.init.constant_(cast(Tensor, self.out.bias)[c + 1 :], 4.0)  # begins open
         self.filters = DynamicFilters(c, width, config.filter_bank, config.filter_size) if config.filter_bank else None
 
     def forward(self, noisy: Tensor | None, tau: Tensor, context: Tensor, actions: Tensor,
@@ -127,10 +132,12 @@ class LatentFlow(nn.Module):
                 x = block(x, cond)
         x = F.silu(self.out_norm(x))
         out = self.out(x)
-        clean = last + out[:, :c]
+        change = out[:, :c]
         if self.filters is not None:
-            clean = clean + self.filters(last, x)
-        return clean, out[:, c].float()
+            change = change + self.filters(last, x)
+        if self.config.gate:
+            change = change * out[:, c + 1 :].sigmoid()
+        return last + change, out[:, c].float()
 
 
 def draw_next(model: nn.Module, context: Tensor, actions: Tensor, noise: Tensor | None,
