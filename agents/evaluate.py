@@ -19,6 +19,7 @@ from dreamenv.bundle import resolve_bundle
 from dreamenv.closed_loop import Episodes, play_episodes
 from dreamenv.config import check
 from dreamenv.errors import ConfigError, DreamenvError, PolicyError
+from dreamenv.flow import SamplerConfig
 from dreamenv.metrics import interval
 from dreamenv.models.impala import ImpalaAgent
 from dreamenv.noise import philox
@@ -46,7 +47,7 @@ class Evaluation:
 
 
 def evaluate(agent: str | ImpalaAgent, world: str = "real", game: str = "coinrun", levels: tuple[int, int] = (10000, 11000),
-             episodes: int = 200, bundle: Path | None = None, nfe: int = 1, seed: int = 0, films: int = 0,
+             episodes: int = 200, bundle: Path | None = None, nfe: int = SamplerConfig.nfe, seed: int = 0, films: int = 0,
              distribution_mode: str = "easy") -> Evaluation:  # fmt: skip
     """Play one episode on each of `episodes` levels, to its end.
 
@@ -132,7 +133,7 @@ class _Arguments:
     """How many, one on each level."""
     bundle: Path | None = None
     """Bundle folder of the dream, and of the bundled agent."""
-    nfe: int = 1
+    nfe: int = SamplerConfig.nfe
     """Network function evaluations of the dream's steps."""
     video: Path | None = None
     """Write the first four episodes side by side to this .mp4 or .gif."""

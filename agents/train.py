@@ -29,6 +29,7 @@ from agents.saved import make_algorithm, save_algorithm, to_agent
 from agents.worlds import make_world
 from dreamenv.config import check, from_dict, load_yaml, to_dict
 from dreamenv.errors import ConfigError, DreamenvError
+from dreamenv.flow import SamplerConfig
 from dreamenv.models.impala import ImpalaConfig
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -78,7 +79,7 @@ class TrainConfig:
     """Dataset folder whose real contexts dreams start from, instead of the bundle's bank."""
     share: float = 0.5
     """Share of dreams in the mix."""
-    nfe: int = 1
+    nfe: int = SamplerConfig.nfe
     """Network function evaluations of the dream's steps."""
     eval_every: int = 0
     """Environment steps between evaluations in the other world; 0 evaluates at the end only."""

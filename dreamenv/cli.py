@@ -11,19 +11,19 @@ import tyro
 
 from dreamenv.compare import CompareConfig
 from dreamenv.errors import DreamenvError
+from dreamenv.flow import SamplerConfig
 
-_COMPARE = CompareConfig()
+_COMPARE, _SAMPLER = CompareConfig(), SamplerConfig()
 
 
 def _sampler(nfe: int, solver: str, temperature: float) -> Any:
     from dreamenv.config import from_dict
-    from dreamenv.flow import SamplerConfig
 
     return from_dict(SamplerConfig, {"nfe": nfe, "solver": solver, "temperature": temperature})
 
 
 def demo(out: Path = Path("out/demo"), game: str = "coinrun", bundle: Path | None = None, clips: int = 256,
-         horizon: int = 30, nfe: int = 1, device: str = "auto", seed: int = 0) -> None:  # fmt: skip
+         horizon: int = 30, nfe: int = _SAMPLER.nfe, device: str = "auto", seed: int = 0) -> None:  # fmt: skip
     """Film the dream beside the real game and measure it, on held-out levels; headless.
 
     Args:
@@ -53,7 +53,8 @@ def demo(out: Path = Path("out/demo"), game: str = "coinrun", bundle: Path | Non
 
 
 def play(game: str = "coinrun", bundle: Path | None = None, world: Literal["dream", "real"] = "dream", scale: int = 8,
-         fps: float = 15.0, nfe: int = 1, temperature: float = 1.0, device: str = "auto", seed: int = 0) -> None:  # fmt: skip
+         fps: float = 15.0, nfe: int = _SAMPLER.nfe, temperature: float = 1.0, device: str = "auto",
+         seed: int = 0) -> None:  # fmt: skip
     """Play in a window: arrow keys; TAB switches world, R starts anew, ESC quits.
 
     Args:
@@ -73,8 +74,9 @@ def play(game: str = "coinrun", bundle: Path | None = None, world: Literal["drea
 
 
 def compare(settings: Annotated[CompareConfig, tyro.conf.arg(name="")] = _COMPARE, out: Path = Path("out/compare"),
-            game: str = "coinrun", bundle: Path | None = None, nfe: int = 1, solver: Literal["euler", "heun"] = "euler",
-            temperature: float = 1.0, device: str = "auto", quick: bool = False, card: bool = False) -> None:  # fmt: skip
+            game: str = "coinrun", bundle: Path | None = None, nfe: int = _SAMPLER.nfe,
+            solver: Literal["euler", "heun"] = "euler", temperature: float = 1.0, device: str = "auto",
+            quick: bool = False, card: bool = False) -> None:  # fmt: skip
     """Measure a bundle against the real game on held-out levels; the last line printed is JSON.
 
     Args:

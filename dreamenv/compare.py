@@ -139,7 +139,7 @@ def compare_open_loop(model: WorldModel, clips: Clips, frequencies: np.ndarray, 
     ceiling = np.stack([model.decode(model.encode(frames)).numpy() for frames in real])
     rows = {"dream": dream, "copy last frame": np.broadcast_to(last, real.shape), "autoencoder ceiling": ceiling}
     if sampler.nfe > 1:
-        rows["deterministic predictor"] = open_loop(model, clips, SamplerConfig(), seed)[0]
+        rows["deterministic predictor"] = open_loop(model, clips, SamplerConfig(nfe=1), seed)[0]
     rare, moving = rare_pixels(real, frequencies), moving_pixels(real, before)
     table, curves = [], {}
     for name, frames in rows.items():

@@ -40,8 +40,8 @@ def test_it_is_small_and_never_saw_the_held_out_levels(bundle: Bundle) -> None:
 def test_it_is_faithful_on_held_out_levels(bundle: Bundle, play: Segment) -> None:
     assert play.level_seeds.min() >= 10000
     model, clips = bundle.world_model, cut_clips(play, 48, bundle.world_model.context, 10)
-    figures = compare_open_loop(model, clips, colour_frequencies(play.frames[:, ::7]), SamplerConfig()).figures
-    figures |= outcome_figures(model, outcome_scores(model, play, SamplerConfig()))
+    figures = compare_open_loop(model, clips, colour_frequencies(play.frames[:, ::7]), SamplerConfig(nfe=1)).figures
+    figures |= outcome_figures(model, outcome_scores(model, play, SamplerConfig(nfe=1)))
     assert figures["autoencoder_psnr"] > 40 and figures["autoencoder_psnr_rare"] > 27
     assert figures["psnr_1"] > max(27, figures["copy_psnr_1"] + 5)
     assert figures["psnr_10"] > max(17.5, figures["copy_psnr_10"] + 6)  # 48 clips scatter by some two dB

@@ -105,15 +105,15 @@ def double(recorded: Any, **flaws: bool) -> WorldModel:
 
 def test_the_real_game_as_its_own_dream_is_perfect(recorded: Any) -> None:
     clips = recorded.clips
-    result = compare_open_loop(double(recorded), clips, colour_frequencies(clips.frames), SamplerConfig())
+    result = compare_open_loop(double(recorded), clips, colour_frequencies(clips.frames), SamplerConfig(nfe=1))
     figures = result.figures
     for h in (1, 5):
         assert figures[f"psnr_{h}"] == 100 and figures[f"psnr_mean_{h}"] == 60 and figures[f"mse_{h}"] == 0
         assert figures[f"ssim_{h}"] == pytest.approx(1) and figures[f"detail_{h}"] == pytest.approx(1)
         assert figures[f"copy_psnr_{h}"] < 40 and figures[f"copy_ssim_{h}"] < 0.99
     model = double(recorded)
-    assert delta_psnr(model, clips, result.dream, SamplerConfig())[3] > 50
-    shifts = action_shifts(model, clips, SamplerConfig())
+    assert delta_psnr(model, clips, result.dream, SamplerConfig(nfe=1))[3] > 50
+    shifts = action_shifts(model, clips, SamplerConfig(nfe=1))
     assert shifts[0] == 100 and max(shifts[-1], shifts[1]) < 50
     shifts = frame_shifts(clips, result.dream)
     assert shifts[0] == 100 and max(shifts[-1], shifts[1]) < 50
@@ -121,16 +121,16 @@ def test_the_real_game_as_its_own_dream_is_perfect(recorded: Any) -> None:
 
 def test_a_model_blind_to_actions_has_no_controllability(recorded: Any) -> None:
     model = double(recorded, blind=True)
-    dream, _ = open_loop(model, recorded.clips, SamplerConfig())
-    assert np.abs(delta_psnr(model, recorded.clips, dream, SamplerConfig())).max() == 0
-    assert len(set(action_shifts(model, recorded.clips, SamplerConfig()).values())) == 1
+    dream, _ = open_loop(model, recorded.clips, SamplerConfig(nfe=1))
+    assert np.abs(delta_psnr(model, recorded.clips, dream, SamplerConfig(nfe=1))).max() == 0
+    assert len(set(action_shifts(model, recorded.clips, SamplerConfig(nfe=1)).values())) == 1
 
 
 def test_a_model_trained_off_by_one_is_caught(recorded: Any) -> None:
     model = double(recorded, late=True)
-    shifts = action_shifts(model, recorded.clips, SamplerConfig())
+    shifts = action_shifts(model, recorded.clips, SamplerConfig(nfe=1))
     assert max(shifts, key=lambda s: shifts[s]) == 1  # it wants its actions one step early
-    dream, _ = open_loop(double(recorded), recorded.clips, SamplerConfig())
+    dream, _ = open_loop(double(recorded), recorded.clips, SamplerConfig(nfe=1))
     shifts = frame_shifts(recorded.clips, np.concatenate([recorded.clips.frames[:, CONTEXT - 1 : CONTEXT], dream[:, :-1]], 1))
     assert max(shifts, key=lambda s: shifts[s]) == -1  # and one that shows each frame a step late
 
@@ -168,7 +168,7 @@ def test_branching_hands_the_dream_the_right_actions() -> None:
             return SimpleNamespace(state=Moment(painted, [], []), uncertainty=torch.zeros(len(actions)))
 
     branches = branch_real(GAME, 5, CONTEXT, 2, seed=2)
-    dream = branch_dream(cast(WorldModel, Painter({}, None)), branches, SamplerConfig())
+    dream = branch_dream(cast(WorldModel, Painter({}, None)), branches, SamplerConfig(nfe=1))
     assert (dream[..., 0] == branches.actions[None, :, None, None, None]).all()
     assert (dream[..., 1:] == branches.context[:, None, None, -1, :, :, 1:]).all()
 
@@ -241,7 +241,7 @@ def test_drifted_contexts_are_dreamt_from_the_right_moment(toy_bundle: Path) -> 
                 seen.append(tuple(matches[0]))
             return torch.zeros(len(state.frame), 3)
 
-    scores = outcome_scores(cast(WorldModel, Probe()), play, SamplerConfig(), drift=3, negatives=20)
+    scores = outcome_scores(cast(WorldModel, Probe()), play, SamplerConfig(nfe=1), drift=3, negatives=20)
     assert len(seen) == len(scores.rewards) >= 20
     assert not any(play.first[e, t + 1 : t + 4].any() for e, t in seen), "no drift across an episode's end"
 
