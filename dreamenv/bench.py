@@ -16,16 +16,17 @@ from dreamenv.vector import DreamVectorEnv
 
 
 def bench(game: str, bundle: Path | None, device: str, nfes: list[int], num_envs: int, seconds: float,
-          precision: str = "fp32") -> dict[str, Any]:  # fmt: skip
+          precision: str = "auto") -> dict[str, Any]:  # fmt: skip
     """Step dreams with random actions.
 
     Returns:
         `rows`: one per (nfe, batch size) with steps/s and milliseconds per step; `peak_memory_mib` of the process.
     """
-    rows = []
+    rows, used = [], ""
     for nfe in nfes:
         for n in sorted({1, num_envs}):
             envs = DreamVectorEnv(n, game, bundle, device, SamplerConfig(nfe=nfe), precision=precision)
+            used = envs.bundle.world_model.precision
             envs.reset(seed=0)
             rng = np.random.default_rng(0)
             for _ in range(3):
@@ -42,5 +43,5 @@ def bench(game: str, bundle: Path | None, device: str, nfes: list[int], num_envs
                 "ms_per_step_median": 1000 * median, "ms_per_step_p95": 1000 * float(np.quantile(times, 0.95)),
             })  # fmt: skip
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "precision": precision, "rows": rows,
+    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "precision": used, "rows": rows,
             "peak_memory_mib": peak / (2**20 if sys.platform == "darwin" else 2**10)}  # fmt: skip

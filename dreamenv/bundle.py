@@ -171,15 +171,29 @@ def pick_device(device: str | torch.device) -> torch.device:
     return picked
 
 
-def load_bundle(folder: str | Path, device: str | torch.device = "auto", precision: str = "fp32") -> Bundle:
+def pick_precision(precision: str, device: torch.device) -> str:
+    """Return "fp32" or "bf16"; "auto" is bf16 on CUDA and on CPUs with AMX tiles, where it is two or more times faster.
+
+    Raises:
+        ConfigError: another name.
+    """
+    if precision not in ("auto", "fp32", "bf16"):
+        raise ConfigError(f"precision {precision!r}: must be 'auto', 'fp32' or 'bf16'")
+    if precision != "auto":
+        return precision
+    tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return "bf16" if device.type == "cuda" or (device.type == "cpu" and tiles()) else "fp32"
+
+
+def load_bundle(folder: str | Path, device: str | torch.device = "auto", precision: str = "auto") -> Bundle:
     """Load and verify a bundle; environments of one process share the networks of equal bundles.
 
     Raises:
         BundleError: missing, altered, malformed, inconsistent, or newer than this release; names the file.
         ConfigError: an unusable device or precision.
     """
-    if precision not in ("fp32", "bf16"):
-        raise ConfigError(f"precision {precision!r}: must be 'fp32' or 'bf16'")
+    picked = pick_device(device)
+    precision = pick_precision(precision, picked)
     folder = readable_folder(folder)
     path = folder / "bundle.json"
     description = _read_description(path)
@@ -191,7 +205,7 @@ def load_bundle(folder: str | Path, device: str | torch.device = "auto", precisi
             raise BundleError(f"{folder / part}: missing; re-download or retrain")
         if sha256_file(folder / part) != digests[part]:
             raise BundleError(f"{folder / part}: sha256 differs from bundle.json; re-download or retrain")
-    return _load(folder, json.dumps(description), str(pick_device(device)), precision)
+    return _load(folder, json.dumps(description), str(picked), precision)
 
 
 @lru_cache(maxsize=4)

@@ -120,7 +120,7 @@ def compare(settings: Annotated[CompareConfig, tyro.conf.arg(name="")] = _COMPAR
 
 
 def bench(game: str = "coinrun", bundle: Path | None = None, nfe: str = "1,2,4", num_envs: int = 64, seconds: float = 5.0,
-          precision: Literal["fp32", "bf16"] = "fp32", device: str = "auto") -> None:  # fmt: skip
+          precision: Literal["auto", "fp32", "bf16"] = "auto", device: str = "auto") -> None:  # fmt: skip
     """Measure frames/s of one dream and of many, and peak memory; the last line printed is JSON.
 
     Args:
@@ -129,7 +129,7 @@ def bench(game: str = "coinrun", bundle: Path | None = None, nfe: str = "1,2,4",
         nfe: numbers of function evaluations, separated by commas.
         num_envs: the large batch.
         seconds: time per measurement.
-        precision: fp32 or bf16.
+        precision: fp32, bf16, or auto: bf16 where the hardware has it.
         device: auto, cpu, cuda ...
     """
     from dreamenv.bench import bench as run

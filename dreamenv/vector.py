@@ -45,7 +45,7 @@ class DreamVectorEnv(VectorEnv):
         exact: run environment by environment, so that what one dreams does not depend on the batch at all;
             the default differs by rounding between batch sizes.
         truncate_above: end an episode as truncated once `uncertainty` exceeds this.
-        precision: "fp32", or "bf16" (faster where the hardware has it).
+        precision: "fp32", "bf16", or "auto": bf16 where the hardware has it, see `dreamenv.bundle.pick_precision`.
 
     Raises:
         ConfigError: an argument outside its range.
@@ -67,7 +67,7 @@ class DreamVectorEnv(VectorEnv):
         render_mode: str | None = None,
         exact: bool = False,
         truncate_above: float | None = None,
-        precision: str = "fp32",
+        precision: str = "auto",
     ) -> None:
         check(isinstance(num_envs, int) and not isinstance(num_envs, bool) and num_envs >= 1,
               f"num_envs {num_envs!r}: must be an integer >= 1")

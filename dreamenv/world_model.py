@@ -20,7 +20,8 @@ class WorldModel:
     Args:
         autoencoder, dynamics, head: the three networks.
         device: where they run.
-        precision: "fp32", or "bf16" autocast.
+        precision: "fp32", or "bf16" autocast of dynamics and head; the autoencoder is always fp32, for bf16 has no
+            more digits than a pixel.
     """
 
     def __init__(self, autoencoder: Autoencoder, dynamics: LatentFlow, head: OutcomeHead,
@@ -44,14 +45,12 @@ class WorldModel:
     def encode(self, frames: np.ndarray | Tensor) -> Tensor:
         """Frames uint8 (B, 64, 64, 3) -> latents float32 (B, C, H, W)."""
         images = to_images(torch.as_tensor(frames).to(self.device)).contiguous(memory_format=torch.channels_last)
-        with self._autocast():
-            return self.autoencoder.encode(images).float().contiguous()
+        return self.autoencoder.encode(images).contiguous()
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, H, W) -> frames uint8 (B, 64, 64, 3) on the CPU."""
-        with self._autocast():
-            images = self.autoencoder.decode(latents.contiguous(memory_format=torch.channels_last))
+        images = self.autoencoder.decode(latents.contiguous(memory_format=torch.channels_last))
         return to_frames(images).cpu()
 
     def start(self, frames: np.ndarray | Tensor, actions: np.ndarray | Tensor) -> State:

@@ -15,8 +15,8 @@ import pytest
 import torch
 import yaml
 
-from dreamenv.bundle import load_bundle
-from dreamenv.errors import BundleError, CheckpointError
+from dreamenv.bundle import load_bundle, pick_precision
+from dreamenv.errors import BundleError, CheckpointError, ConfigError
 from dreamenv.models.io import load_model
 from envs.collect import CollectConfig, collect
 from trainers.loop import LoopConfig, learning_rate
@@ -190,8 +190,9 @@ def test_a_user_error_is_one_line(tmp_path: Path) -> None:
 
 
 def test_bf16_is_chosen_by_the_hardware() -> None:
-    from trainers.loop import use_bf16
-
     cpu = torch.device("cpu")
-    assert use_bf16("bf16", cpu) and not use_bf16("fp32", cpu)
-    assert use_bf16("auto", torch.device("cuda")) and use_bf16("auto", cpu) == torch.cpu._is_amx_tile_supported()
+    assert pick_precision("bf16", cpu) == "bf16" and pick_precision("fp32", torch.device("cuda")) == "fp32"
+    assert pick_precision("auto", torch.device("cuda")) == "bf16"
+    assert (pick_precision("auto", cpu) == "bf16") == torch.cpu._is_amx_tile_supported()
+    with pytest.raises(ConfigError, match="fp8"):
+        pick_precision("fp8", cpu)

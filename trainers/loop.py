@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dreamenv.artifacts import atomic_file, atomic_folder, read_json, recover_folder, sha256_file, write_json
-from dreamenv.bundle import pick_device
+from dreamenv.bundle import pick_device, pick_precision
 from dreamenv.config import check
 from dreamenv.errors import CheckpointError
 from dreamenv.models.io import save_model
@@ -107,13 +107,6 @@ class Task(Protocol):
         ...
 
 
-def use_bf16(precision: str, device: torch.device) -> bool:
-    """Resolve "auto" precision."""
-    if precision != "auto":
-        return precision == "bf16"
-    return device.type == "cuda" or torch.cpu._is_amx_tile_supported()
-
-
 def learning_rate(config: LoopConfig, progress: float) -> float:
     """Warm-up, then cosine to `final_lr`; `progress` is the fraction of the budget done."""
     if progress < config.warmup:
@@ -133,7 +126,7 @@ class Loop:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        self.bf16 = use_bf16(config.precision, self.device)
+        self.bf16 = pick_precision(config.precision, self.device) == "bf16"
         self.identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self.model = task.model.to(self.device, memory_format=torch.channels_last)
         self.trained = nn.parallel.DistributedDataParallel(self.model) if self.world > 1 else self.model
