@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint fidelity clean
 
 # each stamp is remade when what it installs from changes
 $(VENV)/pip:
@@ -29,6 +29,11 @@ lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/basedpyright
+
+# measures the embedded bundle anew and writes the README's table
+fidelity: $(VENV)/demo
+	$(BIN)/dreamenv compare --card
+	$(BIN)/python -m dreamenv.table README.md
 
 clean:
 	rm -rf $(VENV) out

@@ -254,7 +254,8 @@ def test_reset_from_real_history(toy_bundle: Path) -> None:
     env.reset(seed=0, options={"frames": frames[-1:]})
     short = env.step(7)[0]
     env.reset(seed=0, options={"frames": frames[[-1, -1, -1, -1]], "actions": np.array([4, 4, 4])})
-    assert (np.abs(env.step(7)[0].astype(int) - short) <= 1).mean() > 0.999  # a short history is padded with its first frame and no-ops
+    # a short history is padded with its first frame and no-ops
+    assert (np.abs(env.step(7)[0].astype(int) - short) <= 1).mean() > 0.999
 
 
 def test_reset_options_choose_the_start(toy_bundle: Path) -> None:

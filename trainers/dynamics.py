@@ -39,8 +39,8 @@ class DynamicsTaskConfig:
     flow: float = 0.0
     """Weight of the flow term at tau > 0; 0 trains the deterministic predictor alone."""
     certainty: float = 0.0
-    """How far cells that the model expects to know weigh more: weight (expected error) ** -certainty (beta-NLL, Seitzer
-    et al. 2022). Without it what scrolls into view, which nobody can know, decides nearly all of the loss."""
+    """How far cells that the model expects to know weigh more in the unrolled loss: weight (expected error) ** -certainty
+    (beta-NLL, Seitzer et al. 2022). Without it what nobody can know decides nearly all of the loss."""
     adversarial: float = 0.0
     """Weight of the adversarial term. Half of each batch is then unrolled through samples of two evaluations: the first
     stays the mean that the squared error makes it, the second answers to the critic and commits to one future."""
@@ -48,6 +48,8 @@ class DynamicsTaskConfig:
     """Weight of the squared error of those second evaluations, beside the adversarial term."""
     judged: int = 3
     """Unrolled steps of each sample that the critic sees."""
+    flow_draws: int = 1
+    """Draws of (noise, tau) that each sample's flow term averages."""
     max_flow_weight: float = 5.0
     """Cap of the 1 / (1 - tau) weight."""
     context_noise: float = 0.3
@@ -70,6 +72,7 @@ class DynamicsTaskConfig:
         check(self.sampled >= 0, f"sampled {self.sampled}: must be >= 0")
         check(1 <= self.judged <= self.unroll or not self.adversarial,
               f"judged {self.judged}: must be in 1..unroll, which is {self.unroll}")
+        check(1 <= self.flow_draws <= 64, f"flow_draws {self.flow_draws}: must be in 1..64")
         check(self.max_flow_weight >= 1, f"max_flow_weight {self.max_flow_weight}: must be >= 1")
         check(0 <= self.context_noise <= 2, f"context_noise {self.context_noise}: must be in 0..2")
         check(self.importance >= 0, f"importance {self.importance}: must be >= 0")
@@ -164,14 +167,14 @@ class DynamicsTask:
         zero = torch.zeros(size, device=device)
         metrics: dict[str, Tensor] = {}
         total = torch.zeros((), device=device)
-        if config.flow > 0:
+        for _ in range(config.flow_draws if config.flow > 0 else 0):
             target, tau = latents[:, k], uniform()
             noisy = interpolate(normal(target.shape), target, tau)
             clean, log_error = model(noisy, tau, context, actions[:, :k], sigma)
             weight = (1 / (1 - tau).clamp_min(1e-6)).clamp_max(config.max_flow_weight)
             e = error(clean, target)
-            flow = (e * cells[:, 0] * known(log_error) * weight[:, None, None]).mean()
-            total = total + config.flow * flow + likelihood(log_error, e)
+            flow = (e * cells[:, 0] * weight[:, None, None]).mean()
+            total = total + (config.flow * flow + likelihood(log_error, e)) / config.flow_draws
             metrics["flow"] = flow.detach()
         rolled = context
         m = size // 2 if self.critic is not None else 0  # the last m rows go on from their samples, the others from means
