@@ -19,7 +19,8 @@ class NativeVecEnv(VecEnv):
 
     The batch stays one batch: a step is one call, not `num_envs` of them. `terminal_observation` is given where the
     world shows the terminal frame: the dream does, Procgen does not (its frame is the next level's already), and then
-    the key is absent rather than wrong, so SB3 does not bootstrap from it.
+    the key is absent rather than wrong, and `TimeLimit.truncated` is False with it, so that no algorithm bootstraps from
+    another level's frame.
 
     Args:
         envs: a vector environment in SAME_STEP autoreset mode, e.g.
@@ -67,7 +68,7 @@ class NativeVecEnv(VecEnv):
             self.reset_infos[i] = info
             infos[i] = ended if last is None else ended | {"terminal_observation": last}
         for i, info in enumerate(infos):
-            info["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
+            info["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i]) and "terminal_observation" in info
         return observations.copy(), np.array(rewards, np.float32), dones, infos
 
     def close(self) -> None:

@@ -26,6 +26,8 @@ def save_checkpoint(folder: Path, model: OnPolicyAlgorithm, identity: str) -> No
             arrays[f"optimizer.{index}.{name}"] = value.detach().cpu().numpy()
     kind, keys, position, has_gauss, cached = np.random.get_state()
     arrays |= {"rng.torch": torch.get_rng_state().numpy(), "rng.numpy": np.asarray(keys)}
+    if model.device.type == "cuda":
+        arrays["rng.cuda"] = torch.cuda.get_rng_state(model.device).numpy()
     arrays |= {"last_obs": np.asarray(model._last_obs), "last_episode_starts": np.asarray(model._last_episode_starts)}
     assert model.env is not None
     for i, data in enumerate(model.env.env_method("snapshot", indices=_leaders(model.env))):
@@ -91,6 +93,8 @@ def load_checkpoint(folder: Path, model: OnPolicyAlgorithm, identity: str) -> bo
     kind, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, arrays["rng.numpy"], position, has_gauss, cached))
     torch.set_rng_state(torch.from_numpy(arrays["rng.torch"]))
+    if "rng.cuda" in arrays and model.device.type == "cuda":
+        torch.cuda.set_rng_state(torch.from_numpy(arrays["rng.cuda"]), model.device)
     return True
 
 

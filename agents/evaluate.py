@@ -15,7 +15,7 @@ import gymnasium as gym
 import numpy as np
 import tyro
 
-from dreamenv.bundle import resolve_bundle
+from dreamenv.bundle import load_bundle, resolve_bundle
 from dreamenv.closed_loop import Episodes, play_episodes
 from dreamenv.config import check
 from dreamenv.errors import ConfigError, DreamenvError, PolicyError
@@ -48,7 +48,7 @@ class Evaluation:
 
 def evaluate(agent: str | ImpalaAgent, world: str = "real", game: str = "coinrun", levels: tuple[int, int] = (10000, 11000),
              episodes: int = 200, bundle: Path | None = None, nfe: int = SamplerConfig.nfe, seed: int = 0, films: int = 0,
-             distribution_mode: str = "easy") -> Evaluation:  # fmt: skip
+             distribution_mode: str | None = None) -> Evaluation:  # fmt: skip
     """Play one episode on each of `episodes` levels, to its end.
 
     A dream starts from the real first frame of its level, so both worlds can be compared level by level.
@@ -63,7 +63,7 @@ def evaluate(agent: str | ImpalaAgent, world: str = "real", game: str = "coinrun
         nfe: network function evaluations of the dream's steps.
         seed: decides levels, actions and noise.
         films: how many episodes to keep the frames of.
-        distribution_mode: Procgen's difficulty.
+        distribution_mode: Procgen's difficulty; in the dream its bundle's, else "easy" by default.
 
     Raises:
         ConfigError: a value outside its range.
@@ -74,7 +74,11 @@ def evaluate(agent: str | ImpalaAgent, world: str = "real", game: str = "coinrun
     first, end = levels
     check(0 <= first < end, f"levels {first}:{end}: the first must be >= 0 and less than the end")
     chosen = first + philox((seed, 0xE7A1)).choice(end - first, episodes, replace=episodes > end - first)
-    played, films_kept = [], []
+    if distribution_mode is None:
+        in_dream = world == "dream"
+        distribution_mode = load_bundle(resolve_bundle(bundle, game), "cpu").game.distribution_mode if in_dream else "easy"
+    played: list[Episodes] = []
+    films_kept: list[np.ndarray] = []
     for at in range(0, episodes, _BATCH):
         batch = chosen[at : at + _BATCH]
         envs: Any = gym.make_vec("envs:RealProcgen-v0", num_envs=len(batch), game=game, start_level=first,
@@ -87,12 +91,11 @@ def evaluate(agent: str | ImpalaAgent, world: str = "real", game: str = "coinrun
             dreams = DreamVectorEnv(len(batch), game, bundle, sampler={"nfe": nfe})
             frames, _ = dreams.reset(seed=seed + at, options={"frames": frames[:, None]})
             envs = dreams
-        film: list[np.ndarray] = []
-        played.append(play_episodes(envs, frames, policy, limit, philox((seed, at)), film if at == 0 and films else None))
+        filmed = films if at == 0 else 0
+        episode, film = play_episodes(envs, frames, policy, limit, philox((seed, at)), filmed)
         envs.close()
-        if film:
-            strip = np.stack(film, 1)
-            films_kept = [strip[i, : played[0].lengths[i]] for i in range(min(films, len(batch)))]
+        played.append(episode)
+        films_kept += film
     every = Episodes(*(np.concatenate([getattr(p, n) for p in played]) for n in ("returns", "lengths", "ended")))
     draws = np.random.default_rng(seed).integers(episodes, size=(10000, episodes))
     figures = {

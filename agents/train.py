@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -27,8 +28,9 @@ from agents.checkpoint import load_checkpoint, save_checkpoint
 from agents.evaluate import evaluate
 from agents.saved import make_algorithm, save_algorithm, to_agent
 from agents.worlds import make_world
+from dreamenv.artifacts import read_json
 from dreamenv.config import check, from_dict, load_yaml, to_dict
-from dreamenv.errors import ConfigError, DreamenvError
+from dreamenv.errors import ConfigError, DreamenvError, PolicyError
 from dreamenv.flow import SamplerConfig
 from dreamenv.models.impala import ImpalaConfig
 
@@ -103,23 +105,30 @@ class TrainConfig:
 
 
 class _Keeper(BaseCallback):
-    """Between rollouts: checkpoint, evaluate in the other world, keep the best; and time the environment's share."""
+    """Between rollouts: checkpoint, evaluate in the other world, keep the best."""
 
     def __init__(self, config: TrainConfig, identity: str) -> None:
         super().__init__()
         self.config, self.identity = config, identity
-        self.rollouts, self.best = 0, float("-inf")
-        self.next_evaluation = config.eval_every
+        self.other = "real" if config.world == "dream" else "dream"
+        self.rollouts, self.evaluated, self.best = 0, 0, float("-inf")
+
+    def resume(self, steps: int) -> None:
+        """Go on after `steps`: remember the best so far, and do not make up for evaluations of before."""
+        self.evaluated = steps
+        if (self.config.out / "best" / "agent.json").exists():
+            facts = read_json(self.config.out / "best" / "agent.json", PolicyError, "delete the folder").get("facts", {})
+            self.best = float(facts.get(f"{self.other}_return", "-inf"))
 
     def _on_rollout_start(self) -> None:
-        if not isinstance(self.model, OnPolicyAlgorithm):
-            return
-        if self.rollouts and self.rollouts % self.config.checkpoint_every == 0:
+        steps, every = self.model.num_timesteps, self.config.eval_every
+        if isinstance(self.model, OnPolicyAlgorithm) and self.rollouts and self.rollouts % self.config.checkpoint_every == 0:
             self.save()
         self.rollouts += 1
-        if self.config.eval_every and self.model.num_timesteps >= self.next_evaluation:
-            self.next_evaluation += self.config.eval_every
+        if every and steps // every > self.evaluated // every:
+            self.evaluated = steps
             self.judge()
+            save_algorithm(self.config.out / "agent", self.model, _facts(self.config))
 
     def _on_step(self) -> bool:
         return True
@@ -130,10 +139,9 @@ class _Keeper(BaseCallback):
 
     def judge(self) -> dict[str, Any]:
         """Evaluate without touching the run's random streams; keeps the agent if it is the best so far."""
-        other = "real" if self.config.world == "dream" else "dream"
-        state = torch.get_rng_state()
-        figures = evaluate(to_agent(self.model), other, self.config.game, (0, 10000), self.config.eval_episodes,
-                           bundle=self.config.bundle, seed=self.config.seed).figures  # fmt: skip
+        other, state = self.other, torch.get_rng_state()
+        figures = evaluate(to_agent(self.model).cpu(), other, self.config.game, (0, 10000), self.config.eval_episodes,
+                           bundle=self.config.bundle, nfe=self.config.nfe, seed=self.config.seed).figures  # fmt: skip
         torch.set_rng_state(state)
         for name in ("mean_return", "success_rate", "mean_length"):
             self.logger.record(f"{other}/{name}", figures[name])
@@ -190,12 +198,17 @@ def train(config: TrainConfig, progress: bool = False) -> dict[str, Any]:
     model = make_algorithm(algorithm.algorithm, envs, algorithm.settings, algorithm.network, config.seed, device=config.device)
     if config.resume and not isinstance(model, OnPolicyAlgorithm):
         raise ConfigError(f"resume: {algorithm.algorithm} keeps a replay buffer that is not saved; train it anew")
+    if not config.resume:  # a fresh start leaves nothing behind that a later resume could pick up
+        for stale in ("checkpoint", "best", "agent"):
+            shutil.rmtree(config.out / stale, ignore_errors=True)
     resumed = config.resume and load_checkpoint(config.out / "checkpoint", cast(OnPolicyAlgorithm, model), identity)
     suffix = f"-{model.num_timesteps}" if resumed else ""  # a resumed run leaves the earlier progress.csv alone
     formats = ["csv"] + (["tensorboard"] if find_spec("tensorboard") else [])
     config.out.mkdir(parents=True, exist_ok=True)
     model.set_logger(Logger(str(config.out), [make_output_format(name, str(config.out), suffix) for name in formats]))
     keeper = _Keeper(config, identity)
+    if resumed:
+        keeper.resume(model.num_timesteps)
     before, began = model.num_timesteps, time.perf_counter()
     if (left := config.steps - before) > 0:
         callbacks = CallbackList([keeper, *([ProgressBarCallback()] if progress else [])])

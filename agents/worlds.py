@@ -12,8 +12,8 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices,
 
 from agents.adapter import NativeVecEnv
 from dreamenv.bundle import Bundle, Starts, load_bundle, resolve_bundle
-from dreamenv.data import Dataset, Windows
-from dreamenv.errors import ConfigError
+from dreamenv.data import HELD_OUT_FROM, Dataset, Windows
+from dreamenv.errors import ConfigError, DatasetError
 from dreamenv.vector import DreamVectorEnv
 
 TRAIN_LEVELS = (0, 10000)
@@ -49,9 +49,17 @@ def dream_world(bundle: Bundle, num_envs: int, horizon: int | None = None, start
 
 
 def dataset_starts(folder: Path, count: int, context: int, seed: int = 0) -> Starts:
-    """`count` real contexts drawn from anywhere in a dataset's episodes."""
+    """`count` real contexts drawn from anywhere in a dataset's episodes.
+
+    Raises:
+        DatasetError: damaged, too short, or it holds held-out levels.
+    """
     dataset = Dataset(folder)
+    if (highest := max(int(s.level_seeds.max()) for s in dataset.shards)) >= HELD_OUT_FROM:
+        raise DatasetError(f"{folder}: holds level {highest}; levels from {HELD_OUT_FROM} on are held out, use others to train")
     windows = Windows([s.first for s in dataset.shards], context)
+    if not len(windows):
+        raise DatasetError(f"{folder}: no episode has {context} consecutive frames; collect more")
     chosen = np.sort(np.random.default_rng(seed).choice(len(windows), min(count, len(windows)), replace=False))
     frames, actions, levels = [], [], []
     for shard, start in zip(windows.shard[chosen], windows.start[chosen], strict=True):
@@ -79,7 +87,8 @@ def make_world(world: str, game: str, num_envs: int, bundle: Path | None = None,
     if not 1 <= dreams <= num_envs or (world == "mix" and dreams == num_envs):
         raise ConfigError(f"share {share}: leaves {dreams} dreams of {num_envs} environments; a mix needs both worlds")
     dream = dream_world(loaded, dreams, starts=starts, **options)
-    return dream if world == "dream" else MixedVecEnv([dream, real_world(game, num_envs - dreams)])
+    return dream if world == "dream" else MixedVecEnv([
+        dream, real_world(loaded.game.name, num_envs - dreams, distribution_mode=loaded.game.distribution_mode)])  # fmt: skip
 
 
 class MixedVecEnv(VecEnv):

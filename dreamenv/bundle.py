@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -275,10 +276,8 @@ def update_card(folder: str | Path, card: dict[str, Any]) -> None:
     """Replace a bundle's measured fidelity, atomically; everything else keeps its bytes."""
     folder = readable_folder(folder)
     description = _read_description(folder / "bundle.json")
-    contents = {p: (folder / p).read_bytes() for p in _PARTS if p != "card.json"}
     with atomic_folder(folder) as temporary:
-        for part, data in contents.items():
-            (temporary / part).write_bytes(data)
+        shutil.copytree(folder, temporary, dirs_exist_ok=True)
         write_json(temporary / "card.json", card)
         description["sha256"]["card.json"] = sha256_file(temporary / "card.json")
         write_json(temporary / "bundle.json", description | {"identity": compute_identity(description)})

@@ -16,10 +16,10 @@ from dreamenv.flow import SamplerConfig
 _COMPARE, _SAMPLER = CompareConfig(), SamplerConfig()
 
 
-def _sampler(nfe: int, solver: str, temperature: float) -> Any:
+def _sampler(nfe: int, solver: str = "euler", temperature: float = 1.0, guidance: float = 1.0) -> Any:
     from dreamenv.config import from_dict
 
-    return from_dict(SamplerConfig, {"nfe": nfe, "solver": solver, "temperature": temperature})
+    return from_dict(SamplerConfig, {"nfe": nfe, "solver": solver, "temperature": temperature, "guidance_scale": guidance})
 
 
 def demo(out: Path = Path("out/demo"), game: str = "coinrun", bundle: Path | None = None, clips: int = 256,
@@ -38,7 +38,7 @@ def demo(out: Path = Path("out/demo"), game: str = "coinrun", bundle: Path | Non
     """
     from dreamenv.demo import demo as run
 
-    figures = run(out, game, bundle, clips, horizon, sampler=_sampler(nfe, "euler", 1.0), device=device, seed=seed)["figures"]
+    figures = run(out, game, bundle, clips, horizon, sampler=_sampler(nfe), device=device, seed=seed)["figures"]
     print(f"\n{'steps dreamt':>14} {'PSNR dB':>9} {'copy last':>9}")
     for h in (1, 5, 10, 30, 50, 100):
         if f"psnr_{h}" in figures:
@@ -53,8 +53,8 @@ def demo(out: Path = Path("out/demo"), game: str = "coinrun", bundle: Path | Non
 
 
 def play(game: str = "coinrun", bundle: Path | None = None, world: Literal["dream", "real"] = "dream", scale: int = 8,
-         fps: float = 15.0, nfe: int = _SAMPLER.nfe, temperature: float = 1.0, device: str = "auto",
-         seed: int = 0) -> None:  # fmt: skip
+         fps: float = 15.0, nfe: int = _SAMPLER.nfe, temperature: float = 1.0, guidance: float = 1.0,
+         device: str = "auto", seed: int = 0) -> None:  # fmt: skip
     """Play in a window: arrow keys; TAB switches world, R starts anew, ESC quits.
 
     Args:
@@ -65,17 +65,18 @@ def play(game: str = "coinrun", bundle: Path | None = None, world: Literal["drea
         fps: steps per second.
         nfe: network function evaluations per step.
         temperature: scales the dream's noise.
+        guidance: how far to push the dream towards the action; 1 is off, else each evaluation costs two.
         device: auto, cpu, cuda ...
         seed: decides starts and noise.
     """
     from dreamenv.play import run
 
-    run(game, bundle, world, scale, fps, _sampler(nfe, "euler", temperature), device, seed)
+    run(game, bundle, world, scale, fps, _sampler(nfe, "euler", temperature, guidance), device, seed)
 
 
 def compare(settings: Annotated[CompareConfig, tyro.conf.arg(name="")] = _COMPARE, out: Path = Path("out/compare"),
             game: str = "coinrun", bundle: Path | None = None, nfe: int = _SAMPLER.nfe,
-            solver: Literal["euler", "heun"] = "euler", temperature: float = 1.0, device: str = "auto",
+            solver: Literal["euler", "heun"] = "euler", temperature: float = 1.0, guidance: float = 1.0, device: str = "auto",
             quick: bool = False, card: bool = False) -> None:  # fmt: skip
     """Measure a bundle against the real game on held-out levels; the last line printed is JSON.
 
@@ -87,6 +88,7 @@ def compare(settings: Annotated[CompareConfig, tyro.conf.arg(name="")] = _COMPAR
         nfe: network function evaluations per step.
         solver: euler or heun.
         temperature: scales the dream's noise.
+        guidance: how far to push the dream towards the action; 1 is off, else each evaluation costs two.
         device: auto, cpu, cuda ...
         quick: measure less of everything, in under a minute.
         card: store the figures in the bundle's card.json.
@@ -109,7 +111,7 @@ def compare(settings: Annotated[CompareConfig, tyro.conf.arg(name="")] = _COMPAR
             told.append(stage)
             bar.set_description(f"{stage:>24}")
 
-        result = run(loaded, settings, _sampler(nfe, solver, temperature), progress)
+        result = run(loaded, settings, _sampler(nfe, solver, temperature, guidance), progress)
         bar.update(1)
     page = save_comparison(out, loaded, settings, result)
     figures = result.figures | {"policy": settings.policy, "levels": list(settings.levels), "seed": settings.seed}

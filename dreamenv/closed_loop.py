@@ -17,7 +17,7 @@ from dreamenv.metrics import detail, interval, pearson, spearman
 from dreamenv.noise import philox
 from dreamenv.policies import VectorPolicy, make_policy
 from dreamenv.rollout import HELD_OUT, step_noise
-from dreamenv.types import State
+from dreamenv.types import Clips, State
 from dreamenv.vector import DreamVectorEnv
 
 POLICIES = ("hold:noop", "hold:left", "hold:right", "hold:up", "hold:right+up", "random", "sticky", "biased")
@@ -38,17 +38,18 @@ class Episodes:
 
 
 def play_episodes(envs: Any, frames: np.ndarray, policy: VectorPolicy, limit: int, rng: np.random.Generator,
-                  film: list[np.ndarray] | None = None) -> Episodes:  # fmt: skip
+                  films: int = 0) -> tuple[Episodes, list[np.ndarray]]:  # fmt: skip
     """Play every environment of a vector env, which stands at `frames` uint8 (N, 64, 64, 3), to its end or `limit`.
 
-    If `film` is given, the frames before each step are appended to it.
+    Returns:
+        The episodes, and of the first `films` the frames before each step, uint8 (T, 64, 64, 3).
     """
     n = len(frames)
     running, first = np.ones(n, bool), np.ones(n, bool)
     returns, lengths, ended = np.zeros(n), np.zeros(n, np.int64), np.zeros(n, bool)
+    film: list[np.ndarray] = []
     for _ in range(limit):
-        if film is not None:
-            film.append(frames)
+        film.append(frames[:films].copy())
         frames, rewards, terminated, truncated, _ = envs.step(policy.act(frames, first, rng))
         returns += np.where(running, rewards, 0)
         lengths += running
@@ -57,7 +58,7 @@ def play_episodes(envs: Any, frames: np.ndarray, policy: VectorPolicy, limit: in
         first = terminated | truncated
         if not running.any():
             break
-    return Episodes(returns, lengths, ended)
+    return Episodes(returns, lengths, ended), [np.stack(film, 1)[i, : lengths[i]] for i in range(min(films, n))]
 
 
 def play_both(bundle: Bundle, policies: tuple[str, ...] = POLICIES, episodes: int = 48, limit: int = 200,
@@ -89,7 +90,7 @@ def play_both(bundle: Bundle, policies: tuple[str, ...] = POLICIES, episodes: in
         frames, _ = real.reset(seed=seed, options={"level": chosen})
         imagined, _ = dream.reset(seed=seed, options={"frames": frames[:, None]})
         out[spec] = tuple(
-            play_episodes(envs, start, make_policy(spec, bias), limit, philox((seed, number)))
+            play_episodes(envs, start, make_policy(spec, bias), limit, philox((seed, number)))[0]
             for envs, start in ((real, frames), (dream, imagined))
         )
     real.close()
@@ -133,34 +134,35 @@ def agreement(results: dict[str, tuple[Episodes, Episodes]], replicates: int = 2
     return out
 
 
-def endless(bundle: Bundle, steps: int = 5000, num_envs: int = 8, policy: str = "random",
+def endless(bundle: Bundle, clips: Clips, steps: int = 5000, num_envs: int = 8, policy: str = "random",
             sampler: SamplerConfig | None = None, shown: tuple[int, ...] = (1, 100, 1000, 5000),
             seed: int = 0) -> dict[str, Any]:  # fmt: skip
-    """Dream on without any reset, ends of episodes ignored, and watch whether the picture holds.
+    """Dream on from real contexts without any reset, ends of episodes ignored, and watch whether the picture holds.
 
     Returns:
         `diverged`: share of dreams whose latent left the trained range at least once (they start again);
         `step` (T,), and at those steps the means `latent_rms`, `detail` (see `dreamenv.metrics.detail`) and
-        `brightness` in 0..1; the same of real start frames as `real_latent_rms` ...; and `frames` uint8
-        (num_envs, S, 64, 64, 3) after the steps `shown` that were reached.
+        `brightness` in 0..1; the same of the clips' real frames as `real_latent_rms` ...; and `frames` uint8
+        (num_envs, S, 64, 64, 3) after the steps `shown` (S,) that were reached.
     """
     check(steps >= 1, f"steps {steps}: must be >= 1")
     sampler = sampler or SamplerConfig()
-    model, bank = bundle.world_model, bundle.starts
-    begin = np.resize(np.arange(len(bank.frames)), num_envs)
-    start = model.start(bank.frames[begin], bank.actions[begin])
+    model, k = bundle.world_model, clips.context
+    begin = np.resize(np.arange(len(clips.frames)), num_envs)
+    start = model.start(clips.frames[begin, :k], clips.actions[begin, : k - 1])
     actor, rng = make_policy(policy, np.ones(NUM_ACTIONS)), philox((seed, 0xE0D1E55))
 
     def statistics(latents: torch.Tensor, frames: np.ndarray) -> tuple[float, float, float]:
         return float(latents.square().mean().sqrt()), float(detail(frames).mean()), float(frames.mean() / 255)
 
-    real = statistics(model.encode(bank.frames[:, -1]), bank.frames[:, -1])
+    sample = clips.frames[:256, -1]
+    real = statistics(model.encode(sample), sample)
     state, lost = start, np.zeros(num_envs, bool)
-    frames = bank.frames[begin, -1]
+    frames = clips.frames[begin, k - 1]
     rows: list[tuple[float, ...]] = []
     kept: list[np.ndarray] = []
     for t in range(1, steps + 1):
-        noise = step_noise(model, sampler, seed, slice(0, num_envs), t)
+        noise = step_noise(model, sampler, seed, np.arange(num_envs), t)
         actions = actor.act(frames, np.full(num_envs, t == 1), rng)
         state = model.step(state, actions, noise, sampler).state
         gone = bundle.limits.exceeded(state.latents[:, -1])
@@ -176,5 +178,5 @@ def endless(bundle: Bundle, steps: int = 5000, num_envs: int = 8, policy: str = 
     names = ("latent_rms", "detail", "brightness")
     columns = dict(zip(("step", *names), np.array(rows).T, strict=True))
     film = np.stack(kept, 1) if kept else np.zeros((num_envs, 0, 64, 64, 3), np.uint8)
-    return {"diverged": float(lost.mean()), "frames": film, **columns,
+    return {"diverged": float(lost.mean()), "frames": film, "shown": [t for t in shown if t <= steps], **columns,
             **{f"real_{n}": v for n, v in zip(names, real, strict=True)}}  # fmt: skip

@@ -10,7 +10,7 @@ import numpy as np
 
 from dreamenv.bundle import Bundle
 from dreamenv.closed_loop import POLICIES, Episodes, agreement, endless, play_both
-from dreamenv.config import check
+from dreamenv.config import check, to_dict
 from dreamenv.control import (
     DELTA_STEP,
     Branches,
@@ -37,7 +37,7 @@ from dreamenv.metrics import (
     ssim,
 )
 from dreamenv.perceptual import feature_distance, features, frechet_distance
-from dreamenv.rollout import HELD_OUT, OutcomeScores, cut_clips, open_loop, outcome_scores, play_real
+from dreamenv.rollout import HELD_OUT, OutcomeScores, cut_clips, imagine, open_loop, outcome_scores, play_real
 from dreamenv.types import Clips
 from dreamenv.world_model import WorldModel
 
@@ -64,6 +64,8 @@ class CompareConfig:
     """Real moments branched under every distinct action."""
     branch_steps: int = 4
     """Steps each branch holds its action."""
+    negatives: int = 15_000
+    """Uneventful real steps at which the outcome head is asked; on drifted contexts a tenth."""
     drift: int = 10
     """Steps dreamt before the outcome head is asked on a drifted context."""
     policies: tuple[str, ...] = POLICIES
@@ -79,7 +81,7 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
-        for name in ("clips", "steps", "samples", "branches", "branch_steps", "episodes", "limit"):
+        for name in ("clips", "steps", "samples", "branches", "branch_steps", "negatives", "episodes", "limit"):
             check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
         check(self.horizon >= 6, f"horizon {self.horizon}: must be >= 6")
         for name in ("drift", "endless_steps"):
@@ -89,6 +91,7 @@ class CompareConfig:
     def quick(self) -> CompareConfig:
         """Less of everything: under a minute on two cores, with wider errors."""
         return replace(self, clips=min(self.clips, 64), horizon=min(self.horizon, 30), steps=min(self.steps, 20_000), samples=1,
+                       negatives=min(self.negatives, 3000),
                        branches=min(self.branches, 32), episodes=min(self.episodes, 8), limit=min(self.limit, 60),
                        endless_steps=min(self.endless_steps, 300))  # fmt: skip
 
@@ -101,7 +104,7 @@ class Comparison:
         figures: flat and JSON-able; the card.
         table: rows of the open loop, one per (what, step).
         curves: name -> PSNR per step, float (H,).
-        clips, dream: the real clips and the dream of them, uint8 (N, H, 64, 64, 3).
+        clips: the real clips; rows: what is compared with them, each uint8 (N, H, 64, 64, 3), the dream among them.
         outcomes: name -> scores, on real and on drifted contexts.
         branches: real branches and the dreamt ones, uint8 (N, A, H, 64, 64, 3).
         episodes: policy -> (real, dreamt) episodes; endless: see `dreamenv.closed_loop.endless`.
@@ -111,7 +114,7 @@ class Comparison:
     table: list[dict[str, Any]]
     curves: dict[str, np.ndarray]
     clips: Clips
-    dream: np.ndarray
+    rows: dict[str, np.ndarray]
     outcomes: dict[str, OutcomeScores] = field(default_factory=dict)
     branches: tuple[Branches, np.ndarray] | None = None
     episodes: dict[str, tuple[Episodes, Episodes]] = field(default_factory=dict)
@@ -150,45 +153,43 @@ def compare_open_loop(model: WorldModel, clips: Clips, frequencies: np.ndarray, 
     error = squared_error(dream, real)
     per_clip = error.mean((2, 3))
     figures: dict[str, Any] = {
-        "clips": len(real), "context": k, "nfe": sampler.nfe, "solver": sampler.solver, "temperature": sampler.temperature,
+        "clips": len(real), "context": k, **to_dict(sampler),
         "uncertainty_error_spearman": spearman(uncertainty[:, 0], per_clip[:, 0]),
     }  # fmt: skip
     floor = squared_error(ceiling, real)
     figures |= {"autoencoder_psnr": float(psnr(floor.mean())), "autoencoder_psnr_rare": _masked_psnr(floor, rare),
                 "autoencoder_ssim": float(ssim(ceiling[:, ::10], real[:, ::10]).mean())}  # fmt: skip
-    short = {"dream": "", "copy last frame": "copy_", "deterministic predictor": "predictor_"}
     for row in table:
-        if row["what"] in short:
-            prefix, h = short[row["what"]], row["step"]
-            figures |= {f"{prefix}{name}_{h}": v for name, v in row.items() if name not in ("what", "step")}
+        figures |= {_figure(row, name): v for name, v in row.items() if name not in ("what", "step")}
     if sampler.stochastic and samples > 1:
         figures |= _spread(model, clips, dream, sampler, seed, samples)
-    return Comparison(figures, table, curves, clips, dream)
+    return Comparison(figures, table, curves, clips, rows)
 
 
-def add_perceptual(model: WorldModel, result: Comparison, clips: int = 128, later: int = 10) -> None:
+def _figure(row: dict[str, Any], name: str) -> str:
+    """Name of a table's entry among the figures."""
+    prefix = {"dream": "", "copy last frame": "copy_", "deterministic predictor": "predictor_",
+              "autoencoder ceiling": "ceiling_"}  # fmt: skip
+    return f"{prefix[row['what']]}{name}_{row['step']}"
+
+
+def add_perceptual(result: Comparison, clips: int = 128, later: int = 10) -> None:
     """Add the perceptual distance of each row of the table, and the Fréchet distance of all later frames.
 
     Args:
-        model: the world model, for the ceiling's frames.
-        result: extended in place: `perceptual` in the table, and the same for the dream, with `frechet`, in the figures.
+        result: extended in place: `perceptual` in the table and the figures, and `frechet` of the dream.
         clips: how many clips are looked at.
         later: frames of every so many steps go into the Fréchet distance, over all clips.
     """
-    k, real, dream = result.clips.context, result.clips.frames[:clips, result.clips.context :], result.dream[:clips]
-    for h in sorted({row["step"] for row in result.table}):
-        truth, _ = features(real[:, h - 1])
-        shown = {"dream": dream[:, h - 1], "copy last frame": result.clips.frames[:clips, k - 1],
-                 "autoencoder ceiling": model.decode(model.encode(real[:, h - 1])).numpy()}  # fmt: skip
-        for row in result.table:
-            if row["step"] == h:
-                frames = shown.get(row["what"])
-                row["perceptual"] = None if frames is None else float(feature_distance(features(frames)[0], truth).mean())
-                if row["what"] == "dream":
-                    result.figures[f"perceptual_{h}"] = row["perceptual"]
+    real = result.clips.frames[:, result.clips.context :]
+    truth = {h: features(real[:clips, h - 1])[0] for h in sorted({row["step"] for row in result.table})}
+    for row in result.table:
+        frames = result.rows[row["what"]][:clips, row["step"] - 1]
+        row["perceptual"] = float(feature_distance(features(frames)[0], truth[row["step"]]).mean())
+        result.figures[_figure(row, "perceptual")] = row["perceptual"]
     steps = np.arange(later - 1, result.clips.horizon, later)
-    if len(steps):
-        worlds = (x[:, steps].reshape(-1, 64, 64, 3) for x in (result.clips.frames[:, k:], result.dream))
+    if len(steps) * len(real) > 1:
+        worlds = (x[:, steps].reshape(-1, 64, 64, 3) for x in (real, result.rows["dream"]))
         result.figures["frechet"] = frechet_distance(*(features(frames)[1] for frames in worlds))
 
 
@@ -217,9 +218,8 @@ def _spread(model: WorldModel, clips: Clips, dream: np.ndarray, sampler: Sampler
     drawn += [open_loop(model, short, sampler, seed + (s << 32))[0] for s in range(1, samples)]
     errors = np.stack([squared_error(d, short.frames[:, k:]).mean((2, 3)) for d in drawn])  # (S, N, H)
     apart = [squared_error(a, b)[:, -1].mean() for i, a in enumerate(drawn) for b in drawn[i + 1 :]]
-    return {f"samples_mean_psnr_{horizon}": float(psnr(errors[:, :, -1].mean())),
-            f"samples_best_psnr_{horizon}": float(psnr(errors[:, :, -1].min(0).mean())),
-            f"samples_diversity_{horizon}": float(np.mean(apart))}  # fmt: skip
+    return {"samples_horizon": horizon, "samples_mean_psnr": float(psnr(errors[:, :, -1].mean())),
+            "samples_best_psnr": float(psnr(errors[:, :, -1].min(0).mean())), "samples_diversity": float(np.mean(apart))}
 
 
 def _random_player(bundle: Bundle, config: CompareConfig, sampler: SamplerConfig) -> dict[str, float]:
@@ -228,9 +228,12 @@ def _random_player(bundle: Bundle, config: CompareConfig, sampler: SamplerConfig
     play = play_real(game.name, 150, 32, "random", config.levels, game.distribution_mode, seed)
     clips = cut_clips(play, min(config.clips, 256), model.context, horizon, seed)
     dream, _ = open_loop(model, clips, sampler, seed)
-    error = squared_error(dream, clips.frames[:, model.context :]).mean((2, 3))
+    real, k = clips.frames[:, model.context :], model.context
+    error = squared_error(dream, real).mean((2, 3))
+    single, _ = imagine(model, clips.frames[:, k - 1 : k], clips.actions[:, :0], clips.actions[:, k - 1 :], sampler, seed)
     delta = delta_psnr(model, clips, dream, sampler, seed)
-    figures = {"random_delta_psnr_4": float(delta[DELTA_STEP - 1])}
+    figures = {"random_delta_psnr_4": float(delta[DELTA_STEP - 1]),
+               f"random_one_frame_psnr_{horizon}": float(psnr(squared_error(single, real).mean((0, 2, 3))[-1]))}  # fmt: skip
     for h in (1, horizon):
         figures |= {f"random_psnr_{h}": float(psnr(error[:, h - 1].mean())),
                     f"random_psnr_mean_{h}": float(psnr(error[:, h - 1]).clip(max=60).mean())}  # fmt: skip
@@ -239,16 +242,16 @@ def _random_player(bundle: Bundle, config: CompareConfig, sampler: SamplerConfig
 
 
 def outcome_figures(model: WorldModel, scores: OutcomeScores, prefix: str = "") -> dict[str, Any]:
-    """Average precision, base rate, events, calibration and confusion of the joint (reward, end) outcomes.
+    """Average precision (None without events), base rate, events and calibration of rewards, death and the end.
 
-    Death is a terminal step without reward; the named rewards are the game's own magnitudes. The confusion matrix
-    holds expected counts of real steps: each step spreads over outcomes as the head's probabilities say.
+    Death is a terminal step without reward; the named rewards are the game's own magnitudes.
     """
     p, weights = scores.probabilities, scores.weights
     figures: dict[str, Any] = {}
 
     def add(name: str, score: np.ndarray, positive: np.ndarray) -> None:
-        figures[f"{name}_ap"] = average_precision(score, positive, weights)
+        figures[f"{name}_ap"] = average_precision(score, positive, weights) if positive.any() else None
+        figures[f"{name}_calibration_error"] = calibration_error(score, positive, weights)
         figures[f"{name}_base_rate"] = float((weights * positive).sum() / weights.sum())
         figures[f"{name}_events"] = int(positive.sum())
 
@@ -257,7 +260,6 @@ def outcome_figures(model: WorldModel, scores: OutcomeScores, prefix: str = "") 
     add("death", p @ (model.terminated & (model.rewards == 0)), scores.terminated & (scores.rewards == 0))
     end = p @ model.terminated
     add("end", end, scores.terminated)
-    figures["end_calibration_error"] = calibration_error(end, scores.terminated, weights)
     likely = end >= 0.05  # nearly all steps are surely uneventful; this is the error where it matters
     figures["end_calibration_error_likely"] = (
         calibration_error(end[likely], scores.terminated[likely], weights[likely]) if likely.any() else 0.0
@@ -266,11 +268,15 @@ def outcome_figures(model: WorldModel, scores: OutcomeScores, prefix: str = "") 
 
 
 def outcome_confusion(model: WorldModel, scores: OutcomeScores) -> np.ndarray:
-    """Real steps by (actual, most likely) outcome, float64 (outcomes, outcomes), rows actual."""
-    actual = np.zeros(len(scores.rewards), np.int64)
+    """Real steps by (actual, most likely) outcome, float64 (outcomes, outcomes), rows actual.
+
+    Steps with an outcome that the head does not know are left out.
+    """
+    actual = np.full(len(scores.rewards), -1)
     for i, (reward, end) in enumerate(zip(model.rewards, model.terminated, strict=True)):
         actual[(scores.rewards == np.float32(reward)) & (scores.terminated == end)] = i
-    return confusion_matrix(actual, scores.probabilities.argmax(1), len(model.rewards), scores.weights)
+    known = actual >= 0
+    return confusion_matrix(actual[known], scores.probabilities[known].argmax(1), len(model.rewards), scores.weights[known])
 
 
 def outcome_curve(model: WorldModel, scores: OutcomeScores) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -295,17 +301,17 @@ def compare(bundle: Bundle, config: CompareConfig, sampler: SamplerConfig,
     result = compare_open_loop(model, clips, frequencies, sampler, seed, config.samples)
     figures = result.figures
     progress("perceptual distance")
-    add_perceptual(model, result)
+    add_perceptual(result)
     progress("outcomes")
-    result.outcomes["real"] = outcome_scores(model, play, sampler, seed=seed)
+    result.outcomes["real"] = outcome_scores(model, play, sampler, negatives=config.negatives, seed=seed)
     figures |= outcome_figures(model, result.outcomes["real"]) | {"steps": int(play.first.size)}
     if config.drift:
         progress("outcomes after drift")
-        result.outcomes["drifted"] = outcome_scores(model, play, sampler, config.drift, negatives=1500, seed=seed)
+        result.outcomes["drifted"] = outcome_scores(model, play, sampler, config.drift, max(config.negatives // 10, 1), seed)
         figures |= outcome_figures(model, result.outcomes["drifted"], "drifted_") | {"drift": config.drift}
     progress("controllability")
-    delta = delta_psnr(model, clips, result.dream[:, :10], sampler, seed)
-    figures |= {f"delta_psnr_{h}": float(delta[h - 1]) for h in (1, DELTA_STEP, len(delta))}
+    delta = delta_psnr(model, clips, result.rows["dream"][:, :DELTA_STEP], sampler, seed)
+    figures |= {f"delta_psnr_{h}": float(delta[h - 1]) for h in (1, DELTA_STEP)}
     figures |= _random_player(bundle, config, sampler)
     for kind in ("action", "frame"):
         figures[f"{kind}_offset"] = max((-1, 0, 1), key=lambda s, kind=kind: figures[f"{kind}_shift_{s}"])
@@ -322,7 +328,7 @@ def compare(bundle: Bundle, config: CompareConfig, sampler: SamplerConfig,
         figures |= {"closed_loop_episodes": config.episodes, "closed_loop_limit": config.limit}
     if config.endless_steps:
         progress("endless dream")
-        result.endless = endless(bundle, config.endless_steps, sampler=sampler, seed=seed)
+        result.endless = endless(bundle, clips, config.endless_steps, sampler=sampler, seed=seed)
         figures |= {"endless_steps": config.endless_steps, "endless_diverged": result.endless["diverged"],
                     "endless_latent_rms": float(result.endless["latent_rms"][-1]),
                     "endless_detail": float(result.endless["detail"][-1] / result.endless["real_detail"])}  # fmt: skip

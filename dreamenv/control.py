@@ -8,7 +8,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from dreamenv.actions import NUM_ACTIONS
+from dreamenv.actions import COMBOS, NUM_ACTIONS
 from dreamenv.bundle import GameFacts
 from dreamenv.config import check
 from dreamenv.flow import SamplerConfig
@@ -79,15 +79,20 @@ class Branches:
 
 
 def distinct_actions(game: GameFacts) -> np.ndarray:
-    """One action, the first, of each distinct meaning in the game, int64 (A,)."""
-    return np.array(sorted({m: a for a, m in reversed(list(enumerate(game.action_meanings)))}.values()), np.int64)
+    """One action of each distinct meaning in the game, int64 (A,): no-op if it can be, else the one with fewest keys."""
+    by_keys = sorted(range(NUM_ACTIONS), key=lambda a: (len(COMBOS[a]), a), reverse=True)
+    return np.array(sorted({game.action_meanings[a]: a for a in by_keys}.values()), np.int64)
 
 
 def branch_real(game: GameFacts, count: int, context: int, steps: int, levels: tuple[int, int] = HELD_OUT,
                 policy: str = "mix", seed: int = 0, spacing: int = 12) -> Branches:  # fmt: skip
     """Play the real game and, every now and then, branch it under each distinct action (needs procgen).
 
-    Moments at which a branch or the context would leave the episode are passed over.
+    Moments at which a branch or the context would leave the episode are passed over. They are spread over at least ten
+    points of time, so that not all lie near the start of an episode.
+
+    Raises:
+        ConfigError: `count` or `steps` < 1, or branches so long that hardly any stays within its episode.
     """
     check(count >= 1 and steps >= 1, f"branches {count} of {steps} steps: must both be >= 1")
     num_envs = min(32, count)
@@ -100,8 +105,11 @@ def branch_real(game: GameFacts, count: int, context: int, steps: int, levels: t
     past, taken = [frames], []
     age, first = np.zeros(num_envs, np.int64), np.ones(num_envs, bool)
     rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    found = 0
+    found, rounds, share = 0, 0, -(-count // 10)
     while found < count:
+        rounds += 1
+        check(rounds < 50 or found >= rounds, f"branch_steps {steps}: only {found} branches stayed within their episodes; hold "
+                                              "the actions for fewer steps")  # fmt: skip
         for _ in range(spacing):
             chosen = actor.act(frames, first, rng)
             frames, _, terminated, truncated, _ = envs.step(chosen)
@@ -109,7 +117,9 @@ def branch_real(game: GameFacts, count: int, context: int, steps: int, levels: t
             age = np.where(first, 0, age + 1)
             past, taken = [*past, frames][-context:], [*taken, chosen][-context + 1 :] if context > 1 else []
         moment = envs.unwrapped.snapshot()
-        usable = age >= context - 1
+        usable = (age >= context - 1) & (len(past) == context)
+        if not usable.any():
+            continue
         real = np.empty((num_envs, len(actions), steps, 64, 64, 3), np.uint8)
         for a, action in enumerate(actions):
             envs.unwrapped.restore(moment)
@@ -118,18 +128,21 @@ def branch_real(game: GameFacts, count: int, context: int, steps: int, levels: t
                 usable &= ~(terminated | truncated)
         envs.unwrapped.restore(moment)
         history = np.stack(taken, 1) if taken else np.zeros((num_envs, 0), np.int64)
-        rows.append((np.stack(past, 1)[usable], history[usable], real[usable]))
-        found += int(usable.sum())
+        kept = rng.permutation(np.flatnonzero(usable))[:share]
+        rows.append((np.stack(past, 1)[kept], history[kept], real[kept]))
+        found += len(kept)
     envs.close()
     contexts, histories, reals = (np.concatenate(column)[:count] for column in zip(*rows, strict=True))
     return Branches(contexts, histories, actions, reals)
 
 
 def branch_dream(model: WorldModel, branches: Branches, sampler: SamplerConfig, seed: int = 0) -> np.ndarray:
-    """The same branches, dreamt: uint8 (N, A, H, 64, 64, 3)."""
+    """The same branches, dreamt: uint8 (N, A, H, 64, 64, 3). All branches of a moment share their noise."""
     n, a, h = branches.real.shape[:3]
+    moments = np.repeat(np.arange(n), a)
     held = np.tile(np.repeat(branches.actions[:, None], h, 1), (n, 1))
-    dream, _ = imagine(model, np.repeat(branches.context, a, 0), np.repeat(branches.history, a, 0), held, sampler, seed)
+    dream, _ = imagine(model, np.repeat(branches.context, a, 0), np.repeat(branches.history, a, 0), held, sampler, seed,
+                       keys=moments)  # fmt: skip
     return dream.reshape(branches.real.shape)
 
 

@@ -50,9 +50,9 @@ def save_comparison(out: Path, bundle: Bundle, config: CompareConfig, result: Co
     shown = list(dict.fromkeys(i for pair in zip(lively[:4], range(4), strict=False) for i in pair))
     steps = np.array([s for s in _SHOWN if s <= horizon])
     real = result.clips.frames[:, k:]
-    save_grid(out / "film_strip.png", [x[i][steps - 1] for i in shown for x in (real, result.dream)])
+    save_grid(out / "film_strip.png", [x[i][steps - 1] for i in shown for x in (real, result.rows["dream"])])
     start = result.clips.frames[:, :k]
-    worlds = {"real": real, "dream": result.dream}
+    worlds = {"real": real, "dream": result.rows["dream"]}
     films = [side_by_side({n: np.concatenate([start[i], x[i]]) for n, x in worlds.items()}, 3) for i in shown[:4]]
     save_video(out / "side_by_side.mp4", np.concatenate([np.concatenate(films[:2], 2), np.concatenate(films[2:4], 2)], 1)
                if len(films) == 4 else films[0])  # fmt: skip
@@ -128,17 +128,21 @@ def _page(out: Path, bundle: Bundle, config: CompareConfig, result: Comparison, 
         "difference of neighbouring pixels relative to the real frames': 1 is as crisp, less is fog. The perceptual "
         "distance compares EfficientNet-Lite0 features: 0 is equal, 2 as far as can be; it is neither LPIPS nor FID.</p>",
         f"<p>Fréchet distance of the dreamt frames' features from the real ones': {_number(f.get('frechet'))}.</p>",
+        *([f"<p>{config.samples} samples of each clip, {f['samples_horizon']} steps: mean {f['samples_mean_psnr']:.2f} dB, "
+           f"best {f['samples_best_psnr']:.2f} dB; they differ by a mean squared error of {f['samples_diversity']:.4f}.</p>"]
+          if "samples_horizon" in f else []),
         f"<p>The model's own uncertainty ranks the error of its first step with Spearman "
         f"{f['uncertainty_error_spearman']:.2f}.</p>",
     ]  # fmt: skip
     if "delta_psnr_4" in f:
         parts += [
             "<h2>Does it do what it is told?</h2>",
-            f"<p>Under random instead of the true actions PSNR falls by {f['delta_psnr_4']:.2f} dB after 4 steps and "
-            f"{f['delta_psnr_10']:.2f} dB after ten (delta-PSNR). On clips of a random player the PSNR itself is "
+            f"<p>Under random instead of the true actions PSNR falls by {f['delta_psnr_4']:.2f} dB after 4 steps "
+            "(delta-PSNR). On clips of a random player the PSNR itself is "
             f"{f['random_psnr_1']:.2f} dB after one step and {f['random_psnr_10']:.2f} dB after ten (mean of clips "
-            f"{f['random_psnr_mean_10']:.2f} dB), and random actions other than its own cost {f['random_delta_psnr_4']:.2f} dB "
-            "after four.</p>",
+            f"{f['random_psnr_mean_10']:.2f} dB; from one frame of context "
+            f"{f['random_one_frame_psnr_10']:.2f} dB), and random actions other than its own cost "
+            f"{f['random_delta_psnr_4']:.2f} dB after four.</p>",
             f"<p>{f['branches']} real moments, branched under every distinct action for {f['branch_steps']} steps: of "
             f"the dreamt branches, {f['branch_accuracy']:.1%} lie nearest to their own real branch "
             f"(guessing: {f['branch_chance']:.1%}; {f['branch_distinct']:.1f} different pictures a moment).</p>",
@@ -179,7 +183,7 @@ def _page(out: Path, bundle: Bundle, config: CompareConfig, result: Comparison, 
         parts += [
             "<h2>Endless dream</h2>",
             f"<p>{f['endless_steps']} steps of random play without a reset: {f['endless_diverged']:.0%} of the dreams left the "
-            "trained range. Frames after 1, 100, 1,000, 5,000 steps, one row for each dream:</p>",
+            f"trained range. Frames after {', '.join(map(str, result.endless['shown']))} steps, one row for each dream:</p>",
             picture("endless_frames.png", "frames"), picture("endless.png", "statistics", "plot"),
         ]  # fmt: skip
     title = f"{html.escape(bundle.game.name)}: dream against reality"

@@ -68,7 +68,7 @@ def cut_clips(play: Segment, count: int, context: int, horizon: int, seed: int =
 
 
 def imagine(model: WorldModel, frames: np.ndarray, history: np.ndarray, actions: np.ndarray, sampler: SamplerConfig,
-            seed: int = 0, batch: int = 64) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+            seed: int = 0, batch: int = 64, keys: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Dream on from real contexts under given actions.
 
     Args:
@@ -77,20 +77,22 @@ def imagine(model: WorldModel, frames: np.ndarray, history: np.ndarray, actions:
         history: integers (N, T - 1), the actions between them.
         actions: integers (N, H), the actions to dream under.
         sampler: how it is drawn.
-        seed: decides the noise; row i draws what it would draw in any batch.
-        batch: rows dreamt at once.
+        seed: decides the noise, together with each row's key.
+        batch: rows dreamt at once; it decides nothing.
+        keys: integers (N,), rows of one key share their noise; by default each row has its own.
 
     Returns:
         uint8 frames (N, H, 64, 64, 3), and the uncertainty float32 (N, H).
     """
     n, horizon = actions.shape
+    keys = np.arange(n) if keys is None else keys
     dream = np.empty((n, horizon, 64, 64, 3), np.uint8)
     uncertainty = np.empty((n, horizon), np.float32)
     for at in range(0, n, batch):
         rows = slice(at, min(at + batch, n))
         state = model.start(frames[rows], history[rows])
         for h in range(horizon):
-            imagined = model.step(state, actions[rows, h], step_noise(model, sampler, seed, rows, h), sampler)
+            imagined = model.step(state, actions[rows, h], step_noise(model, sampler, seed, keys[rows], h), sampler)
             state = imagined.state
             dream[rows, h] = model.decode(state.latents[:, -1]).numpy()
             uncertainty[rows, h] = imagined.uncertainty.float().cpu().numpy()
@@ -103,11 +105,11 @@ def open_loop(model: WorldModel, clips: Clips, sampler: SamplerConfig, seed: int
     return imagine(model, clips.frames[:, :k], clips.actions[:, : k - 1], clips.actions[:, k - 1 :], sampler, seed)
 
 
-def step_noise(model: WorldModel, sampler: SamplerConfig, seed: int, rows: slice, step: int) -> np.ndarray | None:
-    """Standard normal float32 (B, C, h, w) of rows at one step, whatever the batch; None if the sampler needs none."""
+def step_noise(model: WorldModel, sampler: SamplerConfig, seed: int, keys: np.ndarray, step: int) -> np.ndarray | None:
+    """Standard normal float32 (B, C, h, w) of the keys (B,) at one step; None if the sampler needs none."""
     if not sampler.stochastic:
         return None
-    each = [draw_step(seed + i, 0, 0, step, model.latent_shape)[1] for i in range(rows.start, rows.stop)]
+    each = [draw_step(seed + int(i), 0, 0, step, model.latent_shape)[1] for i in keys]
     return np.stack(cast(list[np.ndarray], each))
 
 
@@ -140,12 +142,16 @@ def outcome_scores(model: WorldModel, play: Segment, sampler: SamplerConfig, dri
         negatives: how many uneventful steps.
         seed: decides which, and the noise.
         batch: rows at once.
+
+    Raises:
+        ConfigError: no episode is as long as `drift`.
     """
     n, t = play.first.shape
     first = play.first.copy()
     first[:, 0] = True
     start = np.maximum.accumulate(np.where(first, np.arange(t), 0), axis=1)
     possible = np.arange(t) - start >= drift
+    check(bool(possible.any()), f"drift {drift}: no episode was that long; ask for less, or play more steps")
     event = ((play.rewards != 0) | play.terminated) & possible
     common = np.argwhere(~event & possible)
     kept = np.random.default_rng(seed).permutation(len(common))[:negatives]
@@ -161,7 +167,7 @@ def outcome_scores(model: WorldModel, play: Segment, sampler: SamplerConfig, dri
         history = np.where(raw == index, play.actions[env[:, None], index], NOOP)[:, :-1]
         state = model.start(play.frames[env[:, None], index], history)
         for d in range(drift):
-            noise = step_noise(model, sampler, seed, rows, d)
+            noise = step_noise(model, sampler, seed, np.arange(rows.start, rows.stop), d)
             state = model.step(state, play.actions[env, now - drift + d], noise, sampler).state
         probabilities[rows] = model.outcomes(state, play.actions[env, now]).exp().double().cpu().numpy()
     env, now = chosen.T

@@ -30,15 +30,20 @@ def fidelity_table(card: dict[str, Any]) -> str:
         for h in (h for h in (1, 5, 10, 30, 50) if f"psnr_{h}" in card):
             mean = f"{card[f'predictor_psnr_{h}']:.2f}" if sampled else ""
             copied = f"{card[f'copy_psnr_{h}']:.2f}"
-            add(f"PSNR after {h} step{'s' * (h > 1)}, dB", f"{card[f'psnr_{h}']:.2f}", mean, copied, psnr.get(h, ""))
-        named = {"psnr_mean_10": "mean of the clips' PSNR, dB", "ssim_10": "SSIM", "psnr_moving_10": "PSNR of moving pixels, dB",
-                 "detail_10": "detail kept (1 is all)"}  # fmt: skip
+            steps = f"{h} step" if h == 1 else f"{h} steps"
+            add(f"PSNR after {steps}, dB", f"{card[f'psnr_{h}']:.2f}", mean, copied, psnr.get(h, ""))
+        named = {"psnr_mean_10": "mean of the clips' PSNR, dB", "ssim_10": "SSIM",
+                 "psnr_moving_10": "PSNR of moving pixels, dB", "detail_10": "detail kept (1 is all)"}  # fmt: skip
         for key, name in named.items():
             mean = f"{card[f'predictor_{key}']:.2f}" if sampled else ""
             add(f"{name}, 10 steps", f"{card[key]:.2f}", mean, f"{card[f'copy_{key}']:.2f}")
-        add("perceptual distance, 10 steps (0 is equal, 2 the most)", f"{card['perceptual_10']:.3f}")
+        mean = f"{card['predictor_perceptual_10']:.3f}" if sampled else ""
+        add("perceptual distance, 10 steps (0 is equal, 2 the most)", f"{card['perceptual_10']:.3f}", mean,
+            f"{card['copy_perceptual_10']:.3f}")  # fmt: skip
         add("random player: PSNR after 10 steps, dB (mean of clips)",
             f"{card['random_psnr_10']:.2f} ({card['random_psnr_mean_10']:.2f})")  # fmt: skip
+        add("the same from one frame of context", f"{card['random_one_frame_psnr_10']:.2f}",
+            published="GenieRedux, guided: 34.44")  # fmt: skip
         add("autoencoder alone, dB (rare colours)", f"{card['autoencoder_psnr']:.2f} ({card['autoencoder_psnr_rare']:.2f})",
             published="GenieRedux tokenizer: 38.25")  # fmt: skip
         add("delta-PSNR, 4 steps, dB (random player)", f"{card['delta_psnr_4']:.2f} ({card['random_delta_psnr_4']:.2f})",
@@ -47,6 +52,8 @@ def fidelity_table(card: dict[str, Any]) -> str:
             f"{card['branch_accuracy']:.1%} (guessing: {card['branch_chance']:.1%})")  # fmt: skip
         add("best time shift of frames / actions (0 is right)", f"{card['frame_offset']} / {card['action_offset']}")
         for key in sorted(k[:-3] for k in card if k.endswith("_ap") and not k.startswith("drifted_")):
+            if card[f"{key}_ap"] is None or card[f"drifted_{key}_ap"] is None:
+                continue
             add(f"{key.replace('_', ' ')}: average precision (after {card['drift']} dreamt steps; base rate)",
                 f"{card[f'{key}_ap']:.3f} ({card[f'drifted_{key}_ap']:.3f}; {card[f'{key}_base_rate']:.2%})")  # fmt: skip
         add("end of episode: calibration error (where likely)",

@@ -16,6 +16,7 @@ from dreamenv.errors import ConfigError
 _MOVE = {n: f"move {n}" for n in ("left", "right", "up", "down", "left+down", "left+up", "right+down", "right+up")}
 _PLATFORM = {
     "left": "run left", "right": "run right", "up": "jump", "left+up": "jump left", "right+up": "jump right",
+    "left+down": "run left", "right+down": "run right",
 }  # fmt: skip
 _TURN = {"left": "turn left", "right": "turn right", "up": "thrust forward", "down": "thrust backward"}
 _TURN |= {f"{a}+{b}": f"{_TURN[a]} and {_TURN[b]}" for a in ("left", "right") for b in ("up", "down")}
@@ -71,7 +72,8 @@ def check_levels(game: Game, start_level: int, num_levels: int, distribution_mod
 def _game(name: str, max_steps: int, rewards: tuple[float, ...], easy: tuple[float, float], hard: tuple[float, float],
           acts: dict[str, str], bias: dict[str, float]) -> Game:  # fmt: skip
     meanings = tuple(acts.get(n, "nothing") for n in NAMES)
-    weights = tuple(bias.get(n, 1.0 if n in acts else 0.1) for n in NAMES)
+    main = {meaning: name for name, meaning in reversed(acts.items())}  # the first action of each meaning
+    weights = tuple(bias.get(n, 1.0 if n in main.values() else 0.1) for n in NAMES)
     return Game(name, max_steps, rewards, easy, hard, meanings, weights)
 
 
@@ -85,7 +87,8 @@ GAMES: dict[str, Game] = {
         _game("caveflyer", 1000, (3, 10), (3.5, 12), (2, 13.4), _TURN | _FIRE, {"up": 4.0, "d": 2.0}),
         _game("chaser", 1000, (0.04, 10), (0.5, 13), (0.5, 14.2), _MOVE, {}),
         _game("climber", 1000, (1, 10), (2, 12.6), (1, 12.6), _PLATFORM, {"up": 3.0, "left+up": 3.0, "right+up": 3.0}),
-        _game("coinrun", 1000, (10,), (5, 10), (5, 10), _PLATFORM, _RIGHTWARD),
+        _game("coinrun", 1000, (10,), (5, 10), (5, 10), _PLATFORM | {"down": "drop through a crate"},
+              _RIGHTWARD | {"down": 0.1}),
         _game("dodgeball", 1000, (2, 10), (1.5, 19), (1.5, 19), _MOVE | {"d": "throw a ball"}, {"d": 3.0}),
         _game("fruitbot", 1000, (-4, 1, 10), (-1.5, 32.4), (-0.5, 27.2),
               {"left": "move left", "right": "move right", "d": "throw a key"}, {"left": 3.0, "right": 3.0}),

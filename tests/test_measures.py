@@ -112,10 +112,10 @@ def test_the_real_game_as_its_own_dream_is_perfect(recorded: Any) -> None:
         assert figures[f"ssim_{h}"] == pytest.approx(1) and figures[f"detail_{h}"] == pytest.approx(1)
         assert figures[f"copy_psnr_{h}"] < 40 and figures[f"copy_ssim_{h}"] < 0.99
     model = double(recorded)
-    assert delta_psnr(model, clips, result.dream, SamplerConfig(nfe=1))[3] > 50
+    assert delta_psnr(model, clips, result.rows["dream"], SamplerConfig(nfe=1))[3] > 50
     shifts = action_shifts(model, clips, SamplerConfig(nfe=1))
     assert shifts[0] == 100 and max(shifts[-1], shifts[1]) < 50
-    shifts = frame_shifts(clips, result.dream)
+    shifts = frame_shifts(clips, result.rows["dream"])
     assert shifts[0] == 100 and max(shifts[-1], shifts[1]) < 50
 
 
@@ -141,7 +141,7 @@ GAME: Any = SimpleNamespace(name="coinrun", distribution_mode="easy",
 
 
 def test_branches_are_the_real_game_under_each_distinct_action() -> None:
-    assert distinct_actions(GAME).tolist() == [0, 2, 3, 5, 6, 8]
+    assert distinct_actions(GAME).tolist() == [1, 2, NOOP, 5, 7, 8]
     branches = branch_real(GAME, 40, CONTEXT, 3, seed=1)
     assert branches.real.shape == (40, 6, 3, 64, 64, 3) and branches.context.shape == (40, CONTEXT, 64, 64, 3)
     assert branches.history.shape == (40, CONTEXT - 1)
@@ -149,6 +149,8 @@ def test_branches_are_the_real_game_under_each_distinct_action() -> None:
     assert perfect["accuracy"] == 1 and 1 / 6 <= perfect["chance"] < 0.6 and 2 < perfect["distinct"] <= 6
     blind = np.repeat(branches.real[:, 2:3, -1], 6, 1)  # "nothing", whatever the action
     assert branch_accuracy(branches.real[:, :, -1], blind)["accuracy"] == pytest.approx(perfect["chance"], abs=0.12)
+    with pytest.raises(ConfigError, match="branch_steps"):
+        branch_real(GAME, 10, CONTEXT, 999)
     still = np.repeat(branches.context[:, None, -1], 6, 1)
     assert branch_accuracy(branches.real[:, :, -1], still)["accuracy"] < 0.6
     same = np.zeros((2, 6, 64, 64, 3), np.uint8)
@@ -281,12 +283,15 @@ def test_policies_play_the_same_levels_in_both_worlds(toy_bundle: Path) -> None:
 
 def test_an_endless_dream_counts_what_leaves_the_range(toy_bundle: Path) -> None:
     bundle = load_bundle(toy_bundle, "cpu")
-    result = endless(bundle, 6, 3, shown=(1, 6, 50))
+    frames = np.random.default_rng(0).integers(0, 256, (5, 6, 64, 64, 3), dtype=np.uint8)
+    clips = Clips(frames, np.zeros((5, 5), np.int64), np.zeros(5, np.int64), CONTEXT)
+    result = endless(bundle, clips, 6, 3, shown=(1, 6, 50))
+    assert result["shown"] == [1, 6]
     assert result["frames"].shape == (3, 2, 64, 64, 3) and result["step"].tolist() == [1, 2, 3, 4, 5, 6]
     assert result["diverged"] == 0 and result["real_brightness"] == pytest.approx(0.5, abs=0.02)
     tight = SimpleNamespace(exceeded=lambda latents: torch.ones(len(latents), dtype=torch.bool))
-    broken: Any = SimpleNamespace(world_model=bundle.world_model, starts=bundle.starts, limits=tight)
-    assert endless(broken, 3, 3)["diverged"] == 1
+    broken: Any = SimpleNamespace(world_model=bundle.world_model, limits=tight)
+    assert endless(broken, clips, 3, 3)["diverged"] == 1
 
 
 def test_clips_never_cross_an_episode_and_too_few_are_refused() -> None:

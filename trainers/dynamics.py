@@ -104,6 +104,7 @@ class DynamicsTask:
             except RuntimeError as error:
                 reason = str(error).splitlines()[-1].strip()
                 raise ConfigError(f"init_from {config.init_from}: holds another architecture ({reason})") from None
+        check(network.context >= 2 or not config.adversarial, "adversarial: needs a context of 2 or more")
         self.critic = Critic(network.latent_channels) if config.adversarial else None
         self.context = network.context
         self._train = self.data.windows(self.context + config.unroll, validation=False)
@@ -177,7 +178,7 @@ class DynamicsTask:
             total = total + (config.flow * flow + likelihood(log_error, e)) / config.flow_draws
             metrics["flow"] = flow.detach()
         rolled = context
-        m = size // 2 if self.critic is not None else 0  # the last m rows go on from their samples, the others from means
+        m = -(-size // 2) if self.critic is not None else 0  # the last m rows go on from their samples, the others from means
         drawn = slice(size - m, size)
         sequence = [latents[drawn, k - 2], latents[drawn, k - 1]]  # what the critic sees before the first sample is real
         for u in range(config.unroll):
