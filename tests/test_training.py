@@ -128,9 +128,9 @@ def test_two_processes_train_together(data: Path, tmp_path: Path) -> None:
 
 TINY = ["--set", "loop.batch_size=4",
         "autoencoder:model.width=16", "autoencoder:model.blocks=1", "autoencoder:model.latent_channels=8",
-        *[f"{s}:model.{k}" for s in ("predictor", "unrolled", "flow") for k in
+        *[f"{s}:model.{k}" for s in ("predictor", "unrolled", "flow", "settled") for k in
           ("latent_channels=8", "channels=[16,32]", "blocks=[1,1]", "embedding=32", "filter_bank=4")],
-        "unrolled:task.unroll=2", "flow:task.unroll=2",
+        "unrolled:task.unroll=2", "flow:task.unroll=2", "settled:task.unroll=2",
         "heads:model.width=16", "heads:model.latent_channels=8"]  # fmt: skip
 
 

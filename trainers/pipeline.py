@@ -1,7 +1,7 @@
 """From the real game to a bundle in one go, resumable at every stage.
 
 `python -m trainers.pipeline --game coinrun --minutes 90 --out runs/coinrun`:
-collect -> autoencoder -> encode -> predictor -> unrolled -> flow -> heads -> bundle, on CPU or GPU.
+collect -> autoencoder -> encode -> predictor -> unrolled -> flow -> settled -> heads -> bundle, on CPU or GPU.
 Run the same line again after a kill: finished stages are skipped, the interrupted one goes on from its checkpoint.
 """
 
@@ -31,7 +31,7 @@ from dreamenv.models.latent_flow import LatentFlow
 from dreamenv.world_model import WorldModel
 
 CONFIGS = Path(__file__).parent / "configs"
-_SHARES = {"autoencoder": 0.10, "predictor": 0.12, "unrolled": 0.38, "flow": 0.33, "heads": 0.07}
+_SHARES = {"autoencoder": 0.10, "predictor": 0.12, "unrolled": 0.30, "flow": 0.27, "settled": 0.14, "heads": 0.07}
 """How the minutes are divided between the trained stages."""
 
 
@@ -102,7 +102,8 @@ def run_pipeline(config: PipelineConfig) -> Path:
     _stage(out, "predictor", lambda: _train(config, "predictor", task))
     _stage(out, "unrolled", lambda: _train(config, "unrolled", task | {"init_from": str(out / "predictor" / "model")}))
     _stage(out, "flow", lambda: _train(config, "flow", task | {"init_from": str(out / "unrolled" / "model")}))
-    _stage(out, "heads", lambda: _train(config, "heads", task | {"dynamics": str(out / "flow" / "model")}))
+    _stage(out, "settled", lambda: _train(config, "settled", task | {"init_from": str(out / "flow" / "model")}))
+    _stage(out, "heads", lambda: _train(config, "heads", task))
     _stage(out, "bundle", lambda: make_bundle(out, data, config.starts))
     return out / "bundle"
 
@@ -143,7 +144,7 @@ def _encode(data: Path, autoencoder: Path, latents: Path) -> None:
     _command([sys.executable, "-m", "trainers.latents", str(data), str(autoencoder), str(latents)])
 
 
-def make_bundle(out: Path, data: Path, starts: int, dynamics: str = "flow") -> Path:
+def make_bundle(out: Path, data: Path, starts: int, dynamics: str = "settled") -> Path:
     """Compose <out>/bundle from the trained stages; `dynamics` names the stage to take.
 
     Raises:
