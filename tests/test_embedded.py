@@ -17,6 +17,7 @@ from dreamenv.compare import compare_open_loop, outcome_figures
 from dreamenv.flow import SamplerConfig
 from dreamenv.metrics import colour_frequencies
 from dreamenv.rollout import cut_clips, outcome_scores, play_real
+from dreamenv.table import fidelity_table
 from dreamenv.types import Segment
 from dreamenv.vector import DreamVectorEnv
 
@@ -48,6 +49,11 @@ def test_it_is_faithful_on_held_out_levels(bundle: Bundle, play: Segment) -> Non
     assert figures["reward_10_events"] > 20 and figures["reward_10_ap"] > 0.7
     assert figures["death_events"] > 15 and figures["death_ap"] > 0.5
     assert figures["end_calibration_error"] < 0.05
+
+
+def test_the_readme_shows_what_the_card_says(bundle: Bundle) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert fidelity_table(bundle.card) in readme, "make fidelity"
 
 
 def test_actions_matter(bundle: Bundle) -> None:
