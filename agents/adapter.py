@@ -12,6 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvStepReturn
 
 from dreamenv.errors import ConfigError
+from dreamenv.single import split_infos
 
 
 class NativeVecEnv(VecEnv):
@@ -119,16 +120,3 @@ class NativeVecEnv(VecEnv):
             values = [options[name] for options in self._options]
             merged[name] = values[0] if isinstance(values[0], str) else np.stack([np.asarray(v) for v in values])
         return merged or None
-
-
-def split_infos(infos: dict[str, Any], num_envs: int) -> list[dict[str, Any]]:
-    """Batched infos (arrays with `_name` masks) as one plain dict for each environment."""
-    out: list[dict[str, Any]] = [{} for _ in range(num_envs)]
-    for name, values in infos.items():
-        if name.startswith("_") or isinstance(values, dict):
-            continue
-        present = infos.get(f"_{name}", np.ones(num_envs, bool))
-        for i in np.flatnonzero(present):
-            value = values[i]
-            out[i][name] = value.item() if isinstance(value, np.generic) else value
-    return out

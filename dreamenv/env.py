@@ -10,7 +10,7 @@ from gymnasium.vector import AutoresetMode
 from dreamenv.bundle import Bundle
 from dreamenv.errors import ResetError
 from dreamenv.resets import as_array, check_options
-from dreamenv.single import SingleView, single_info
+from dreamenv.single import SingleView, split_infos
 from dreamenv.vector import DreamVectorEnv
 
 
@@ -61,7 +61,7 @@ class DreamEnv(SingleView):
         seeds = [int(self.np_random.integers(2**63))] if first else [seed]
         frames, infos = self.vector.reset(seed=seeds, options=options)
         super().reset(seed=seed)
-        return frames[0], single_info(infos)
+        return frames[0], split_infos(infos, 1)[0]
 
     def branch(self, data: bytes, n: int) -> DreamVectorEnv:
         """Fan one moment out into n futures; see `DreamVectorEnv.branch`."""

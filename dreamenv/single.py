@@ -32,7 +32,7 @@ class SingleView(gym.Env):
             ResetError: before the first reset, or the episode is over.
         """
         frames, rewards, terminated, truncated, infos = self.vector.step(np.array([check_action(action)]))
-        return frames[0], float(rewards[0]), bool(terminated[0]), bool(truncated[0]), single_info(infos)
+        return frames[0], float(rewards[0]), bool(terminated[0]), bool(truncated[0]), split_infos(infos, 1)[0]
 
     def render(self) -> np.ndarray | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the current frame, uint8 (S, S, 3), or None without a render mode."""
@@ -56,6 +56,14 @@ class SingleView(gym.Env):
         self.vector.close()
 
 
-def single_info(infos: dict[str, Any]) -> dict[str, Any]:
-    """Vector infos of one environment as plain values."""
-    return {k: v[0].item() for k, v in infos.items() if not k.startswith("_")}
+def split_infos(infos: dict[str, Any], num_envs: int) -> list[dict[str, Any]]:
+    """Batched infos (arrays with `_name` masks) as one plain dict for each environment."""
+    out: list[dict[str, Any]] = [{} for _ in range(num_envs)]
+    for name, values in infos.items():
+        if name.startswith("_") or isinstance(values, dict):
+            continue
+        present = infos.get(f"_{name}", np.ones(num_envs, bool))
+        for i in np.flatnonzero(present):
+            value = values[i]
+            out[i][name] = value.item() if isinstance(value, np.generic) else value
+    return out

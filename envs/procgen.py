@@ -19,7 +19,7 @@ from dreamenv.actions import check_actions, keys_to_action
 from dreamenv.config import check
 from dreamenv.errors import ResetError, SnapshotError
 from dreamenv.resets import as_array, check_mask, check_options, check_seeds
-from dreamenv.single import SingleView, single_info
+from dreamenv.single import SingleView, split_infos
 from dreamenv.snapshot import pack, unpack
 from envs.games import SEED_LIMIT, Game, check_levels, get_game
 
@@ -333,4 +333,4 @@ class RealProcgenEnv(SingleView):
         start = int(self.np_random.integers(SEED_LIMIT)) if first else seed
         frames, infos = self.vector.reset(seed=start, options=options)
         super().reset(seed=seed)
-        return frames[0], single_info(infos)
+        return frames[0], split_infos(infos, 1)[0]
