@@ -19,7 +19,7 @@ _REMEDY = "delete the checkpoint to start anew"
 
 
 def save_checkpoint(folder: Path, model: OnPolicyAlgorithm, identity: str) -> None:
-    """Write everything the next rollout depends on, atomically."""
+    """Write everything the next rollout depends on into `folder`, atomically; `identity` names the configuration."""
     arrays = {f"policy.{k}": v.detach().cpu().numpy() for k, v in model.policy.state_dict().items()}
     for index, parameter in enumerate(model.policy.parameters()):
         for name, value in model.policy.optimizer.state.get(parameter, {}).items():

@@ -25,9 +25,11 @@ from dreamenv.models.impala import ImpalaAgent
 from dreamenv.noise import philox
 from dreamenv.policies import AgentPolicy, VectorPolicy, make_policy
 from dreamenv.report import save_video, side_by_side
+from dreamenv.rollout import HELD_OUT
 from dreamenv.vector import DreamVectorEnv
 
 _BATCH = 100
+_LEVELS = (HELD_OUT[0], sum(HELD_OUT))
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Evaluation:
     frames: list[np.ndarray]
 
 
-def evaluate(agent: str | ImpalaAgent, world: str = "real", game: str = "coinrun", levels: tuple[int, int] = (10000, 11000),
+def evaluate(agent: str | ImpalaAgent, world: str = "real", game: str = "coinrun", levels: tuple[int, int] = _LEVELS,
              episodes: int = 200, bundle: Path | None = None, nfe: int = SamplerConfig.nfe, seed: int = 0, films: int = 0,
              distribution_mode: str | None = None) -> Evaluation:  # fmt: skip
     """Play one episode on each of `episodes` levels, to its end.
@@ -130,7 +132,7 @@ class _Arguments:
     """Where it plays."""
     game: str = "coinrun"
     """Which game."""
-    levels: str = "10000:11000"
+    levels: str = f"{_LEVELS[0]}:{_LEVELS[1]}"
     """First level, and the one after the last."""
     episodes: int = 200
     """How many, one on each level."""

@@ -27,7 +27,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnv
 from agents.checkpoint import load_checkpoint, save_checkpoint
 from agents.evaluate import evaluate
 from agents.saved import make_algorithm, save_algorithm, to_agent
-from agents.worlds import make_world
+from agents.worlds import TRAIN_LEVELS, make_world
 from dreamenv.artifacts import read_json
 from dreamenv.config import check, from_dict, load_yaml, to_dict
 from dreamenv.errors import ConfigError, DreamenvError, PolicyError
@@ -140,7 +140,7 @@ class _Keeper(BaseCallback):
     def judge(self) -> dict[str, Any]:
         """Evaluate without touching the run's random streams; keeps the agent if it is the best so far."""
         other, state = self.other, torch.get_rng_state()
-        figures = evaluate(to_agent(self.model).cpu(), other, self.config.game, (0, 10000), self.config.eval_episodes,
+        figures = evaluate(to_agent(self.model).cpu(), other, self.config.game, TRAIN_LEVELS, self.config.eval_episodes,
                            bundle=self.config.bundle, nfe=self.config.nfe, seed=self.config.seed).figures  # fmt: skip
         torch.set_rng_state(state)
         for name in ("mean_return", "success_rate", "mean_length"):
@@ -171,7 +171,7 @@ class TimedVecEnv(VecMonitor):
 
 
 def _facts(config: TrainConfig) -> dict[str, Any]:
-    return {"world": config.world, "game": config.game, "seed": config.seed, "levels": [0, 10000]}
+    return {"world": config.world, "game": config.game, "seed": config.seed, "levels": list(TRAIN_LEVELS)}
 
 
 def train(config: TrainConfig, progress: bool = False) -> dict[str, Any]:

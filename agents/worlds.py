@@ -16,7 +16,7 @@ from dreamenv.data import HELD_OUT_FROM, Dataset, Windows
 from dreamenv.errors import ConfigError, DatasetError
 from dreamenv.vector import DreamVectorEnv
 
-TRAIN_LEVELS = (0, 10000)
+TRAIN_LEVELS = (0, HELD_OUT_FROM)
 """First level and number of the levels agents train on."""
 
 

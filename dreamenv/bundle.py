@@ -166,7 +166,7 @@ def pick_device(device: str | torch.device) -> torch.device:
     try:
         picked = torch.device(device)
         torch.zeros(1, device=picked).cpu()
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ConfigError(f"device {device!r}: not usable here ({str(error).splitlines()[0]}); "
                           "use 'auto' or 'cpu'") from None  # fmt: skip
     return picked
