@@ -77,6 +77,10 @@ def play_both(bundle: Bundle, policies: tuple[str, ...] = POLICIES, episodes: in
 
     Returns:
         specification -> (real episodes, dreamt episodes).
+
+    Raises:
+        ConfigError: `episodes` < 1, or `limit` outside 1 .. the game's own.
+        PolicyError: an unknown policy.
     """
     check(episodes >= 1, f"episodes {episodes}: must be >= 1")
     check(1 <= limit <= bundle.game.max_steps, f"limit {limit}: must be in 1..{bundle.game.max_steps}")
@@ -138,6 +142,20 @@ def endless(bundle: Bundle, clips: Clips, steps: int = 5000, num_envs: int = 8, 
             sampler: SamplerConfig | None = None, shown: tuple[int, ...] = (1, 100, 1000, 5000),
             seed: int = 0) -> dict[str, Any]:  # fmt: skip
     """Dream on from real contexts without any reset, ends of episodes ignored, and watch whether the picture holds.
+
+    Args:
+        bundle: the bundle.
+        clips: real clips; their contexts are where the dreams start, their frames the reference.
+        steps: how long.
+        num_envs: how many dreams.
+        policy: who plays, see `dreamenv.policies.make_policy`.
+        sampler: how the dream is drawn.
+        shown: steps whose frames are kept.
+        seed: decides actions and noise.
+
+    Raises:
+        ConfigError: `steps` < 1.
+        PolicyError: an unknown policy.
 
     Returns:
         `diverged`: share of dreams whose latent left the trained range at least once (they start again);

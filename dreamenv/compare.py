@@ -177,7 +177,8 @@ def add_perceptual(result: Comparison, clips: int = 128, later: int = 10) -> Non
     """Add the perceptual distance of each row of the table, and the Fréchet distance of all later frames.
 
     Args:
-        result: extended in place: `perceptual` in the table and the figures, and `frechet` of the dream.
+        result: extended in place: `perceptual` in the table and the figures (0 is equal, 2 the most), and `frechet`
+            of the dream (>= 0, no unit).
         clips: how many clips are looked at.
         later: frames of every so many steps go into the Fréchet distance, over all clips.
     """

@@ -44,6 +44,19 @@ def action_shifts(model: WorldModel, clips: Clips, sampler: SamplerConfig, seed:
     """PSNR over the first steps when the dream is given each action one step late (-1), in time (0), one early (1).
 
     A model that was trained off by one dreams best under shifted actions.
+
+    Args:
+        model: the world model.
+        clips: real clips, with a horizon beyond `steps`.
+        sampler: how the dream is drawn.
+        seed: decides its noise.
+        steps: how many are compared.
+
+    Returns:
+        shift -> PSNR in dB of the mean squared error over clips and steps.
+
+    Raises:
+        ConfigError: the clips are too short.
     """
     k = clips.context
     check(clips.horizon > steps, f"steps {steps}: the clips have a horizon of {clips.horizon}, one more is needed")
@@ -57,7 +70,10 @@ def action_shifts(model: WorldModel, clips: Clips, sampler: SamplerConfig, seed:
 
 
 def frame_shifts(clips: Clips, dream: np.ndarray, steps: int = 4) -> dict[int, float]:
-    """PSNR of the dream's first frames against real frames one step earlier (-1), the same (0) and one later (1)."""
+    """PSNR in dB of the dream's first frames against real ones a step earlier (-1), the same (0), a step later (1).
+
+    `dream` is uint8 (N, H, 64, 64, 3) with H >= `steps`; the clips' horizon must go beyond `steps`.
+    """
     k = clips.context
     return {s: float(psnr(squared_error(dream[:, :steps], clips.frames[:, k + s : k + s + steps]).mean())) for s in (-1, 0, 1)}
 
