@@ -18,14 +18,14 @@ import tyro
 from dreamenv.bundle import load_bundle, resolve_bundle
 from dreamenv.closed_loop import Episodes, play_episodes
 from dreamenv.config import check
-from dreamenv.errors import ConfigError, DreamenvError, PolicyError
+from dreamenv.errors import DreamenvError, PolicyError
 from dreamenv.flow import SamplerConfig
 from dreamenv.metrics import interval
 from dreamenv.models.impala import ImpalaAgent
 from dreamenv.noise import philox
 from dreamenv.policies import AgentPolicy, VectorPolicy, make_policy
 from dreamenv.report import save_video, side_by_side
-from dreamenv.rollout import HELD_OUT
+from dreamenv.rollout import HELD_OUT, parse_levels
 from dreamenv.vector import DreamVectorEnv
 
 _BATCH = 100
@@ -150,12 +150,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     try:
         args = tyro.cli(_Arguments, args=arguments, description=__doc__)
-        try:
-            first, end = (int(x) for x in args.levels.split(":"))
-        except ValueError:
-            raise ConfigError(f"levels {args.levels!r}: expected FIRST:END, such as 10000:11000") from None
-        result = evaluate(args.agent, args.world, args.game, (first, end), args.episodes, args.bundle, args.nfe, args.seed,
-                          films=4 if args.video else 0)  # fmt: skip
+        first, count = parse_levels(args.levels)
+        result = evaluate(args.agent, args.world, args.game, (first, first + count), args.episodes, args.bundle, args.nfe,
+                          args.seed, films=4 if args.video else 0)  # fmt: skip
         if args.video:
             longest = max(len(f) for f in result.frames)
             films = {f"level {level}": np.concatenate([f, np.repeat(f[-1:], longest - len(f), 0)])

@@ -1,4 +1,4 @@
-"""The `dreamenv` command: demo, play, compare, bench, info."""
+"""The `dreamenv` command: demo, play, view, compare, bench, info."""
 
 from __future__ import annotations
 
@@ -52,26 +52,54 @@ def demo(out: Path = Path("out/demo"), game: str = "coinrun", bundle: Path | Non
     print(f"written to {out}/: side_by_side.mp4, side_by_side.gif, film_strip.png, horizon.png, metrics.json")
 
 
-def play(game: str = "coinrun", bundle: Path | None = None, world: Literal["dream", "real"] = "dream", scale: int = 8,
-         fps: float = 15.0, nfe: int = _SAMPLER.nfe, temperature: float = 1.0, guidance: float = 1.0,
-         device: str = "auto", seed: int = 0) -> None:  # fmt: skip
-    """Play in a window: arrow keys; TAB switches world, R starts anew, ESC quits.
+def play(game: str = "coinrun", bundle: Path | None = None, world: Literal["both", "dream", "real"] = "both", scale: int = 6,
+         fps: float = 15.0, nfe: int = _SAMPLER.nfe, solver: Literal["euler", "heun"] = "euler", temperature: float = 1.0,
+         guidance: float = 1.0, device: str = "auto", seed: int = 0, agent: str | None = None,
+         player: Literal["human", "agent", "random"] = "human", levels: str = "0:10000", out: Path = Path("out/play"),
+         headless: Path | None = None, steps: int = 300, actions: str | None = None) -> None:  # fmt: skip
+    """Play the dream and the real game side by side; H in the window shows the keys.
 
     Args:
         game: which embedded bundle.
         bundle: a bundle folder instead.
-        world: where to begin.
+        world: what is shown first.
         scale: window pixels per game pixel.
         fps: steps per second.
         nfe: network function evaluations per step.
+        solver: euler or heun.
         temperature: scales the dream's noise.
         guidance: how far to push the dream towards the action; 1 is off, else each evaluation costs two.
         device: auto, cpu, cuda ...
-        seed: decides starts and noise.
+        seed: decides levels, noise and chance.
+        agent: a saved agent's folder, or "bundled".
+        player: who begins at the controls.
+        levels: first:last+1 level of the real game.
+        out: folder for films, recorded episodes and the saved moment.
+        headless: film to this .mp4 or .gif instead of opening a window.
+        steps: how many to film.
+        actions: what to do in the film, e.g. "right*20,right+up*3"; else the player chooses.
     """
     from dreamenv.play import run
+    from dreamenv.rollout import parse_levels
 
-    run(game, bundle, world, scale, fps, _sampler(nfe, "euler", temperature, guidance), device, seed)
+    figures = run(game, bundle, world, scale, fps, _sampler(nfe, solver, temperature, guidance), device, seed, agent, player,
+                  parse_levels(levels), out, headless, steps, actions)  # fmt: skip
+    print(json.dumps(figures))
+
+
+def view(data: Path, episode: int = 0, scale: int = 8, fps: float = 15.0, headless: Path | None = None) -> None:
+    """Look through a dataset's episodes: arrows, SPACE plays, HOME and END jump, the mouse scrubs.
+
+    Args:
+        data: a dataset folder: collected, or recorded in the window.
+        episode: where to begin.
+        scale: window pixels per game pixel.
+        fps: frames per second when it plays.
+        headless: film the episode to this .mp4 or .gif instead of opening a window.
+    """
+    from dreamenv.viewer import run
+
+    print(json.dumps(run(data, episode, scale, fps, headless)))
 
 
 def compare(settings: Annotated[CompareConfig, tyro.conf.arg(name="")] = _COMPARE, out: Path = Path("out/compare"),
@@ -175,7 +203,7 @@ def main() -> None:
     """Entry point of the console script."""
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"demo": demo, "play": play, "compare": compare, "bench": bench, "info": info},
+            {"demo": demo, "play": play, "view": view, "compare": compare, "bench": bench, "info": info},
             prog="dreamenv", description="A learned simulator of Procgen that is a Gymnasium environment.",
         )  # fmt: skip
     except DreamenvError as error:

@@ -1,44 +1,36 @@
-"""A window to play in: arrow keys, TAB between the dream and the real game, R for a new start, ESC to quit."""
+"""The window: both worlds side by side under one pair of hands. Press H in it for the keys.
+
+The model steps on a worker thread; this one only listens and draws, so the window never freezes.
+"""
 
 from __future__ import annotations
 
 import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import gymnasium as gym
 import numpy as np
 
-from dreamenv.actions import NOOP, keys_to_action
-from dreamenv.bundle import load_bundle, resolve_bundle
+from dreamenv.actions import NAMES, NOOP, keys_to_action
+from dreamenv.bundle import EMBEDDED, Bundle, load_bundle, resolve_bundle
 from dreamenv.config import check
-from dreamenv.errors import ConfigError
+from dreamenv.errors import ConfigError, DreamenvError
 from dreamenv.flow import SamplerConfig
+from dreamenv.recording import FilmRecorder
+from dreamenv.screen import Meter, Screen, View
+from dreamenv.session import GRID, Mode, Moment, Session
 
-_BAR = 46
-_HELP = "arrows move, tab world, r restart, esc quit"
-
-
-class _World:
-    """One environment with its frame and score; the real one is made when first asked for."""
-
-    def __init__(self, name: str, env: gym.Env, seed: int) -> None:
-        self.name, self.env = name, env
-        self.frame, _ = env.reset(seed=seed)
-        self.total, self.step_count, self.over = 0.0, 0, ""
-
-    def reset(self) -> None:
-        self.frame, _ = self.env.reset()
-        self.total, self.step_count, self.over = 0.0, 0, ""
-
-    def act(self, action: int) -> None:
-        if self.over:
-            self.reset()
-            return
-        self.frame, reward, terminated, truncated, _ = self.env.step(action)
-        self.total += float(reward)
-        self.step_count += 1
-        self.over = "the end" if terminated else "time is up" if truncated else ""
+HORIZON = 15
+"""Steps of an imagined future."""
+_NFES = (1, 2, 3, 4, 6, 8, 12, 16)
+_MESSAGE_SECONDS = 4.0
+_REWIND_STEPS = 2
 
 
 def pressed_action(pressed: set[int]) -> int:
@@ -47,71 +39,509 @@ def pressed_action(pressed: set[int]) -> int:
     return max(fits)[1] if fits else NOOP
 
 
-def run(game: str, bundle: Path | None, world: Literal["dream", "real"], scale: int, fps: float, sampler: SamplerConfig,
-        device: str, seed: int) -> dict[str, Any]:  # fmt: skip
-    """Open the window and play until it is closed; returns the steps taken in each world.
+def parse_script(script: str) -> list[int]:
+    """Parse actions such as "right*20,right+up,noop*5" by the names of `dreamenv.actions.NAMES`.
 
     Raises:
-        ConfigError: no display, or a scale or fps outside its range.
+        ConfigError: an unknown action, or a count that is no integer in 1..100000.
+    """
+    actions: list[int] = []
+    for part in script.split(","):
+        name, star, times = part.strip().partition("*")
+        check(name in NAMES, f"action {name!r} in {script!r}: there are {', '.join(NAMES)}")
+        counted = not star or (times.isdecimal() and 1 <= int(times) <= 100000)
+        check(counted, f"count {times!r} in {script!r}: must be in 1..100000")
+        actions += [NAMES.index(name)] * (int(times) if star else 1)
+    return actions
+
+
+def film(session: Session, path: Path, steps: int, script: Sequence[int] | None = None, scale: int = 4, fps: float = 15.0,
+         bundle_name: str = "") -> dict[str, Any]:  # fmt: skip
+    """Play without a window and film what it would show.
+
+    Args:
+        session: both worlds; a real game still loading is not waited for.
+        path: an .mp4 or .gif.
+        steps: how many.
+        script: actions, repeated from the start when they end; None lets the session's player choose.
+        scale: window pixels per game pixel.
+        fps: of the film.
+        bundle_name: what the panel calls the bundle.
+
+    Returns:
+        The steps filmed, the path, and the rewards of the last episode.
+    """
+    check(steps >= 1, f"steps {steps}: must be >= 1")
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    import pygame
+
+    recorder, screen = FilmRecorder(path, fps), Screen()
+    surface = pygame.Surface(Screen.size(scale, len(session.shown)))
+    uncertainty: deque[float] = deque(maxlen=150)
+    began = time.perf_counter()
+    try:
+        for t in range(steps):
+            moment = session.step(NOOP if not script else script[t % len(script)])
+            uncertainty.append(moment.uncertainty)
+            screen.draw(surface, View(moment, session.shown, session.game, bundle_name, "script" if script else session.player,
+                                      session.sampler, meanings=session.action_meanings, target_fps=fps,
+                                      fps=(t + 1) / (time.perf_counter() - began), uncertainty=list(uncertainty)))  # fmt: skip
+            recorder.add(pygame.surfarray.array3d(surface).swapaxes(0, 1))
+    finally:
+        written = recorder.close()
+    return {"steps": steps, "film": str(written), "rewards": session.moment.rewards}
+
+
+class Window:
+    """The window and its loop; `run` makes one.
+
+    Args:
+        open_session: bundle folder -> a session on it, and the bundle's short name.
+        folder: the first bundle's folder.
+        scale: window pixels per game pixel, to begin with.
+        fps: steps per second, to begin with.
+        out: folder for films, recorded episodes and the saved moment.
+
+    Raises:
+        ConfigError: no display.
+    """
+
+    def __init__(self, open_session: Callable[[Path], Session], folder: Path, scale: int, fps: float, out: Path) -> None:
+        import pygame
+
+        self._pygame = pygame
+        self._open, self.out, self.fps = open_session, out, fps
+        try:
+            pygame.display.init()
+            pygame.joystick.init()
+            self._surface = pygame.display.set_mode(Screen.size(scale, 2), pygame.RESIZABLE)
+        except pygame.error as error:
+            raise ConfigError(f"display: none to open a window on ({error}); 'dreamenv play --headless film.mp4' films a "
+                              "game without one, 'dreamenv demo' measures it too") from None  # fmt: skip
+        self._done_event = pygame.event.custom_type()
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="dream")
+        self._jobs: deque[tuple[Future[Any], Callable[[Any], None] | None]] = deque()
+        self._pads: dict[int, Any] = {}
+        self._screen = Screen()
+        self._pressed: set[int] = set()
+        self._tapped: set[int] = set()  # a key pressed and released between two frames still counts once
+        self._pressed_at: float | None = None
+        self.paused, self._single, self._overlay = False, False, ""
+        self._futures: np.ndarray | None = None
+        self._chosen, self._selected, self._tick = 4, 0, 0
+        self._menu: list[tuple[str, str, Callable[[], None]]] = []
+        self._film: FilmRecorder | None = None
+        self._message, self._message_until = "", 0.0
+        self.latency, self._between, self.step_time = Meter(2000), Meter(30), Meter(2000)
+        self._uncertainty: deque[float] = deque(maxlen=150)
+        self.steps = 0
+        self._last_step: float | None = None
+        self._names = 0
+        self._dirty = True
+        self._adopt(folder, open_session(folder))
+
+    # -- sessions ------------------------------------------------------------------------------------------------------
+
+    def _adopt(self, folder: Path, session: Session, game: str | None = None) -> None:
+        self.folder, self.session = folder, session
+        self._moment = session.moment
+        self._uncertainty.clear()
+        self._pygame.display.set_caption(f"dreamenv: {session.game}")
+        self._load_real(game)
+
+    def _load_real(self, game: str | None = None) -> None:
+        session = self.session
+
+        def load() -> None:
+            session.load_real(game)
+            self._wake()
+
+        self._loader = threading.Thread(target=load, name="real game", daemon=True)
+        self._loader.start()
+
+    def _wake(self) -> None:
+        if self._pygame.display.get_init():
+            self._pygame.event.post(self._pygame.event.Event(self._done_event))
+
+    def _ask(self, job: Callable[[], Any], then: Callable[[Any], None] | None = None) -> None:
+        """Run `job` on the worker, and `then` with its result here."""
+        future = self._worker.submit(job)
+        self._jobs.append((future, then))
+        future.add_done_callback(lambda _: self._wake())
+
+    def _collect(self) -> None:
+        while self._jobs and self._jobs[0][0].done():
+            future, then = self._jobs.popleft()
+            self._dirty = True
+            try:
+                result = future.result()
+            except DreamenvError as error:
+                self._say(str(error))
+                continue
+            if isinstance(result, Moment):
+                self._moment = result
+            if then is not None:
+                then(result)
+
+    def _say(self, message: str) -> None:
+        self._message, self._message_until, self._dirty = message, time.perf_counter() + _MESSAGE_SECONDS, True
+
+    def _new_path(self, kind: str) -> Path:
+        self._names += 1
+        return self.out / f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}-{self._names}"
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Play until the window is closed; returns counts, rates and delays (seconds)."""
+        pygame = self._pygame
+        due = time.perf_counter()
+        try:
+            while True:
+                now = time.perf_counter()
+                wait = max(due - now, 0.0) if not self._jobs else 0.05
+                first = pygame.event.wait(max(int(1000 * wait), 1))
+                for event in (first, *pygame.event.get()):
+                    if not self._handle(event):
+                        return self.figures()
+                self._collect()
+                now = time.perf_counter()
+                if self._message and now > self._message_until:
+                    self._message, self._dirty = "", True
+                if now >= due and not self._jobs:
+                    due = max(due + 1 / self.fps, now - 0.5 / self.fps)
+                    self._advance()
+                if self._dirty:
+                    self._draw()
+        finally:
+            self._close()
+
+    def _advance(self) -> None:
+        """What happens at each tick of the game's clock."""
+        session = self.session
+        if self._overlay:
+            self._tick += 1
+            self._dirty = self._overlay == "branches"
+            return
+        if self._pygame.K_BACKSPACE in self._pressed | self._tapped:
+            self._tapped.clear()
+            self._ask(lambda: session.rewind(_REWIND_STEPS))
+            return
+        if self.paused and not self._single:
+            return
+        self._single = False
+        action = pressed_action(self._pressed | self._tapped | set(self._pads.values()) - {0})
+        self._tapped.clear()
+        pressed_at, self._pressed_at = self._pressed_at, None
+        asked = time.perf_counter()
+
+        def after(moment: Moment) -> None:
+            now = time.perf_counter()
+            self.steps += 1
+            self.step_time.add(now - asked)
+            if self._last_step is not None:
+                self._between.add(now - self._last_step)
+            self._last_step = now
+            self._uncertainty.append(moment.uncertainty)
+            self._draw()
+            if pressed_at is not None:
+                self.latency.add(time.perf_counter() - pressed_at)
+            if self._film is not None:
+                self._film.add(self._pygame.surfarray.array3d(self._surface).swapaxes(0, 1))
+
+        self._ask(lambda: session.step(action), after)
+
+    def figures(self) -> dict[str, Any]:
+        """What was measured so far; delays in seconds from a key to its picture, None before the first."""
+        interval = self._between.quantile(0.5)
+        return {"steps": self.steps, "frames_per_s": None if interval is None else 1 / interval,
+                "latency_median": self.latency.quantile(0.5), "latency_p95": self.latency.quantile(0.95),
+                "step_median": self.step_time.quantile(0.5), "step_p95": self.step_time.quantile(0.95)}  # fmt: skip
+
+    def _draw(self) -> None:
+        session, interval = self.session, self._between.quantile(0.5)
+        slow = interval is not None and interval > 1.2 / self.fps
+        view = View(
+            self._moment, session.shown, session.game, _short(self.folder), session.player, session.sampler, True,
+            session.action_meanings, self.fps, 0.0 if interval is None else 1 / interval, self.latency.quantile(0.5), slow,
+            self.paused, session.following, session.can_rewind / self.fps, None if self._film is None else self._film.count,
+            None if session.recorder is None else len(session.recorder), self._message, list(self._uncertainty), self._overlay,
+            self._futures, self._tick, self._chosen, [(n, w) for n, w, _ in self._menu], self._selected,
+        )  # fmt: skip
+        self._screen.draw(self._surface, view)
+        self._pygame.display.flip()
+        self._dirty = False
+
+    def _close(self) -> None:
+        """Finish recordings, stop the worker, release both worlds."""
+        self._worker.shutdown(wait=True)
+        self._collect()
+        try:
+            for path in (self._film.close() if self._film is not None else None, self.session.stop_recording()):
+                if path is not None:
+                    print(f"written: {path}")
+        finally:
+            self._loader.join()
+            self.session.close()
+            self._pygame.quit()
+
+    # -- events --------------------------------------------------------------------------------------------------------
+
+    def _handle(self, event: Any) -> bool:
+        """React to one event; False ends the loop."""
+        pygame = self._pygame
+        if event.type == pygame.QUIT:
+            return False
+        if event.type == pygame.KEYDOWN:
+            if event.key == pygame.K_ESCAPE:
+                if not self._overlay:
+                    return False
+                self._overlay = ""
+            elif self._overlay:
+                self._overlay_key(event.key)
+            else:
+                self._pressed.add(event.key)
+                self._tapped.add(event.key)
+                if self._pressed_at is None and any(event.key in keys for keys in keys_to_action()):
+                    self._pressed_at = time.perf_counter()
+                self._command(event.key, event.mod if hasattr(event, "mod") else 0)
+            self._dirty = True
+        elif event.type == pygame.KEYUP:
+            self._pressed.discard(event.key)
+        elif event.type == pygame.WINDOWFOCUSLOST:
+            self._pressed.clear()
+        elif event.type == pygame.VIDEORESIZE:
+            self._surface = pygame.display.get_surface()
+            self._dirty = True
+        elif event.type in (pygame.WINDOWEXPOSED, pygame.WINDOWSIZECHANGED):
+            self._dirty = True
+        elif event.type == pygame.MOUSEBUTTONDOWN and self._overlay == "branches" and event.button == 1:
+            cell = self._screen.cell_at(self._surface.get_size(), event.pos)
+            if cell is not None:
+                self._chosen = cell
+                self._overlay_key(pygame.K_RETURN)
+        else:
+            self._pad(event)
+        return True
+
+    def _command(self, key: int, modifiers: int) -> None:
+        """Keys that are not the game's."""
+        pygame, session = self._pygame, self.session
+        if key == pygame.K_TAB:
+            self._ask(session.next_mode, self._say_modes)
+        elif key == pygame.K_r:
+            self._ask(session.synchronise, lambda _: self._say("the dream goes on from the real frames"))
+        elif key == pygame.K_f:
+            session.following = not session.following
+            self._say("the dream follows the real game, one step ahead" if session.following else "the dream drifts on alone")
+        elif key == pygame.K_n:
+            self._ask(session.new_start)
+        elif key == pygame.K_p:
+            self.paused = not self.paused
+        elif key == pygame.K_o:
+            self.paused, self._single = True, True
+        elif key == pygame.K_F5:
+            path = self._moment_path()
+            self._ask(lambda: session.save(path), lambda _: self._say(f"saved to {path}"))
+        elif key == pygame.K_F9:
+            path = self._moment_path()
+            self._ask(lambda: session.load(path), lambda _: self._say("back at the saved moment"))
+        elif key == pygame.K_b:
+            self._futures, self._overlay, self._chosen = None, "branches", 4
+            self._ask(lambda: session.branch(HORIZON), self._show_futures)
+        elif key == pygame.K_g:
+            self._say({"human": "you play", "agent": "the agent plays", "random": "chance plays"}[session.next_player()])
+        elif key in (pygame.K_LEFTBRACKET, pygame.K_RIGHTBRACKET):
+            self._set(nfe=_beside(_NFES, session.sampler.nfe, 1 if key == pygame.K_RIGHTBRACKET else -1))
+        elif key in (pygame.K_COMMA, pygame.K_PERIOD):
+            change = 0.1 if key == pygame.K_PERIOD else -0.1
+            self._set(temperature=round(min(max(session.sampler.temperature + change, 0), 3), 1))
+        elif key in (pygame.K_9, pygame.K_0):
+            change = 0.25 if key == pygame.K_0 else -0.25
+            self._set(guidance_scale=round(min(max(session.sampler.guidance_scale + change, 0), 5), 2))
+        elif key in (pygame.K_MINUS, pygame.K_EQUALS):
+            self.fps = min(max(self.fps + (1 if key == pygame.K_EQUALS else -1), 1.0), 60.0)
+        elif key == pygame.K_v:
+            self._toggle_film(".gif" if modifiers & pygame.KMOD_SHIFT else ".mp4")
+        elif key == pygame.K_x:
+            self._toggle_recording()
+        elif key == pygame.K_m:
+            self._open_menu()
+        elif key == pygame.K_h:
+            self._overlay = "help"
+        elif key == pygame.K_F11:
+            pygame.display.toggle_fullscreen()
+
+    def _overlay_key(self, key: int) -> None:
+        pygame = self._pygame
+        enter = key in (pygame.K_RETURN, pygame.K_KP_ENTER, pygame.K_SPACE)
+        x = {pygame.K_LEFT: -1, pygame.K_RIGHT: 1}.get(key, 0)
+        y = {pygame.K_UP: -1, pygame.K_DOWN: 1}.get(key, 0)
+        if self._overlay == "help" and key == pygame.K_h:
+            self._overlay = ""
+        elif self._overlay == "menu":
+            self._selected = (self._selected + y) % max(len(self._menu), 1)
+            if key == pygame.K_m:
+                self._overlay = ""
+            elif enter and self._menu:
+                self._overlay = ""
+                self._menu[self._selected][2]()
+        elif self._overlay == "branches":
+            column, row = self._chosen % 3 + x, self._chosen // 3 + y
+            self._chosen = min(max(column, 0), 2) + 3 * min(max(row, 0), 2)
+            if key == pygame.K_b:
+                self._overlay = ""
+            elif enter and self._futures is not None:
+                self._overlay, cell, session = "", self._chosen, self.session
+                self._ask(lambda: session.adopt(cell, HORIZON), lambda _: self._say(f"lived: {NAMES[GRID[cell]]}"))
+
+    def _say_modes(self, _: str) -> None:
+        if not self.session.paired:
+            self._say(self.session.real_problem or "only one world is loaded")
+
+    def _show_futures(self, futures: np.ndarray) -> None:
+        self._futures, self._tick = futures, 0
+
+    def _set(self, **changes: Any) -> None:
+        try:
+            self.session.sampler = replace(self.session.sampler, **changes)
+        except ConfigError as error:
+            self._say(str(error))
+
+    def _moment_path(self) -> Path:
+        return self.out / "moment.bin"
+
+    def _toggle_film(self, suffix: str) -> None:
+        if self._film is None:
+            self._film = FilmRecorder(self._new_path("film").with_suffix(suffix), self.fps)
+            self._say("filming; V ends it")
+            return
+        film, self._film = self._film, None
+        self._ask(film.close, self._say_written)
+
+    def _say_written(self, path: Path | None) -> None:
+        self._say("nothing to write" if path is None else f"written: {path}")
+
+    def _toggle_recording(self) -> None:
+        session = self.session
+        if session.recorder is None:
+            folder = self._new_path("episode")
+            self._ask(lambda: session.record(folder), lambda _: self._say("recording the episode; X ends it"))
+        else:
+            self._ask(session.stop_recording, self._say_written)
+
+    def _open_menu(self) -> None:
+        def to_bundle(folder: Path) -> Callable[[], None]:
+            def chosen(session: Session) -> None:
+                old, self._overlay = self.session, ""
+                self._ask(old.close)
+                self._adopt(folder, session)
+
+            return lambda: self._ask(lambda: self._open(folder), chosen)
+
+        def to_game(name: str) -> Callable[[], None]:
+            return lambda: self._load_real(name)
+
+        self._menu = [(_short(folder), f"bundle in {folder}", to_bundle(folder)) for folder in find_bundles()]
+        games = () if self.session.real is None else self.session.real.vector.metadata["games"]
+        dreamt = self.session.bundle.game.name
+        kinds = {name: "real game, with its dream" if name == dreamt else "real game alone" for name in games}
+        self._menu += [(name, kind, to_game(name)) for name, kind in kinds.items()]
+        self._selected, self._overlay = 0, "menu"
+
+    def _pad(self, event: Any) -> None:
+        """Translate a gamepad: stick or cross for the arrows, its buttons for jump and the game's other actions."""
+        pygame = self._pygame
+        if event.type == pygame.JOYDEVICEADDED:
+            joystick = pygame.joystick.Joystick(event.device_index)
+            joystick.init()
+            self._pads[-1 - event.device_index] = 0
+            self._joysticks = [*getattr(self, "_joysticks", []), joystick]
+        elif event.type == pygame.JOYAXISMOTION and event.axis < 2:
+            keys = ((pygame.K_LEFT, pygame.K_RIGHT), (pygame.K_UP, pygame.K_DOWN))[event.axis]
+            self._pads[event.axis] = keys[0] if event.value < -0.5 else keys[1] if event.value > 0.5 else 0
+        elif event.type == pygame.JOYHATMOTION:
+            x, y = event.value
+            self._pads[2] = {-1: pygame.K_LEFT, 1: pygame.K_RIGHT}.get(x, 0)
+            self._pads[3] = {-1: pygame.K_DOWN, 1: pygame.K_UP}.get(y, 0)
+        elif event.type in (pygame.JOYBUTTONDOWN, pygame.JOYBUTTONUP):
+            down = event.type == pygame.JOYBUTTONDOWN
+            key = dict(enumerate((pygame.K_UP, pygame.K_d, pygame.K_a, pygame.K_w, pygame.K_s, pygame.K_q))).get(event.button)
+            if key is not None:
+                self._pads[16 + event.button] = key if down else 0
+            elif down and event.button == 7:
+                self.paused = not self.paused
+                self._dirty = True
+
+
+def _beside(values: Sequence[int], value: int, direction: int) -> int:
+    if direction > 0:
+        return min((v for v in values if v > value), default=value)
+    return max((v for v in values if v < value), default=value)
+
+
+def _short(folder: Path) -> str:
+    return f"{folder.name} (built in)" if folder.parent == EMBEDDED else "/".join(folder.parts[-2:])
+
+
+def find_bundles() -> list[Path]:
+    """Folders of the embedded bundles, and of those trained below the current folder's `runs`."""
+    found = [p.parent for p in sorted(EMBEDDED.glob("*/bundle.json"))]
+    return found + [p.parent for p in sorted(Path("runs").glob("*/bundle/bundle.json"))]
+
+
+def run(game: str = "coinrun", bundle: Path | None = None, world: Mode = "both", scale: int = 6, fps: float = 15.0,
+        sampler: SamplerConfig | None = None, device: str = "auto", seed: int = 0, agent: str | None = None,
+        player: str = "human", levels: tuple[int, int] = (0, 10000), out: Path = Path("out/play"), headless: Path | None = None,
+        steps: int = 300, actions: str | None = None) -> dict[str, Any]:  # fmt: skip
+    """Open the window and play until it is closed, or film a game without one.
+
+    Args:
+        game: which embedded bundle dreams.
+        bundle: a bundle folder instead.
+        world: "both", "dream" or "real".
+        scale: window pixels per game pixel.
+        fps: steps per second.
+        sampler: how the dream is drawn.
+        device: "auto", "cpu" ...
+        seed: decides levels, noise and chance.
+        agent: a saved agent's folder.
+        player: who is at the controls: "human", "agent" or "random".
+        levels: first level and number of levels.
+        out: folder for films, recorded episodes and the saved moment.
+        headless: film to this .mp4 or .gif instead of opening a window.
+        steps: steps filmed.
+        actions: what a person would do in the film, see `parse_script`.
+
+    Returns:
+        Counts and rates, see `Window.figures` and `film`.
+
+    Raises:
+        ConfigError: no display, or an argument outside its range.
     """
     check(1 <= scale <= 32, f"scale {scale}: must be in 1..32")
     check(0 < fps <= 1000, f"fps {fps}: must be in 0..1000")
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
-    import pygame
 
-    loaded = load_bundle(resolve_bundle(bundle, game), device)
-    facts = loaded.game
+    def open_session(folder: Path) -> Session:
+        loaded: Bundle = load_bundle(folder, device)
+        session = Session(loaded, sampler, world, agent, levels, seed)
+        check(player in session.players, f"player {player!r}: must be one of {', '.join(session.players)}")
+        session.player = player
+        return session
+
+    folder = resolve_bundle(bundle, game)
+    if headless is None:
+        return Window(open_session, folder, scale, fps, out).run()
+    script = None if actions is None else parse_script(actions)
+    check(script is not None or player != "human", "headless: nobody is at the controls; give --actions or --player")
+    session = open_session(folder)
     try:
-        pygame.display.init()
-        window = pygame.display.set_mode((64 * scale, 64 * scale + _BAR))
-    except pygame.error as error:
-        raise ConfigError(f"display: none to open a window on ({error}); use 'dreamenv demo' for a film instead") from None
-    pygame.font.init()
-    font = pygame.font.Font(None, 20)
-    pygame.display.set_caption(f"dreamenv: {facts.name}")
-
-    worlds: dict[str, _World] = {}
-    steps = {"dream": 0, "real": 0}
-
-    def enter(name: str) -> _World:
-        if name not in worlds:
-            if name == "dream":
-                env = gym.make("dreamenv:DreamProcgen-v0", bundle=loaded, sampler=sampler)
-            else:
-                env = gym.make("envs:RealProcgen-v0", game=facts.name, distribution_mode=facts.distribution_mode)
-            worlds[name] = _World(name, env, seed)
-        return worlds[name]
-
-    now = enter(world)
-    clock = pygame.time.Clock()
-    pressed: set[int] = set()
-    tapped: set[int] = set()  # a key pressed and released between two frames still counts once
-    try:
-        while True:
-            for event in pygame.event.get():
-                if event.type == pygame.QUIT or (event.type == pygame.KEYDOWN and event.key == pygame.K_ESCAPE):
-                    return steps
-                if event.type == pygame.KEYDOWN:
-                    pressed.add(event.key)
-                    tapped.add(event.key)
-                    if event.key == pygame.K_TAB:
-                        now = enter("real" if now.name == "dream" else "dream")
-                    elif event.key == pygame.K_r:
-                        now.reset()
-                elif event.type == pygame.KEYUP:
-                    pressed.discard(event.key)
-            now.act(pressed_action(pressed | tapped))
-            tapped.clear()
-            steps[now.name] += 1
-            picture = pygame.surfarray.make_surface(np.ascontiguousarray(now.frame.swapaxes(0, 1)))
-            window.blit(pygame.transform.scale(picture, (64 * scale, 64 * scale)), (0, 0))
-            window.fill((20, 20, 20), (0, 64 * scale, 64 * scale, _BAR))
-            state = f"{now.name}   step {now.step_count}   reward {now.total:g}   {now.over}"
-            for line, (text, shade) in enumerate(((state, 230), (_HELP, 150))):
-                window.blit(font.render(text, True, (shade, shade, shade)), (8, 64 * scale + 6 + 20 * line))
-            pygame.display.flip()
-            clock.tick(fps)
+        if world != "dream":
+            session.load_real()
+            session.new_start()
+        return film(session, headless, steps, script, scale, fps, _short(folder))
     finally:
-        for one in worlds.values():
-            one.env.close()
-        pygame.quit()
+        session.close()
+
+

@@ -21,6 +21,18 @@ HELD_OUT = (HELD_OUT_FROM, 1000)
 """First level and number of the held-out levels; no model or agent ever trains on them."""
 
 
+def parse_levels(text: str) -> tuple[int, int]:
+    """Parse "FIRST:END" into the first level and the number of levels.
+
+    Raises:
+        ConfigError: not two integers, or an empty or negative range.
+    """
+    first, colon, end = text.partition(":")
+    check(bool(colon) and first.isdecimal() and end.isdecimal() and int(first) < int(end),
+          f"levels {text!r}: expected FIRST:END with FIRST < END, such as 10000:11000")
+    return int(first), int(end) - int(first)
+
+
 def play_real(game: str, steps: int, num_envs: int = 32, policy: str = "mix", levels: tuple[int, int] = HELD_OUT,
               distribution_mode: str = "easy", seed: int = 0) -> Segment:  # fmt: skip
     """Play the real game for `steps` steps in each of `num_envs` environments (needs procgen).

@@ -32,7 +32,8 @@ class DreamVectorEnv(VectorEnv):
 
     Observations are uint8 (N, 64, 64, 3), actions integers (N,) in 0..14, rewards float64 (N,) of the game's own
     magnitudes. Infos (all per environment): `uncertainty` (the model's own estimate of its root mean squared latent
-    error), `dream_step`, `expected_reward`, `end_probability`, and `diverged` / `uncertain` where that truncated it.
+    error), `dream_step`, `expected_reward`, `reward_probability` (of any but 0), `end_probability`, and `diverged` /
+    `uncertain` where that truncated it.
 
     Args:
         num_envs: batch size.
@@ -195,8 +196,8 @@ class DreamVectorEnv(VectorEnv):
         self._steps += 1
         truncated = ((self._steps >= self.bundle.game.max_steps) | diverged | doubtful) & ~terminated
         details = {
-            "expected_reward": probabilities @ model.rewards, "end_probability": probabilities @ model.terminated,
-            "diverged": diverged, "uncertain": doubtful,
+            "expected_reward": probabilities @ model.rewards, "reward_probability": probabilities @ (model.rewards != 0),
+            "end_probability": probabilities @ model.terminated, "diverged": diverged, "uncertain": doubtful,
         }  # fmt: skip
         for i in np.flatnonzero(resetting):  # NEXT_STEP: this call was the reset, the action is ignored
             self._episodes[i] += 1
@@ -326,8 +327,7 @@ class DreamVectorEnv(VectorEnv):
             self._episodes[i] += 1
             self._begin(int(i), None)
         fresh = self._infos(np.where(done, 0.0, infos["uncertainty"]),
-                            **{k: np.where(done, np.zeros_like(infos[k]), infos[k]) for k in
-                               ("expected_reward", "end_probability", "diverged", "uncertain")})  # fmt: skip
+                            **{k: np.where(done, np.zeros_like(infos[k]), infos[k]) for k in _DETAILS})
         return fresh | {"final_obs": final, "_final_obs": done, "final_info": final_info, "_final_info": done}
 
     def _infos(self, uncertainty: np.ndarray, **details: np.ndarray) -> dict[str, Any]:
@@ -362,6 +362,7 @@ class DreamVectorEnv(VectorEnv):
         return chosen, None
 
 
+_DETAILS = ("expected_reward", "reward_probability", "end_probability", "diverged", "uncertain")
 _COUNTERS = ("frames", "seeds", "streams", "episodes", "steps", "starts", "finished")
 
 
