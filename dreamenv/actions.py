@@ -24,8 +24,8 @@ def keys_to_action() -> dict[tuple[int, ...], int]:
     return {
         tuple(sorted(_KEY_CODES.get(key, ord(key.lower()[0])) for key in combo)): action
         for action, combo in enumerate(COMBOS)
-        if combo
-    } | {(): NOOP}
+        if combo  # no keys at all are the caller's no-op
+    }
 
 
 def _as_array(actions: Any) -> np.ndarray:

@@ -230,7 +230,7 @@ class Window:
         if self.paused and not self._single:
             return
         self._single = False
-        action = pressed_action(self._pressed | self._tapped | set(self._pads.values()) - {0})
+        action = self.held_action()
         self._tapped.clear()
         pressed_at, self._pressed_at = self._pressed_at, None
         asked = time.perf_counter()
@@ -250,6 +250,10 @@ class Window:
                 self._film.add(self._pygame.surfarray.array3d(self._surface).swapaxes(0, 1))
 
         self._ask(lambda: session.step(action), after)
+
+    def held_action(self) -> int:
+        """The action of the keys and the gamepad now held, or pressed since the last step."""
+        return pressed_action(self._pressed | self._tapped | set(self._pads.values()) - {0})
 
     def figures(self) -> dict[str, Any]:
         """What was measured so far; delays in seconds from a key to its picture, None before the first."""
@@ -347,7 +351,6 @@ class Window:
             path = self._moment_path()
             self._ask(lambda: session.load(path), lambda _: self._say("back at the saved moment"))
         elif key == pygame.K_b:
-            self._futures, self._overlay, self._chosen = None, "branches", 4
             self._ask(lambda: session.branch(HORIZON), self._show_futures)
         elif key == pygame.K_g:
             self._say({"human": "you play", "agent": "the agent plays", "random": "chance plays"}[session.next_player()])
@@ -391,7 +394,7 @@ class Window:
             self._chosen = min(max(column, 0), 2) + 3 * min(max(row, 0), 2)
             if key == pygame.K_b:
                 self._overlay = ""
-            elif enter and self._futures is not None:
+            elif enter:
                 self._overlay, cell, session = "", self._chosen, self.session
                 self._ask(lambda: session.adopt(cell, HORIZON), lambda _: self._say(f"lived: {NAMES[GRID[cell]]}"))
 
@@ -400,7 +403,8 @@ class Window:
             self._say(self.session.real_problem or "only one world is loaded")
 
     def _show_futures(self, futures: np.ndarray) -> None:
-        self._futures, self._tick = futures, 0
+        self._futures, self._tick, self._chosen, self._overlay = futures, 0, 4, "branches"
+        self._pressed.clear()  # their release may not be seen from here
 
     def _set(self, **changes: Any) -> None:
         try:

@@ -79,8 +79,8 @@ class Lines:
         """Draw one line inside `box`, in a smaller font if it would not fit."""
         if not text:
             return
-        points = max(round(size * self.unit * 1.15), 6)
-        while points > 6 and (self._font(points).size(text)[0] > box.width or self._font(points).get_height() > box.height):
+        points = max(round(size * self.unit * 1.15), 3)
+        while points > 3 and (self._font(points).size(text)[0] > box.width or self._font(points).get_height() > box.height):
             points -= 1
         picture = self._font(points).render(text, True, colour)
         place = picture.get_rect(centery=box.centery)
@@ -136,8 +136,9 @@ class Screen:
         panel = rect(width - side - gap, gap, side, height - 2 * gap - footer)
         self._panel(surface, view, panel)
         foot = rect(gap, height - footer - gap // 2, width - 2 * gap, footer)
-        self.lines.draw(surface, view.message or "H help   TAB worlds   N new start   B futures   P pause   ESC quit", foot, 13,
-                   WARN if view.message else FAINT)  # fmt: skip
+        over = [world for world in view.shown if view.moment.ended[world]]
+        hint = f"the {over[0]} game is over: N starts anew" if over else "H help   TAB worlds   N new start   B futures   ESC quit"
+        self.lines.draw(surface, view.message or hint, foot, 13, WARN if view.message or over else FAINT)
         if view.overlay:
             shade = self._pygame.Surface((width, height), self._pygame.SRCALPHA)
             shade.fill((*BACK, 250))
@@ -243,12 +244,10 @@ class Screen:
         self._title(surface, "nine imagined futures: arrows and ENTER or a click to live one, B to close", box)
         for i, cell in enumerate(self.cells(box)):
             label = self._pygame.Rect(cell.x, cell.bottom - self._label(), cell.width, self._label())
-            if view.futures is not None:
-                frames = view.futures[i]
-                self._picture(surface, frames[view.tick % len(frames)], cell)
+            frames = np.asarray(view.futures)[i]
+            self._picture(surface, frames[view.tick % len(frames)], cell)
             self._pygame.draw.rect(surface, BACK, label)
-            name = NAMES[GRID[i]] if view.futures is not None else "imagining"
-            self.lines.draw(surface, name, label, 12, BRIGHT if i == view.chosen else TEXT)
+            self.lines.draw(surface, NAMES[GRID[i]], label, 12, BRIGHT if i == view.chosen else TEXT)
             if i == view.chosen:
                 self._pygame.draw.rect(surface, ACCENT, cell.inflate(4, 4), 2)
 

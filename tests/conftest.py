@@ -19,13 +19,16 @@ from dreamenv.models.latent_flow import LatentFlow, LatentFlowConfig
 from dreamenv.world_model import WorldModel
 
 
-def toy_world_model(seed: int = 0) -> WorldModel:
-    """A small untrained world model whose parts all have an effect (nothing is left at its zero initialisation)."""
+def toy_world_model(seed: int = 0, calm: float = 4.0) -> WorldModel:
+    """A small untrained world model whose parts all have an effect (nothing is left at its zero initialisation).
+
+    The larger `calm`, the rarer are rewards and ends.
+    """
     torch.manual_seed(seed)
     autoencoder = Autoencoder(AutoencoderConfig(latent_channels=8, width=16, blocks=1))
     autoencoder.init_pca(torch.rand(16, 3, 64, 64))
     dynamics = LatentFlow(LatentFlowConfig(latent_channels=8, channels=(16, 32), blocks=(1, 1), embedding=32, filter_bank=4))
-    head = OutcomeHead(OutcomeHeadConfig(latent_channels=8, width=16, bias=(4.0, 0.0, 0.0)))
+    head = OutcomeHead(OutcomeHeadConfig(latent_channels=8, width=16, bias=(calm, 0.0, 0.0)))
     for module in (autoencoder, dynamics, head):
         for parameter in module.parameters():
             if not parameter.any():
@@ -38,12 +41,12 @@ def same_bytes(a: bytes, b: bytes) -> bool:
     return a == b
 
 
-def write_toy_bundle(folder: Path, max_steps: int = 100, seed: int = 0) -> Path:
+def write_toy_bundle(folder: Path, max_steps: int = 100, seed: int = 0, calm: float = 4.0) -> Path:
     rng = np.random.default_rng(seed)
     starts = Starts(rng.integers(0, 256, (5, 2, 64, 64, 3), dtype=np.uint8), np.full((5, 1), 7, np.uint8),
                     np.arange(5, dtype=np.int32))  # fmt: skip
     game = GameFacts("coinrun", "easy", max_steps, ("x",) * 15)
-    return save_bundle(folder, toy_world_model(seed), game, Limits(50.0, 20.0), starts, {"toy": True})
+    return save_bundle(folder, toy_world_model(seed, calm), game, Limits(50.0, 20.0), starts, {"toy": True})
 
 
 @pytest.fixture(scope="session")

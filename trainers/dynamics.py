@@ -126,8 +126,9 @@ class DynamicsTask:
         self._channels = channel_weights(self.autoencoder, torch.from_numpy(self.data.latents[np.sort(probe)]).float())
 
     def batch(self, rng: np.random.Generator, size: int) -> dict[str, Tensor]:
-        """Latents float16 (B, K + U, C, H, W), actions int64 (B, K + U - 1), importance uint8 (B, U, H, W) and
-        camera float32 (B, U + 1, 2).
+        """Latents float16 (B, K + U, C, H, W), actions int64 (B, K + U - 1), and what the loss weighs and compares.
+
+        That is importance uint8 (B, U, H, W) and camera float32 (B, U + 1, 2).
         """
         k, u, config = self.context, self.config.unroll, self.config
         now = self._train[rng.integers(len(self._train), size=size)] + k - 1
