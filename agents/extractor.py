@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gymnasium as gym
+import torch
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor
 
+from dreamenv.bundle import pick_precision
 from dreamenv.models.impala import ImpalaAgent, ImpalaConfig
 
 
@@ -16,13 +18,18 @@ class ImpalaExtractor(BaseFeaturesExtractor):
         observation_space: uint8 (3, 64, 64), as SB3 hands it after its channels-first wrapper.
         channels: width of each stage.
         features: width of the output.
+        precision: "fp32", "bf16" autocast of these layers, or "auto": bf16 where the hardware has it.
     """
 
-    def __init__(self, observation_space: gym.Space, channels: tuple[int, ...] = (16, 32, 32), features: int = 256) -> None:
+    def __init__(self, observation_space: gym.Space, channels: tuple[int, ...] = (16, 32, 32), features: int = 256,
+                 precision: str = "auto") -> None:  # fmt: skip
         super().__init__(observation_space, features)
         self.config = ImpalaConfig(tuple(channels), features)
-        self.trunk = ImpalaAgent(self.config).trunk
+        self.precision = precision
+        self.trunk = ImpalaAgent(self.config).trunk.to(memory_format=torch.channels_last)  # pyright: ignore
 
     def forward(self, observations: Tensor) -> Tensor:
-        """Images float32 (B, 3, 64, 64) in [0, 1] -> features (B, F)."""
-        return self.trunk(observations)
+        """Images float32 (B, 3, 64, 64) in [0, 1] -> features float32 (B, F)."""
+        device = observations.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=pick_precision(self.precision, device) == "bf16"):
+            return self.trunk(observations.contiguous(memory_format=torch.channels_last)).float()

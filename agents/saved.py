@@ -34,14 +34,15 @@ def algorithm_class(name: str) -> type[BaseAlgorithm]:
 
 
 def make_algorithm(name: str, envs: Any, settings: Mapping[str, Any], network: ImpalaConfig, seed: int,
-                   **options: Any) -> BaseAlgorithm:  # fmt: skip
+                   precision: str = "auto", **options: Any) -> BaseAlgorithm:  # fmt: skip
     """Build an algorithm with the IMPALA network.
 
     Raises:
         ConfigError: an unknown algorithm, or settings that it refuses.
     """
     policy = {"features_extractor_class": ImpalaExtractor, "net_arch": [],
-              "features_extractor_kwargs": {"channels": network.channels, "features": network.features}}  # fmt: skip
+              "features_extractor_kwargs": {"channels": network.channels, "features": network.features,
+                                            "precision": precision}}  # fmt: skip
     try:
         return algorithm_class(name)("CnnPolicy", envs, policy_kwargs=policy, seed=seed, **settings, **options)
     except (TypeError, ValueError, AssertionError) as error:

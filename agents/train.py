@@ -91,6 +91,8 @@ class TrainConfig:
     """Rollouts between checkpoints."""
     device: str = "auto"
     """auto, cpu, cuda ..."""
+    precision: str = "auto"
+    """The network's: fp32, bf16, or auto: bf16 where the hardware has it."""
     seed: int = 0
     """Decides everything but the wall clock."""
     resume: bool = False
@@ -101,6 +103,7 @@ class TrainConfig:
         for name in ("steps", "eval_episodes", "checkpoint_every"):
             check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
         check(self.eval_every >= 0, f"eval_every {self.eval_every}: must be >= 0")
+        check(self.precision in ("auto", "fp32", "bf16"), f"precision {self.precision!r}: must be 'auto', 'fp32' or 'bf16'")
         check(0 <= self.seed < 2**31, f"seed {self.seed}: must be in 0..2^31-1")
 
 
@@ -195,7 +198,8 @@ def train(config: TrainConfig, progress: bool = False) -> dict[str, Any]:
     envs: VecEnv = timed
     if algorithm.normalize_reward:
         envs = VecNormalize(timed, norm_obs=False, norm_reward=True, gamma=algorithm.settings.get("gamma", 0.99))
-    model = make_algorithm(algorithm.algorithm, envs, algorithm.settings, algorithm.network, config.seed, device=config.device)
+    model = make_algorithm(algorithm.algorithm, envs, algorithm.settings, algorithm.network, config.seed,
+                           config.precision, device=config.device)  # fmt: skip
     if config.resume and not isinstance(model, OnPolicyAlgorithm):
         raise ConfigError(f"resume: {algorithm.algorithm} keeps a replay buffer that is not saved; train it anew")
     if not config.resume:  # a fresh start leaves nothing behind that a later resume could pick up
