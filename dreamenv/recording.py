@@ -121,12 +121,11 @@ class EpisodeRecorder:
         """Steps so far."""
         return len(self._rows)
 
-    def add(self, frame: Any, action: int, reward: float, ended: str, level: int, camera: np.ndarray | None) -> None:
+    def add(self, frame: Any, action: int, reward: float, ended: str, level: int) -> None:
         """Append one step: what was seen, done and earned, and why it ended the episode, if it did."""
         self._rows.append({
             "frames": frame, "actions": action, "rewards": reward, "terminated": ended == "the end",
             "truncated": bool(ended) and ended != "the end", "first": self._fresh, "level_seeds": level, "policies": 0,
-            "camera": np.full(2, np.nan) if camera is None else camera,
         })  # fmt: skip
         self._fresh = bool(ended)
 

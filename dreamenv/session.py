@@ -240,7 +240,6 @@ class Session:
         if self.following:
             self._synchronise()
             m = self.moment
-        camera = self.real.vector.camera()[0] if self.recorder is not None and self.recorder.world == "real" else None
         rewards, ended, earned = dict(m.rewards), dict(m.ended), {"dream": 0.0, "real": 0.0}
         dream, real, outlook = m.dream, m.real, (m.reward_probability, m.end_probability, m.uncertainty)
         if not ended["dream"] and (self.real is None or self.paired):
@@ -259,7 +258,7 @@ class Session:
         for world in rewards:
             rewards[world] += earned[world]
         if self.recorder is not None and not m.ended[world := self.recorder.world]:
-            self.recorder.add(m.real if world == "real" else m.dream, action, earned[world], ended[world], self._level, camera)
+            self.recorder.add(m.real if world == "real" else m.dream, action, earned[world], ended[world], self._level)
         self._taken.append(action)
         self.moment = Moment(dream, real, action, m.step + 1, rewards, ended, *outlook, self._psnr())
         return self.moment

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
-import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,7 +21,7 @@ from dreamenv.errors import ResetError, SnapshotError
 from dreamenv.resets import as_array, check_mask, check_options, check_seeds
 from dreamenv.single import SingleView, split_infos
 from dreamenv.snapshot import pack, unpack
-from envs.games import GAMES, SEED_LIMIT, Game, check_levels, get_game
+from envs.games import SEED_LIMIT, Game, check_levels, get_game
 
 
 @contextlib.contextmanager
@@ -90,7 +89,7 @@ class RealProcgenVectorEnv(VectorEnv):
     """
 
     metadata: dict[str, Any] = {
-        "render_modes": ["rgb_array"], "render_fps": 15, "autoreset_mode": AutoresetMode.SAME_STEP, "games": tuple(GAMES),
+        "render_modes": ["rgb_array"], "render_fps": 15, "autoreset_mode": AutoresetMode.SAME_STEP,
     }  # fmt: skip
 
     def __init__(
@@ -131,7 +130,6 @@ class RealProcgenVectorEnv(VectorEnv):
             "distribution_mode": distribution_mode,
         }  # fmt: skip
         self._envs = make_procgen(num=num_envs, rand_seed=0, num_threads=num_threads, **self._options)
-        self._buffer: Any = None  # where the game writes its state
         self._helper: Any = None  # a lone instance for forced resets
         self._large: Any = None  # a lone instance that draws 512 px
         self._steps = np.zeros(num_envs, np.int64)
@@ -222,10 +220,6 @@ class RealProcgenVectorEnv(VectorEnv):
         arrays |= {name: getattr(self, f"_{name}") for name in _COUNTERS}
         return pack("real", {"num_envs": self.num_envs, "options": self._options, "started": self._started}, arrays)
 
-    def camera(self) -> np.ndarray:
-        """Return where each game's view is centred, float32 (N, 2): x to the right and y up, in tiles."""
-        return np.array([_camera(self._get(i)) for i in range(self.num_envs)], np.float32)
-
     def restore(self, data: bytes) -> np.ndarray:
         """Return to a snapshot and its observations, uint8 (N, 64, 64, 3).
 
@@ -290,10 +284,10 @@ class RealProcgenVectorEnv(VectorEnv):
         return np.array([x["level_seed"] for x in self._envs.get_info()], np.int64)
 
     def _get(self, i: int) -> bytes:
-        if self._buffer is None:
-            self._buffer = self._envs._ffi.new(f"char[{_STATE_SIZE}]")
-        length = self._envs.call_c_func("get_state", int(i), self._buffer, _STATE_SIZE)
-        return bytes(self._envs._ffi.buffer(self._buffer, length))
+        size = 2**20
+        buffer = self._envs._ffi.new(f"char[{size}]")
+        length = self._envs.call_c_func("get_state", int(i), buffer, size)
+        return bytes(self._envs._ffi.buffer(buffer, length))
 
     def _set(self, i: int, state: bytes) -> None:
         self._envs.call_c_func("set_state", int(i), state, len(state))
@@ -314,20 +308,6 @@ class RealProcgenVectorEnv(VectorEnv):
         return self._helper.get_state()[0]
 
 
-def _camera(state: bytes) -> tuple[float, float]:
-    """Read the view's centre from a game's state, in the order in which procgen 0.10's `serialize` methods write it."""
-    name_length = struct.unpack_from("i", state, 4)[0]
-    at = 8 + name_length + 4 * 17  # version, name; options, level range, game
-    for _ in range(2):  # random generators: seeded?, their state as text
-        at += 8 + struct.unpack_from("i", state, at + 4)[0]
-    at += 4 * 16  # what the step did, levels, clocks; grid size
-    at += 4 + _ENTITY_SIZE * struct.unpack_from("i", state, at)[0]
-    x, y = struct.unpack_from("2f", state, at + 4 * 14)  # background, moves and their limits
-    return x, y
-
-
-_STATE_SIZE = 2**20
-_ENTITY_SIZE = 4 * 31
 _COUNTERS = ("steps", "levels", "finished", "pinned", "frames")
 
 

@@ -76,7 +76,7 @@ def test_at_tau_zero_the_noise_is_gated_out() -> None:
 def test_an_untrained_model_predicts_no_change() -> None:
     model = LatentFlow(LatentFlowConfig(latent_channels=3, channels=(16, 16), blocks=(1, 1), embedding=16, filter_bank=2))
     context = torch.randn(2, 4, 3, 16, 16)
-    clean, log_error, _ = model(None, torch.zeros(2), context, torch.zeros(2, 4, dtype=torch.long), torch.zeros(2))
+    clean, log_error = model(None, torch.zeros(2), context, torch.zeros(2, 4, dtype=torch.long), torch.zeros(2))
     assert torch.equal(clean, context[:, -1]) and log_error.shape == (2, 16, 16)
 
 

@@ -386,7 +386,6 @@ def test_what_is_played_can_train(session: Session, tmp_path: Path) -> None:
     assert shard.actions.tolist() == [*actions, UP] and shard.level_seeds.tolist() == [5] * 6 + [7]
     assert shard.first.tolist() == [True] + [False] * 5 + [True]
     assert all(np.array_equal(shard.frames[i], frames[i]) for i in range(6))
-    assert np.isfinite(shard.camera).all() and shard.camera[0, 0] == pytest.approx(1.5)
     assert dataset.facts["world"] == "real" and dataset.manifest["complete"]
     assert session.stop_recording() is None
 

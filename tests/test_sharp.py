@@ -14,7 +14,7 @@ from dreamenv.actions import NOOP
 from dreamenv.errors import CheckpointError, ConfigError
 from dreamenv.flow import SamplerConfig
 from dreamenv.models.io import load_model
-from dreamenv.models.latent_flow import LatentFlow, Prediction, draw_next
+from dreamenv.models.latent_flow import LatentFlow, draw_next
 from envs.collect import CollectConfig, collect
 from trainers.critic import Critic, fool, judge
 from trainers.dynamics import DynamicsTask, DynamicsTaskConfig
@@ -102,7 +102,7 @@ class Stub(nn.Module):
     def forward(self, noisy: Any, tau: torch.Tensor, context: torch.Tensor, actions: Any, sigma: Any) -> Any:
         log_error = torch.full((len(context), 16, 16), -4.0)
         log_error[:, :, 8:] = 2.0
-        return Prediction(torch.zeros_like(context[:, -1]).requires_grad_(), log_error, None)
+        return torch.zeros_like(context[:, -1]).requires_grad_(), log_error
 
 
 @pytest.mark.parametrize("certainty", [0.0, 0.5, 1.0])
@@ -162,7 +162,7 @@ def test_two_evaluations_sharpen_the_first_ones_answer() -> None:
     class Recorder(nn.Module):
         def forward(self, noisy: Any, tau: torch.Tensor, context: torch.Tensor, actions: Any, sigma: Any) -> Any:
             seen.append((float(tau[0]), noisy))
-            return Prediction(torch.full_like(context[:, -1], 3.0), torch.zeros(len(context), 16, 16), None)
+            return torch.full_like(context[:, -1], 3.0), torch.zeros(len(context), 16, 16)
 
     noise = torch.randn(2, 8, 16, 16)
     draw_next(Recorder(), torch.zeros(2, 4, 8, 16, 16), torch.zeros(2, 4, dtype=torch.int64), noise, SamplerConfig(nfe=2))

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamenv.actions import NOOP
@@ -17,7 +16,6 @@ from dreamenv.errors import ConfigError
 from dreamenv.flow import SamplerConfig, interpolate
 from dreamenv.metrics import detail, psnr, squared_error
 from dreamenv.models.autoencoder import to_frames
-from dreamenv.models.blocks import Camera, EgoMotion
 from dreamenv.models.io import load_model
 from dreamenv.models.latent_flow import NULL_ACTION, LatentFlow, draw_next
 from dreamenv.models.registry import build_model
@@ -58,8 +56,6 @@ class DynamicsTaskConfig:
     """Largest standard deviation of the noise added to the context; its level is an input."""
     importance: float = 0.5
     """How far rare-coloured cells raise the loss: weight 1 + importance * (mean rare weight - 1)."""
-    camera: float = 1.0
-    """Weight of the camera estimate's error, if the model makes one and the data holds the truth."""
     drop_actions: float = 0.05
     """Share of samples whose actions are hidden, for guidance."""
     pad: float = 0.1
@@ -79,7 +75,6 @@ class DynamicsTaskConfig:
         check(1 <= self.flow_draws <= 64, f"flow_draws {self.flow_draws}: must be in 1..64")
         check(self.max_flow_weight >= 1, f"max_flow_weight {self.max_flow_weight}: must be >= 1")
         check(0 <= self.context_noise <= 2, f"context_noise {self.context_noise}: must be in 0..2")
-        check(self.camera >= 0, f"camera {self.camera}: must be >= 0")
         check(self.importance >= 0, f"importance {self.importance}: must be >= 0")
         for name in ("drop_actions", "pad"):
             check(0 <= getattr(self, name) < 1, f"{name} {getattr(self, name)}: must be in [0, 1)")
@@ -100,14 +95,12 @@ class DynamicsTask:
               f"latent_channels {network.latent_channels}: the latents have {self.data.latents.shape[1]}")
         if config.init_from:
             weights = load_model(config.init_from)[0].state_dict()
-            own = self.model.state_dict()
             for name in ("out.weight", "out.bias"):  # a model without a gate grows one
-                old = weights.get(name)
-                if old is not None and own[name].shape[1:] == old.shape[1:] and len(own[name]) == len(old) + 1:
-                    weights[name] = torch.cat([old, own[name][-1:]])
-            grown = {name: value for name, value in own.items() if name.startswith("ego_")}  # and a camera estimate
+                own = self.model.state_dict()[name]
+                if name in weights and own.shape[1:] == weights[name].shape[1:] and len(own) == len(weights[name]) + 1:
+                    weights[name] = torch.cat([weights[name], own[-1:]])
             try:
-                self.model.load_state_dict(grown | weights)
+                self.model.load_state_dict(weights)
             except RuntimeError as error:
                 reason = str(error).splitlines()[-1].strip()
                 raise ConfigError(f"init_from {config.init_from}: holds another architecture ({reason})") from None
@@ -126,10 +119,7 @@ class DynamicsTask:
         self._channels = channel_weights(self.autoencoder, torch.from_numpy(self.data.latents[np.sort(probe)]).float())
 
     def batch(self, rng: np.random.Generator, size: int) -> dict[str, Tensor]:
-        """Latents float16 (B, K + U, C, H, W), actions int64 (B, K + U - 1), and what the loss weighs and compares.
-
-        That is importance uint8 (B, U, H, W) and camera float32 (B, U + 1, 2).
-        """
+        """Latents float16 (B, K + U, C, H, W), actions int64 (B, K + U - 1), importance uint8 (B, U, H, W)."""
         k, u, config = self.context, self.config.unroll, self.config
         now = self._train[rng.integers(len(self._train), size=size)] + k - 1
         at_start = rng.random(size) < config.pad / 2
@@ -145,7 +135,6 @@ class DynamicsTask:
             "latents": torch.from_numpy(self.data.latents[indices]),
             "actions": torch.from_numpy(actions),
             "importance": torch.from_numpy(self.data.importance[indices[:, k:]]),
-            "camera": torch.from_numpy(self.data.camera[indices[:, k - 1 :]]),
         }
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator,
@@ -182,7 +171,7 @@ class DynamicsTask:
         for _ in range(config.flow_draws if config.flow > 0 else 0):
             target, tau = latents[:, k], uniform()
             noisy = interpolate(normal(target.shape), target, tau)
-            clean, log_error, _ = model(noisy, tau, context, actions[:, :k], sigma)
+            clean, log_error = model(noisy, tau, context, actions[:, :k], sigma)
             weight = (1 / (1 - tau).clamp_min(1e-6)).clamp_max(config.max_flow_weight)
             e = error(clean, target)
             flow = (e * cells[:, 0] * weight[:, None, None]).mean()
@@ -194,21 +183,16 @@ class DynamicsTask:
         sequence = [latents[drawn, k - 2], latents[drawn, k - 1]]  # what the critic sees before the first sample is real
         for u in range(config.unroll):
             target = latents[:, k + u]
-            clean, log_error, camera = model(None, zero, rolled, actions[:, u : u + k], sigma)
+            clean, log_error = model(None, zero, rolled, actions[:, u : u + k], sigma)
             e = error(clean, target)
             weighted = (e * cells[:, u] * known(log_error)).mean()
             total = total + (weighted + likelihood(log_error, e)) / config.unroll
             if u in (0, config.unroll - 1):
                 metrics |= {f"error_{u + 1}": e.detach().mean(), f"weighted_{u + 1}": weighted.detach()}
-            if camera is not None:
-                lost, moved = self._camera_error(camera, batch["camera"][:, u : u + 2])
-                total = total + config.camera * lost / config.unroll
-                if u in (0, config.unroll - 1):
-                    metrics[f"camera_{u + 1}"] = moved
             if m:
                 halfway = torch.full((m,), 0.5, device=device)
                 x = interpolate(normal(clean[drawn].shape), clean[drawn].detach().float(), halfway)
-                sharp, log_error, _ = model(x, halfway, rolled[drawn], actions[drawn, u : u + k], sigma[drawn])
+                sharp, log_error = model(x, halfway, rolled[drawn], actions[drawn, u : u + k], sigma[drawn])
                 e = error(sharp, target[drawn])
                 weighted = (e * cells[drawn, u] * known(log_error)).mean()
                 total = total + config.sampled * weighted / config.unroll
@@ -232,19 +216,6 @@ class DynamicsTask:
             total = total + config.adversarial * min(1.0, 20 * progress) * fooled + judged
             metrics |= {"fooled": fooled.detach(), "critic": judged.detach(), "critic_right": right}
         return total, metrics
-
-    def _camera_error(self, camera: Camera, true: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of a camera estimate against positions (B, 2, 2), and the rms error of its shift in pixels."""
-        known = true.isfinite().all((1, 2))
-        share = known.float().mean()
-        phases = EgoMotion.phases(torch.nan_to_num(true))
-        tile = cast(LatentFlow, self.model).config.tile
-        shift = (true[:, 1] - true[:, 0]).nan_to_num() * tile
-        each = (camera.phase - phases[:, 0]).square().mean(1) + (camera.next_phase - phases[:, 1]).square().mean(1)
-        each = each + 4 * F.smooth_l1_loss(camera.shift, shift, beta=0.05, reduction="none").mean(1)
-        patch = self.autoencoder.config.patch
-        rms = patch * ((camera.shift - shift).square().mean(1) * known).mean().div(share.clamp_min(1e-6)).sqrt()
-        return 0.1 * (each * known).mean(), rms.detach()
 
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
         """Open-loop PSNR (of the mean squared error, against real frames) at 1, 5, 10 steps; writes a strip and a video.

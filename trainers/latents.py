@@ -89,7 +89,7 @@ def load_autoencoder(folder: str | Path) -> tuple[Autoencoder, str]:
 
 
 def _identity(dataset: Dataset, autoencoder_sha256: str) -> dict[str, Any]:
-    return {"autoencoder": autoencoder_sha256, "shards": [s["sha256"]["frames"] for s in dataset.manifest["shards"]]}
+    return {"autoencoder": autoencoder_sha256, "shards": [s["sha256"] for s in dataset.manifest["shards"]]}
 
 
 class LatentDataset:
@@ -99,7 +99,6 @@ class LatentDataset:
         latents: float16 (N, C, H, W).
         importance: uint8 (N, H, W), 16 x the cell's mean rare-colour weight.
         actions: int64 (N,); rewards: float32 (N,); terminated: bool (N,).
-        camera: float32 (N, 2), the view's centre in tiles, NaN where unknown.
         start: int64 (N,), index of the first step of each step's episode or segment.
         validation: bool (N,), steps of validation levels.
         autoencoder: the one that encoded them.
@@ -142,7 +141,6 @@ class LatentDataset:
         self.actions = np.concatenate([s.actions for s in shards]).astype(np.int64)
         self.rewards = np.concatenate([s.rewards for s in shards])
         self.terminated = np.concatenate([s.terminated for s in shards])
-        self.camera = np.concatenate([s.camera for s in shards])
         first = np.concatenate([s.first for s in shards])
         self.start = np.maximum.accumulate(np.where(first, np.arange(total), 0))
         self.first = first

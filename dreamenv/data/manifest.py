@@ -8,7 +8,7 @@ from typing import Any
 from dreamenv.artifacts import read_json
 from dreamenv.errors import DatasetError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 1
 _REMEDY = "collect the dataset again"
 
 
@@ -21,8 +21,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     manifest = read_json(path, DatasetError, "collect one with: python -m envs.collect")
     version = manifest.get("format_version")
-    if version not in range(1, FORMAT_VERSION + 1):
-        raise DatasetError(f"{path}: format_version {version!r}; this release reads 1 to {FORMAT_VERSION}")
+    if version != FORMAT_VERSION:
+        raise DatasetError(f"{path}: format_version {version!r}; this release reads {FORMAT_VERSION}")
     facts, shards = manifest.get("facts"), manifest.get("shards")
     if not isinstance(facts, dict) or not isinstance(shards, list) or not isinstance(facts.get("num_shards"), int):
         raise DatasetError(f"{path}: facts, facts.num_shards or shards is missing or of another type; {_REMEDY}")

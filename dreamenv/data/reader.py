@@ -27,7 +27,6 @@ class Shard:
     first: np.ndarray
     level_seeds: np.ndarray
     policies: np.ndarray
-    camera: np.ndarray
 
     def __len__(self) -> int:
         """Steps in the shard."""
@@ -68,9 +67,6 @@ class Dataset:
         columns = {}
         for name, (dtype, shape) in COLUMNS.items():
             path = self.folder / entry["name"] / f"{name}.npy"
-            if name == "camera" and self.manifest["format_version"] == 1:  # which had none
-                columns[name] = np.full((entry["steps"], *shape), np.nan, dtype)
-                continue
             if not path.exists():
                 raise DatasetError(f"{path}: missing; delete {path.parent} and its manifest entry, or collect again")
             try:

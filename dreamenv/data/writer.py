@@ -11,7 +11,6 @@ One shard holds E environments x T steps, environment-major and flat, so time ru
 | first.npy | bool (S,) | an episode or a segment starts here: t - 1 is not its past |
 | level_seeds.npy | int32 (S,) | the level being played |
 | policies.npy | uint8 (S,) | which component of the policy mix acted |
-| camera.npy | float32 (S, 2) | where the observation's view is centred, x to the right and y up, in tiles; NaN if unknown |
 
 A terminal transition keeps its reward and flags; there is no next frame, because Procgen never shows one.
 """
@@ -37,7 +36,6 @@ COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
     "first": ("bool", ()),
     "level_seeds": ("int32", ()),
     "policies": ("uint8", ()),
-    "camera": ("float32", (2,)),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dreamenv.actions import NUM_ACTIONS
 from dreamenv.config import check
 from dreamenv.flow import SamplerConfig, sample
-from dreamenv.models.blocks import Camera, DynamicFilters, EgoMotion, ResBlock, group_norm, sinusoidal, zero_init
+from dreamenv.models.blocks import DynamicFilters, ResBlock, group_norm, sinusoidal, zero_init
 from dreamenv.models.registry import register_model
 
 NULL_ACTION = NUM_ACTIONS  # an extra embedding: "action unknown", for guidance and dropped actions
@@ -38,12 +38,6 @@ class LatentFlowConfig:
     """Their kernel size, in cells."""
     gate: bool = False
     """Whether each cell's change is multiplied by a gate in 0..1, so that what stands still can be copied exactly."""
-    ego_motion: int = 0
-    """Width of the camera estimate (`EgoMotion`); 0 turns it off."""
-    latent_size: int = 16
-    """H = W of the latents; matters to the camera estimate alone."""
-    tile: float = 64 / 13 / 4
-    """Width of one of the game's tiles, in latent cells; matters to the camera estimate alone."""
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
@@ -58,23 +52,7 @@ class LatentFlowConfig:
               f"embedding {self.embedding}: must be a multiple of 4 in 8..4096")
         check(0 <= self.filter_bank <= 512, f"filter_bank {self.filter_bank}: must be 0..512")
         check(isinstance(self.gate, bool), f"gate {self.gate!r}: must be true or false")
-        check(0 <= self.ego_motion <= 4096, f"ego_motion {self.ego_motion}: must be 0..4096")
-        check(4 <= self.latent_size <= 64 and self.latent_size % 4 == 0,
-              f"latent_size {self.latent_size}: must be a multiple of 4 in 4..64")
-        check(0 < self.tile <= 64, f"tile {self.tile}: must be in (0, 64]")
         check(self.filter_size % 2 == 1 and 1 <= self.filter_size <= 15, f"filter_size {self.filter_size}: must be odd, 1..15")
-
-
-class Prediction(NamedTuple):
-    """What `LatentFlow` says.
-
-    The clean next latent (B, C, H, W), the log of its expected squared error per cell (B, H, W), and the camera estimate if
-    it makes one.
-    """
-
-    clean: Tensor
-    log_error: Tensor
-    camera: Camera | None
 
 
 @register_model("latent_flow", LatentFlowConfig)
@@ -116,15 +94,10 @@ class LatentFlow(nn.Module):
         self.out = zero_init(nn.Conv2d(width, c + 1 + config.gate, 3, padding=1))
         if config.gate:
             nn.init.constant_(cast(Tensor, self.out.bias)[c + 1 :], 4.0)  # begins open
-        self.ego_motion = None
-        if m := config.ego_motion:
-            self.ego_motion = EgoMotion(c, config.latent_size, k, k * (e // 2), m)
-            self.ego_condition = zero_init(nn.Linear(m, e))
-            self.ego_stem = zero_init(nn.Conv2d(8 * EgoMotion.HARMONICS + 2, widths[0], 3, padding=1))
         self.filters = DynamicFilters(c, width, config.filter_bank, config.filter_size) if config.filter_bank else None
 
     def forward(self, noisy: Tensor | None, tau: Tensor, context: Tensor, actions: Tensor,
-                context_noise: Tensor) -> Prediction:  # fmt: skip
+                context_noise: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Predict the next latent.
 
         Args:
@@ -133,21 +106,17 @@ class LatentFlow(nn.Module):
             context: (B, K, C, H, W), past latents, the current one last.
             actions: int64 (B, K), the K - 1 actions between them and the one taken now; `NULL_ACTION` is unknown.
             context_noise: (B,) standard deviation of the noise in the context.
+
+        Returns:
+            The clean latent (B, C, H, W), and the log of its expected squared error per cell (B, H, W).
         """
         b, k, c, h, w = context.shape
         last = context[:, -1]
         gated = torch.zeros_like(last) if noisy is None else noisy * tau[:, None, None, None]
         half = self.config.embedding // 2
         scalars = [sinusoidal(tau, half).to(last.dtype), sinusoidal(context_noise, half).to(last.dtype)]
-        embedded = self.action_embedding(actions).flatten(1)
-        cond = self.condition(torch.cat([embedded, *scalars], 1))
+        cond = self.condition(torch.cat([self.action_embedding(actions).flatten(1), *scalars], 1))
         x = self.stem(torch.cat([gated, context.reshape(b, k * c, h, w)], 1))
-        camera = None
-        if self.ego_motion is not None:
-            camera = self.ego_motion(context, embedded)
-            cond = cond + self.ego_condition(camera.embedding)
-            maps = [EgoMotion.tile_maps(phase, h, self.config.tile) for phase in (camera.phase, camera.next_phase)]
-            x = x + self.ego_stem(torch.cat([*maps, camera.shift[:, :, None, None].expand(-1, -1, h, w)], 1).to(x.dtype))
         skips = []
         for level, blocks in enumerate(cast(list[nn.ModuleList], self.down)):
             if level:
@@ -168,7 +137,7 @@ class LatentFlow(nn.Module):
             change = change + self.filters(last, x)
         if self.config.gate:
             change = change * out[:, c + 1 :].sigmoid()
-        return Prediction(last + change, out[:, c].float(), camera)
+        return last + change, out[:, c].float()
 
 
 def draw_next(model: nn.Module, context: Tensor, actions: Tensor, noise: Tensor | None,
@@ -188,8 +157,8 @@ def draw_next(model: nn.Module, context: Tensor, actions: Tensor, noise: Tensor 
     zero = torch.zeros(len(context), device=context.device)
 
     def network(x: Tensor | None, tau: float, given: Tensor) -> tuple[Tensor, Tensor]:
-        predicted = model(x, zero + tau, context, given, zero)
-        return predicted.clean.float(), predicted.log_error
+        clean, log_error = model(x, zero + tau, context, given, zero)
+        return clean.float(), log_error
 
     def predict(x: Tensor | None, tau: float) -> tuple[Tensor, Tensor]:
         clean, log_error = network(x, tau, actions)
