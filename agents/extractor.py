@@ -26,7 +26,7 @@ class ImpalaExtractor(BaseFeaturesExtractor):
         super().__init__(observation_space, features)
         self.config = ImpalaConfig(tuple(channels), features)
         self.precision = precision
-        self.trunk = ImpalaAgent(self.config).trunk.to(memory_format=torch.channels_last)  # pyright: ignore
+        self.trunk = ImpalaAgent(self.config).trunk
 
     def forward(self, observations: Tensor) -> Tensor:
         """Images float32 (B, 3, 64, 64) in [0, 1] -> features float32 (B, F)."""

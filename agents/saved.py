@@ -44,9 +44,13 @@ def make_algorithm(name: str, envs: Any, settings: Mapping[str, Any], network: I
               "features_extractor_kwargs": {"channels": network.channels, "features": network.features,
                                             "precision": precision}}  # fmt: skip
     try:
-        return algorithm_class(name)("CnnPolicy", envs, policy_kwargs=policy, seed=seed, **settings, **options)
+        model = algorithm_class(name)("CnnPolicy", envs, policy_kwargs=policy, seed=seed, **settings, **options)
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"settings {dict(settings)}: {name} refuses them ({error})") from None
+    for module in model.policy.modules():  # only now: SB3's orthogonal initialisation wants contiguous weights
+        if isinstance(module, ImpalaExtractor):
+            module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return model
 
 
 def to_agent(model: BaseAlgorithm) -> ImpalaAgent:

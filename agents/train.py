@@ -32,6 +32,7 @@ from dreamenv.artifacts import read_json
 from dreamenv.config import check, from_dict, load_yaml, to_dict
 from dreamenv.errors import ConfigError, DreamenvError, PolicyError
 from dreamenv.flow import SamplerConfig
+from dreamenv.memory import keep_freed_memory
 from dreamenv.models.impala import ImpalaConfig
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -245,6 +246,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line: every field of `TrainConfig` is an option; the last line printed is JSON."""
     try:
         config = tyro.cli(TrainConfig, args=arguments, description=__doc__)
+        keep_freed_memory()
         print(json.dumps(train(config, progress=True)))
     except DreamenvError as error:
         raise SystemExit(f"error: {error}") from None

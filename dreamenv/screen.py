@@ -137,7 +137,8 @@ class Screen:
         self._panel(surface, view, panel)
         foot = rect(gap, height - footer - gap // 2, width - 2 * gap, footer)
         over = [world for world in view.shown if view.moment.ended[world]]
-        hint = f"the {over[0]} game is over: N starts anew" if over else "H help   TAB worlds   N new start   B futures   ESC quit"
+        usual = "H help   TAB worlds   N new start   B futures   ESC quit"
+        hint = f"the {over[0]} game is over: N starts anew" if over else usual
         self.lines.draw(surface, view.message or hint, foot, 13, WARN if view.message or over else FAINT)
         if view.overlay:
             shade = self._pygame.Surface((width, height), self._pygame.SRCALPHA)

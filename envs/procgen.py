@@ -21,7 +21,7 @@ from dreamenv.errors import ResetError, SnapshotError
 from dreamenv.resets import as_array, check_mask, check_options, check_seeds
 from dreamenv.single import SingleView, split_infos
 from dreamenv.snapshot import pack, unpack
-from envs.games import SEED_LIMIT, Game, check_levels, get_game
+from envs.games import GAMES, SEED_LIMIT, Game, check_levels, get_game
 
 
 @contextlib.contextmanager
@@ -89,7 +89,7 @@ class RealProcgenVectorEnv(VectorEnv):
     """
 
     metadata: dict[str, Any] = {
-        "render_modes": ["rgb_array"], "render_fps": 15, "autoreset_mode": AutoresetMode.SAME_STEP,
+        "render_modes": ["rgb_array"], "render_fps": 15, "autoreset_mode": AutoresetMode.SAME_STEP, "games": tuple(GAMES),
     }  # fmt: skip
 
     def __init__(

@@ -215,13 +215,15 @@ def test_no_text_is_cut_or_overlaps(session: Session, size: tuple[int, int]) -> 
     for _ in range(3):
         session.step(RIGHT)
     screen, surface = Screen(), pygame.Surface(size)
-    menu = [("coinrun (built in)", "bundle in somewhere/rather/deep/coinrun")] + [(f"game {i}", "real game alone") for i in range(40)]
+    menu = [("coinrun (built in)", "bundle in somewhere/rather/deep/coinrun")]
+    menu += [(f"game {i}", "real game alone") for i in range(40)]
     common: dict[str, Any] = {
         "game": "coinrun", "bundle": "coinrun (built in)", "meanings": ("run left", "jump", "drop through a crate") * 5,
         "uncertainty": [0.1, 9.9, 0.3] * 60, "latency": 0.0678, "fps": 14.98, "rewind": 10.0,
         "message": "the dream goes on from the real frames", "futures": session.branch(2), "menu": menu, "selected": 30,
     }  # fmt: skip
-    views = [View(session.moment, shown, paused=paused, filming=12345, recording=12345, overlay=overlay, slow=not paused, **common)
+    views = [View(session.moment, shown, paused=paused, filming=12345, recording=12345, overlay=overlay, slow=not paused,
+                  **common)
              for shown in (("real", "dream"), ("dream",)) for paused in (True, False)
              for overlay in ("", "help", "menu", "branches")]  # fmt: skip
     for view in views:
@@ -284,10 +286,11 @@ def threads() -> set[str]:
 
 def test_a_game_in_the_window(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     k = pygame
-    script = [[], [k.K_v], [k.K_x], [k.K_RIGHT], [k.K_UP], [k.K_TAB], [k.K_TAB], [k.K_p], [k.K_o], [k.K_p], [k.K_F5], [k.K_RIGHT],
-              [k.K_F9], [k.K_b], [], [], [], [k.K_RIGHT], [k.K_RETURN], [], [], [], [], [k.K_h], [k.K_ESCAPE], [k.K_m], [k.K_DOWN],
-              [k.K_ESCAPE], [k.K_g], [], [k.K_g], [k.K_RIGHTBRACKET], [k.K_COMMA], [k.K_0], [k.K_EQUALS], [k.K_r], [k.K_f], [],
-              [k.K_f], [k.K_BACKSPACE], [k.K_n], [], [k.K_x], [k.K_v], [], [], [k.K_ESCAPE], [k.K_ESCAPE]]  # fmt: skip
+    script = [[], [k.K_v], [k.K_x], [k.K_RIGHT], [k.K_UP], [k.K_TAB], [k.K_TAB], [k.K_p], [k.K_o], [k.K_p], [k.K_F5],
+              [k.K_RIGHT], [k.K_F9], [k.K_b], [], [], [], [k.K_RIGHT], [k.K_RETURN], [], [], [], [], [k.K_h], [k.K_ESCAPE],
+              [k.K_m], [k.K_DOWN], [k.K_ESCAPE], [k.K_g], [], [k.K_g], [k.K_RIGHTBRACKET], [k.K_COMMA], [k.K_0], [k.K_EQUALS],
+              [k.K_r], [k.K_f], [], [k.K_f], [k.K_BACKSPACE], [k.K_n], [], [k.K_x], [k.K_v], [], [], [k.K_ESCAPE],
+              [k.K_ESCAPE]]  # fmt: skip
     Script(script, monkeypatch, every=25)
     figures = run("coinrun", toy_bundle, "both", 2, 60.0, SamplerConfig(), "cpu", 0, out=tmp_path / "out")
     assert figures["steps"] > 50 and figures["latency_median"] is not None and figures["latency_median"] < 1
@@ -299,8 +302,9 @@ def test_a_game_in_the_window(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_thousand_random_keys(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    known = [getattr(pygame, f"K_{name}") for name in ("TAB", "BACKSPACE", "RETURN", "LEFTBRACKET", "RIGHTBRACKET", "COMMA", "PERIOD",
-             "MINUS", "EQUALS", "F5", "F9", "UP", "DOWN", "LEFT", "RIGHT", *"abdefghmnopqrsvwx", "9", "0", "z", "F1")]  # fmt: skip
+    names = ("TAB", "BACKSPACE", "RETURN", "LEFTBRACKET", "RIGHTBRACKET", "COMMA", "PERIOD", "MINUS", "EQUALS", "F5", "F9",
+             "UP", "DOWN", "LEFT", "RIGHT", *"abdefghmnopqrsvwx", "9", "0", "z", "F1")  # fmt: skip
+    known = [getattr(pygame, f"K_{name}") for name in names]
     rng = np.random.default_rng(0)
     Script([[int(k) for k in rng.choice(known, 2)] for _ in range(500)], monkeypatch, every=4)
     monkeypatch.chdir(tmp_path)
@@ -336,9 +340,13 @@ def test_no_display_is_a_clear_error(toy_bundle: Path) -> None:
     assert done.returncode == 2 and "--headless" in done.stderr
 
 
-@pytest.mark.parametrize("bad", [{"scale": 0}, {"scale": 33}, {"fps": 0.0}, {"fps": -1.0}, {"player": "nobody"}, {"player": "agent"},
-                                 {"world": "moon"}, {"headless": Path("x.avi"), "player": "random"}, {"headless": Path("x.mp4")},
-                                 {"headless": Path("x.mp4"), "actions": "fly"}, {"headless": Path("x.mp4"), "player": "random", "steps": 0}])  # fmt: skip
+_FILM = {"headless": Path("x.mp4"), "player": "random"}
+
+
+@pytest.mark.parametrize("bad", [
+    {"scale": 0}, {"scale": 33}, {"fps": 0.0}, {"fps": -1.0}, {"player": "nobody"}, {"player": "agent"}, {"world": "moon"},
+    _FILM | {"headless": Path("x.avi")}, _FILM | {"player": "human"}, _FILM | {"actions": "fly"}, _FILM | {"steps": 0},
+])  # fmt: skip
 def test_bad_arguments(toy_bundle: Path, bad: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError):
@@ -425,7 +433,8 @@ def test_the_viewer_walks_through_episodes(session: Session, tmp_path: Path) -> 
     viewer.go(1)
     viewer.draw(surface)
     bar = viewer.bar(surface.get_size())
-    viewer.handle(pygame.event.Event(pygame.MOUSEBUTTONDOWN, button=1, pos=(bar.x + bar.width // 2, bar.centery)), surface.get_size())
+    middle = pygame.event.Event(pygame.MOUSEBUTTONDOWN, button=1, pos=(bar.x + bar.width // 2, bar.centery))
+    viewer.handle(middle, surface.get_size())
     assert viewer.step == 1
     facts = dict(viewer.facts())
     assert facts["level"] == "6" and facts["action"] == "right" and facts["policy"] == "played" and facts["step"] == "2 of 3"

@@ -8,7 +8,6 @@ Run the same line again after a kill: finished stages are skipped, the interrupt
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -119,9 +118,7 @@ def _stage(out: Path, name: str, work: Callable[[], Any]) -> None:
 
 
 def _command(command: list[str]) -> None:
-    # glibc returns freed activations to the kernel and faults them in again at every step; keep them
-    environment = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296", **os.environ}
-    code = subprocess.run(command, env=environment, check=False).returncode
+    code = subprocess.run(command, check=False).returncode
     if code:
         raise ConfigError(f"stage command ended with status {code}: {' '.join(command)}")
 

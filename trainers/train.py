@@ -14,6 +14,7 @@ import tyro
 from dreamenv.bundle import pick_device
 from dreamenv.config import from_dict, load_yaml, to_dict
 from dreamenv.errors import ConfigError, DreamenvError
+from dreamenv.memory import keep_freed_memory
 from dreamenv.models.registry import build_model
 from trainers.loop import Loop, LoopConfig
 
@@ -93,6 +94,7 @@ def train(values: dict[str, Any], out: Path, resume: bool = False) -> dict[str, 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     args = tyro.cli(TrainArguments, args=arguments, description=__doc__)
+    keep_freed_memory()
     try:
         values = override(load_yaml(args.config), args.set)
         loop = from_dict(LoopConfig, values.get("loop", {}), "loop")
