@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamenv.config import check
+from dreamenv.errors import ConfigError
 from dreamenv.flow import SamplerConfig
 from dreamenv.metrics import average_precision
 from dreamenv.models.heads import OutcomeHead
@@ -27,6 +28,8 @@ class HeadsTaskConfig:
 
     latents: str = "runs/coinrun/latents"
     """Folder of the encoded dataset."""
+    init_from: str = ""
+    """Model folder to start from; empty starts anew."""
     balance: float = 0.4
     """Share of each batch drawn from the rare outcomes, evenly between them."""
     near: float = 0.2
@@ -69,6 +72,16 @@ class HeadsTask:
             **model, "rewards": [r for r, _ in outcomes], "terminated": [t for _, t in outcomes],
         })  # fmt: skip
         network = cast(OutcomeHead, self.model).config
+        if config.init_from:
+            before, _ = load_model(config.init_from)
+            known = cast(OutcomeHead, before).config if isinstance(before, OutcomeHead) else None
+            same = known is not None and (known.rewards, known.terminated) == (network.rewards, network.terminated)
+            check(same, f"init_from {config.init_from}: its outcomes differ from this data's, {outcomes}")
+            try:
+                self.model.load_state_dict(before.state_dict())
+            except RuntimeError as error:
+                reason = str(error).splitlines()[-1].strip()
+                raise ConfigError(f"init_from {config.init_from}: holds another architecture ({reason})") from None
         wanted, found = (network.latent_channels, network.latent_size), self.data.latents.shape[1:3]
         check(wanted == found, f"latent_channels, latent_size {wanted}: the latents have {found}")
         self.context = network.context

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -82,7 +82,30 @@ def run_pipeline(config: PipelineConfig) -> Path:
         ConfigError: bad settings, or a stage that failed (its log says why).
     """
     out = config.out
-    settings = {k: str(v) for k, v in to_dict(config).items() if k not in ("out", "workers")}
+    begin(out, {k: str(v) for k, v in to_dict(config).items() if k not in ("out", "workers")})
+    data, latents = out / "data", out / "latents"
+    collect = [sys.executable, "-m", "envs.collect", "--game", config.game, "--steps", str(config.steps), "--out", str(data),
+               "--policy", config.policy, "--distribution-mode", config.distribution_mode, "--seed", str(config.seed),
+               "--workers", str(config.workers)]  # fmt: skip
+    stage(out, "collect", lambda: _command(collect))
+    stage(out, "autoencoder", lambda: _train(config, "autoencoder", {"data": str(data)}))
+    stage(out, "encode", lambda: encode(data, out / "autoencoder" / "model", latents))
+    task: dict[str, Any] = {"latents": str(latents)}
+    stage(out, "predictor", lambda: _train(config, "predictor", task))
+    stage(out, "unrolled", lambda: _train(config, "unrolled", task | {"init_from": str(out / "predictor" / "model")}))
+    stage(out, "flow", lambda: _train(config, "flow", task | {"init_from": str(out / "unrolled" / "model")}))
+    stage(out, "settled", lambda: _train(config, "settled", task | {"init_from": str(out / "flow" / "model")}))
+    stage(out, "heads", lambda: _train(config, "heads", task))
+    stage(out, "bundle", lambda: make_bundle(out, data, config.starts))
+    return out / "bundle"
+
+
+def begin(out: Path, settings: dict[str, str]) -> None:
+    """Begin a run folder, or go on with one that was begun with the same settings.
+
+    Raises:
+        ConfigError: it was begun with others.
+    """
     if (out / "pipeline.json").exists():
         begun = read_json(out / "pipeline.json", ConfigError, "delete the run folder")
         for key in sorted(set(begun) | set(settings)):
@@ -90,24 +113,10 @@ def run_pipeline(config: PipelineConfig) -> Path:
                 raise ConfigError(f"{out}: was begun with {key} = {begun.get(key)}, now {settings.get(key)}; "
                                   "use the same settings to resume, or another --out")  # fmt: skip
     write_json(out / "pipeline.json", settings)
-    data, latents = out / "data", out / "latents"
-    collect = [sys.executable, "-m", "envs.collect", "--game", config.game, "--steps", str(config.steps), "--out", str(data),
-               "--policy", config.policy, "--distribution-mode", config.distribution_mode, "--seed", str(config.seed),
-               "--workers", str(config.workers)]  # fmt: skip
-    _stage(out, "collect", lambda: _command(collect))
-    _stage(out, "autoencoder", lambda: _train(config, "autoencoder", {"data": str(data)}))
-    _stage(out, "encode", lambda: _encode(data, out / "autoencoder" / "model", latents))
-    task: dict[str, Any] = {"latents": str(latents)}
-    _stage(out, "predictor", lambda: _train(config, "predictor", task))
-    _stage(out, "unrolled", lambda: _train(config, "unrolled", task | {"init_from": str(out / "predictor" / "model")}))
-    _stage(out, "flow", lambda: _train(config, "flow", task | {"init_from": str(out / "unrolled" / "model")}))
-    _stage(out, "settled", lambda: _train(config, "settled", task | {"init_from": str(out / "flow" / "model")}))
-    _stage(out, "heads", lambda: _train(config, "heads", task))
-    _stage(out, "bundle", lambda: make_bundle(out, data, config.starts))
-    return out / "bundle"
 
 
-def _stage(out: Path, name: str, work: Callable[[], Any]) -> None:
+def stage(out: Path, name: str, work: Callable[[], Any]) -> None:
+    """Do `work` unless this run folder has done it before."""
     marker = out / "stages" / f"{name}.json"
     if marker.exists():
         print(f"[{name}] done before", flush=True)
@@ -123,21 +132,36 @@ def _command(command: list[str]) -> None:
         raise ConfigError(f"stage command ended with status {code}: {' '.join(command)}")
 
 
-def _train(config: PipelineConfig, stage: str, task: dict[str, Any]) -> None:
-    overrides = [f"task.{k}={json.dumps(v)}" for k, v in task.items()] + [f"loop.seed={config.seed}"]
+def train_stage(file: Path, out: Path, values: dict[str, Any], budget: list[str], more: Sequence[str] = ()) -> None:
+    """Run `trainers.train` on a YAML file with some values replaced; resumes.
+
+    Args:
+        file: the configuration.
+        out: run folder of this one training.
+        values: dotted name -> value, replaced in the file's.
+        budget: "--minutes" or "--steps", and how many.
+        more: further assignments, as `trainers.train --set` takes them.
+    """
+    _command([sys.executable, "-m", "trainers.train", str(file), "--out", str(out), "--resume", *budget, "--set",
+              *(f"{k}={json.dumps(v)}" for k, v in values.items()), *more])  # fmt: skip
+
+
+def _train(config: PipelineConfig, name: str, task: dict[str, Any]) -> None:
+    more = []
     for item in config.set:
-        name, separator, rest = item.partition(":")
-        if not separator or "=" in name:
-            overrides.append(item)
-        elif name == stage:
-            overrides.append(rest)
+        prefix, separator, rest = item.partition(":")
+        if not separator or "=" in prefix:
+            more.append(item)
+        elif prefix == name:
+            more.append(rest)
     budget = (["--steps", str(config.stage_steps)] if config.stage_steps else
-              ["--minutes", str(config.minutes * _SHARES[stage])])  # fmt: skip
-    _command([sys.executable, "-m", "trainers.train", str(CONFIGS / f"{stage}.yaml"), "--out", str(config.out / stage),
-              "--resume", *budget, *(["--set", *overrides])])  # fmt: skip
+              ["--minutes", str(config.minutes * _SHARES[name])])  # fmt: skip
+    values = {f"task.{k}": v for k, v in task.items()} | {"loop.seed": config.seed}
+    train_stage(CONFIGS / f"{name}.yaml", config.out / name, values, budget, more)
 
 
-def _encode(data: Path, autoencoder: Path, latents: Path) -> None:
+def encode(data: Path, autoencoder: Path, latents: Path) -> None:
+    """Encode a dataset with a trained autoencoder, in a process of its own."""
     _command([sys.executable, "-m", "trainers.latents", str(data), str(autoencoder), str(latents)])
 
 

@@ -1,0 +1,98 @@
+"""Several datasets of one game as one: `python -m dreamenv.data.merge data/a data/b --out data/ab`.
+
+Columns are hard-linked where the file system can, else copied; only `policies.npy` is written anew, because its numbers
+count the components of its own dataset's policy mix.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+
+from dreamenv.artifacts import atomic_folder, sha256_file
+from dreamenv.data.manifest import shard_name
+from dreamenv.data.reader import Dataset
+from dreamenv.data.writer import COLUMNS, DatasetWriter
+from dreamenv.errors import DatasetError
+
+_SAME = ("game", "distribution_mode", "max_steps", "action_meanings")
+
+
+def merge(sources: list[Path], out: Path) -> Path:
+    """Merge complete datasets into the folder `out` and return it; a killed merge is finished by the same call.
+
+    Raises:
+        DatasetError: a source is damaged, of another game, or imagined; or `out` holds something else.
+    """
+    if not sources:
+        raise DatasetError("merge: no datasets given; name one or more folders")
+    datasets = [Dataset(source) for source in sources]
+    first = datasets[0].facts
+    for dataset in datasets:
+        for key in _SAME:
+            if dataset.facts.get(key) != first.get(key):
+                raise DatasetError(f"{dataset.folder}: {key} is {dataset.facts.get(key)!r}, that of {datasets[0].folder} is "
+                                   f"{first.get(key)!r}; merge datasets of one game")  # fmt: skip
+        if dataset.facts.get("world", "real") != "real":
+            raise DatasetError(f"{dataset.folder}: holds imagined episodes; merge real ones")
+    shards = [(dataset, entry) for dataset in datasets for entry in dataset.manifest["shards"]]
+    ends = [int(d.facts["start_level"]) + int(d.facts["num_levels"]) for d in datasets]
+    begin = min(int(d.facts["start_level"]) for d in datasets)
+    offsets = np.cumsum([0] + [len(d.facts["policy_mix"]) for d in datasets])
+    if offsets[-1] > 256:
+        raise DatasetError(f"merge: {offsets[-1]} policies in all; the format counts at most 256")
+    total = sum(d.manifest["steps"] for d in datasets)
+    facts: dict[str, Any] = {
+        **{key: first.get(key) for key in (*_SAME, "backend")}, "start_level": begin, "num_levels": max(ends) - begin,
+        "seed": 0, "policy": "merged", "num_shards": len(shards), "steps": total, "num_envs": 0, "shard_steps": 0, "seq_len": 0,
+        "policy_mix": [[n, w * d.manifest["steps"] / total] for d in datasets for n, w in d.facts["policy_mix"]],
+        "merged": [{"steps": d.manifest["steps"], "facts": d.facts} for d in datasets],
+    }  # fmt: skip
+    writer = DatasetWriter(out, facts)
+    writer.recover()
+    index = 0
+    for k, dataset in enumerate(datasets):
+        for entry, shard in zip(dataset.manifest["shards"], dataset.shards, strict=True):
+            if index not in writer.done:
+                target = out / shard_name(index)
+                with atomic_folder(target) as temporary:
+                    for name in COLUMNS:
+                        if name != "policies":
+                            _link(dataset.folder / entry["name"] / f"{name}.npy", temporary / f"{name}.npy")
+                    policies = (shard.policies.astype(np.int64) + offsets[k]).astype(np.uint8)
+                    np.save(temporary / "policies.npy", policies, allow_pickle=False)
+                    digest = sha256_file(temporary / "policies.npy")
+                writer.commit(entry | {"index": index, "name": target.name, "sha256": entry["sha256"] | {"policies": digest}})
+            index += 1
+    return out
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    from dreamenv.errors import DreamenvError
+
+    def main(sources: Annotated[list[Path], tyro.conf.Positional], out: Path) -> None:
+        """Merge datasets of one game.
+
+        Args:
+            sources: dataset folders.
+            out: the new dataset folder.
+        """
+        print(merge(sources, out))
+
+    try:
+        tyro.cli(main)
+    except DreamenvError as error:
+        raise SystemExit(f"error: {error}") from None
