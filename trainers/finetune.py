@@ -20,8 +20,9 @@ from dreamenv.config import check, load_yaml, to_dict
 from dreamenv.errors import DreamenvError
 from dreamenv.models.io import save_model
 from dreamenv.models.registry import model_spec
+from dreamenv.stages import begin, stage
 from trainers.latents import load_autoencoder
-from trainers.pipeline import CONFIGS, begin, encode, make_bundle, stage, train_stage
+from trainers.pipeline import CONFIGS, encode, make_bundle, train_stage
 
 
 @dataclass(frozen=True)

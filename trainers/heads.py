@@ -67,16 +67,20 @@ class HeadsTask:
         self.config = config
         self.data = LatentDataset(Path(config.latents), config.val_ratio)
         outcomes, self.labels = joint_outcomes(self.data.rewards, self.data.terminated, config.max_outcomes)
+        before = _trained_head(config.init_from) if config.init_from else None
+        if before is not None:  # which keeps its outcomes, in their order
+            known = list(zip(before.config.rewards, before.config.terminated, strict=True))
+            unknown = [o for o in outcomes if o not in known]
+            check(not unknown, f"init_from {config.init_from}: its head does not know the outcomes {unknown} of this data; "
+                               "train a new head")  # fmt: skip
+            self.labels = np.array([known.index(o) for o in outcomes])[self.labels]
+            outcomes = known
         torch.manual_seed(seed)
         self.model: nn.Module = build_model({
             **model, "rewards": [r for r, _ in outcomes], "terminated": [t for _, t in outcomes],
         })  # fmt: skip
         network = cast(OutcomeHead, self.model).config
-        if config.init_from:
-            before, _ = load_model(config.init_from)
-            known = cast(OutcomeHead, before).config if isinstance(before, OutcomeHead) else None
-            same = known is not None and (known.rewards, known.terminated) == (network.rewards, network.terminated)
-            check(same, f"init_from {config.init_from}: its outcomes differ from this data's, {outcomes}")
+        if before is not None:
             try:
                 self.model.load_state_dict(before.state_dict())
             except RuntimeError as error:
@@ -100,9 +104,9 @@ class HeadsTask:
         self._classes = [train[self.labels[train] == c] for c in range(1, len(outcomes))]
         self._classes = [c for c in self._classes if len(c)]
         rare = np.flatnonzero((self.labels > 0) & ~self.data.validation)
-        before = (rare[:, None] - np.arange(1, 13)).ravel()
-        before = before[before >= 0]
-        self._near = np.unique(before[(self.labels[before] == 0) & ~self.data.validation[before]])
+        earlier = (rare[:, None] - np.arange(1, 13)).ravel()
+        earlier = earlier[earlier >= 0]
+        self._near = np.unique(earlier[(self.labels[earlier] == 0) & ~self.data.validation[earlier]])
 
     def batch(self, rng: np.random.Generator, size: int) -> dict[str, Tensor]:
         """Contexts float16 (B, K, C, H, W), actions int64 (B, K), labels int64 (B,).
@@ -182,12 +186,20 @@ class HeadsTask:
 
     def facts(self) -> dict[str, Any]:
         """Share of each joint outcome in the data."""
-        return {"outcome_share": (np.bincount(self.labels) / len(self.labels)).tolist(),
+        outcomes = len(cast(OutcomeHead, self.model).config.rewards)
+        return {"outcome_share": (np.bincount(self.labels, minlength=outcomes) / len(self.labels)).tolist(),
                 "autoencoder_sha256": self.data.facts["autoencoder_sha256"]}  # fmt: skip
 
     def _gather(self, now: np.ndarray) -> tuple[Tensor, Tensor]:
         indices, actions = self.data.contexts(now, self.context)
         return torch.from_numpy(self.data.latents[indices]), torch.from_numpy(actions)
+
+
+def _trained_head(folder: str) -> OutcomeHead:
+    model, _ = load_model(folder)
+    if not isinstance(model, OutcomeHead):
+        raise ConfigError(f"init_from {folder}: is a {type(model).__name__}, expected an outcome_head")
+    return model
 
 
 def joint_outcomes(rewards: np.ndarray, terminated: np.ndarray, limit: int) -> tuple[list[tuple[float, bool]], np.ndarray]:

@@ -8,9 +8,8 @@ Run the same line again after a kill: finished stages are skipped, the interrupt
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +17,6 @@ from typing import Any, cast
 import numpy as np
 import tyro
 
-from dreamenv.artifacts import read_json, write_json
 from dreamenv.bundle import GameFacts, Limits, Starts, load_bundle, save_bundle
 from dreamenv.config import check, from_dict, to_dict
 from dreamenv.data import Dataset
@@ -27,6 +25,7 @@ from dreamenv.models.autoencoder import Autoencoder
 from dreamenv.models.heads import OutcomeHead
 from dreamenv.models.io import load_model
 from dreamenv.models.latent_flow import LatentFlow
+from dreamenv.stages import begin, run_command, stage
 from dreamenv.world_model import WorldModel
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -87,7 +86,7 @@ def run_pipeline(config: PipelineConfig) -> Path:
     collect = [sys.executable, "-m", "envs.collect", "--game", config.game, "--steps", str(config.steps), "--out", str(data),
                "--policy", config.policy, "--distribution-mode", config.distribution_mode, "--seed", str(config.seed),
                "--workers", str(config.workers)]  # fmt: skip
-    stage(out, "collect", lambda: _command(collect))
+    stage(out, "collect", lambda: run_command(collect))
     stage(out, "autoencoder", lambda: _train(config, "autoencoder", {"data": str(data)}))
     stage(out, "encode", lambda: encode(data, out / "autoencoder" / "model", latents))
     task: dict[str, Any] = {"latents": str(latents)}
@@ -100,38 +99,6 @@ def run_pipeline(config: PipelineConfig) -> Path:
     return out / "bundle"
 
 
-def begin(out: Path, settings: dict[str, str]) -> None:
-    """Begin a run folder, or go on with one that was begun with the same settings.
-
-    Raises:
-        ConfigError: it was begun with others.
-    """
-    if (out / "pipeline.json").exists():
-        begun = read_json(out / "pipeline.json", ConfigError, "delete the run folder")
-        for key in sorted(set(begun) | set(settings)):
-            if begun.get(key) != settings.get(key):
-                raise ConfigError(f"{out}: was begun with {key} = {begun.get(key)}, now {settings.get(key)}; "
-                                  "use the same settings to resume, or another --out")  # fmt: skip
-    write_json(out / "pipeline.json", settings)
-
-
-def stage(out: Path, name: str, work: Callable[[], Any]) -> None:
-    """Do `work` unless this run folder has done it before."""
-    marker = out / "stages" / f"{name}.json"
-    if marker.exists():
-        print(f"[{name}] done before", flush=True)
-        return
-    print(f"[{name}]", flush=True)
-    work()
-    write_json(marker, {"done": True})
-
-
-def _command(command: list[str]) -> None:
-    code = subprocess.run(command, check=False).returncode
-    if code:
-        raise ConfigError(f"stage command ended with status {code}: {' '.join(command)}")
-
-
 def train_stage(file: Path, out: Path, values: dict[str, Any], budget: list[str], more: Sequence[str] = ()) -> None:
     """Run `trainers.train` on a YAML file with some values replaced; resumes.
 
@@ -142,7 +109,7 @@ def train_stage(file: Path, out: Path, values: dict[str, Any], budget: list[str]
         budget: "--minutes" or "--steps", and how many.
         more: further assignments, as `trainers.train --set` takes them.
     """
-    _command([sys.executable, "-m", "trainers.train", str(file), "--out", str(out), "--resume", *budget, "--set",
+    run_command([sys.executable, "-m", "trainers.train", str(file), "--out", str(out), "--resume", *budget, "--set",
               *(f"{k}={json.dumps(v)}" for k, v in values.items()), *more])  # fmt: skip
 
 
@@ -162,7 +129,7 @@ def _train(config: PipelineConfig, name: str, task: dict[str, Any]) -> None:
 
 def encode(data: Path, autoencoder: Path, latents: Path) -> None:
     """Encode a dataset with a trained autoencoder, in a process of its own."""
-    _command([sys.executable, "-m", "trainers.latents", str(data), str(autoencoder), str(latents)])
+    run_command([sys.executable, "-m", "trainers.latents", str(data), str(autoencoder), str(latents)])
 
 
 def make_bundle(out: Path, data: Path, starts: int, dynamics: str = "settled") -> Path:
