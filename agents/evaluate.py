@@ -15,7 +15,8 @@ import gymnasium as gym
 import numpy as np
 import tyro
 
-from dreamenv.bundle import load_bundle, resolve_bundle
+from agents.saved import ForeignPolicy
+from dreamenv.bundle import bundled_agent, load_bundle, resolve_bundle
 from dreamenv.closed_loop import Episodes, play_episodes
 from dreamenv.config import check
 from dreamenv.errors import DreamenvError, PolicyError
@@ -48,15 +49,16 @@ class Evaluation:
     frames: list[np.ndarray]
 
 
-def evaluate(agent: str | ImpalaAgent, world: str = "real", game: str = "coinrun", levels: tuple[int, int] = _LEVELS,
-             episodes: int = 200, bundle: Path | None = None, nfe: int = SamplerConfig.nfe, seed: int = 0, films: int = 0,
-             distribution_mode: str | None = None) -> Evaluation:  # fmt: skip
+def evaluate(agent: str | ImpalaAgent | VectorPolicy, world: str = "real", game: str = "coinrun",
+             levels: tuple[int, int] = _LEVELS, episodes: int = 200, bundle: Path | None = None, nfe: int = SamplerConfig.nfe,
+             seed: int = 0, films: int = 0, distribution_mode: str | None = None,
+             limit: int | None = None) -> Evaluation:  # fmt: skip
     """Play one episode on each of `episodes` levels, to its end.
 
     A dream starts from the real first frame of its level, so both worlds can be compared level by level.
 
     Args:
-        agent: "random", "bundled", an agent's folder, any policy specification, or a network.
+        agent: "random", "bundled", an agent's folder, any policy specification, a network, or any policy.
         world: "real" or "dream".
         game: which game.
         levels: first level, and the one after the last.
@@ -66,6 +68,7 @@ def evaluate(agent: str | ImpalaAgent, world: str = "real", game: str = "coinrun
         seed: decides levels, actions and noise.
         films: how many episodes to keep the frames of.
         distribution_mode: Procgen's difficulty; in the dream its bundle's, else "easy" by default.
+        limit: steps after which an episode is cut off; the game's own by default.
 
     Raises:
         ConfigError: a value outside its range.
@@ -85,7 +88,8 @@ def evaluate(agent: str | ImpalaAgent, world: str = "real", game: str = "coinrun
         batch = chosen[at : at + _BATCH]
         envs: Any = gym.make_vec("envs:RealProcgen-v0", num_envs=len(batch), game=game, start_level=first,
                                  num_levels=end - first, distribution_mode=distribution_mode)  # fmt: skip
-        limit, bias = envs.unwrapped.game.max_steps, np.asarray(envs.unwrapped.game.bias)
+        longest, bias = envs.unwrapped.game.max_steps, np.asarray(envs.unwrapped.game.bias)
+        check(limit is None or 1 <= limit <= longest, f"limit {limit}: must be in 1..{longest}")
         policy = _policy(agent, bias, bundle, game)
         frames, _ = envs.reset(seed=seed + at, options={"level": batch})
         if world == "dream":
@@ -94,7 +98,7 @@ def evaluate(agent: str | ImpalaAgent, world: str = "real", game: str = "coinrun
             frames, _ = dreams.reset(seed=seed + at, options={"frames": frames[:, None]})
             envs = dreams
         filmed = films if at == 0 else 0
-        episode, film = play_episodes(envs, frames, policy, limit, philox((seed, at)), filmed)
+        episode, film = play_episodes(envs, frames, policy, limit or longest, philox((seed, at)), filmed)
         envs.close()
         played.append(episode)
         films_kept += film
@@ -109,14 +113,16 @@ def evaluate(agent: str | ImpalaAgent, world: str = "real", game: str = "coinrun
     return Evaluation(figures, every, chosen, films_kept)
 
 
-def _policy(agent: str | ImpalaAgent, bias: np.ndarray, bundle: Path | None, game: str) -> VectorPolicy:
+def _policy(agent: str | ImpalaAgent | VectorPolicy, bias: np.ndarray, bundle: Path | None, game: str) -> VectorPolicy:
     if isinstance(agent, ImpalaAgent):
         return AgentPolicy(agent)
+    if not isinstance(agent, str):
+        return agent
     if agent == "bundled":
-        folder = resolve_bundle(bundle, game) / "agent"
-        if not folder.exists():
-            raise PolicyError(f"agent 'bundled': {folder.parent} ships none; train one with python -m agents.train")
-        return AgentPolicy(str(folder))
+        folder = resolve_bundle(bundle, game)
+        if (found := bundled_agent(folder)) is None:
+            raise PolicyError(f"agent 'bundled': {folder} ships none; train one with python -m agents.train")
+        return AgentPolicy(str(found))
     if (Path(agent) / "agent.json").exists():
         return AgentPolicy(agent)
     return make_policy(agent, bias)
@@ -127,7 +133,11 @@ class _Arguments:
     """Judge an agent; the last line printed is JSON."""
 
     agent: str
-    """random, bundled, an agent's folder, or a policy specification."""
+    """random, bundled, an agent's folder, a policy specification, or (with --trust) an SB3 zip."""
+    trust: bool = False
+    """Run the code that a foreign SB3 zip holds."""
+    algorithm: str = "PPO"
+    """What saved the zip."""
     world: Literal["real", "dream"] = "real"
     """Where it plays."""
     game: str = "coinrun"
@@ -151,14 +161,15 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         args = tyro.cli(_Arguments, args=arguments, description=__doc__)
         first, count = parse_levels(args.levels)
-        result = evaluate(args.agent, args.world, args.game, (first, first + count), args.episodes, args.bundle, args.nfe,
-                          args.seed, films=4 if args.video else 0)  # fmt: skip
+        foreign = ForeignPolicy(Path(args.agent), args.algorithm, args.trust) if args.agent.endswith(".zip") else None
+        result = evaluate(foreign or args.agent, args.world, args.game, (first, first + count), args.episodes, args.bundle,
+                          args.nfe, args.seed, films=4 if args.video else 0)  # fmt: skip
         if args.video:
             longest = max(len(f) for f in result.frames)
             films = {f"level {level}": np.concatenate([f, np.repeat(f[-1:], longest - len(f), 0)])
                      for f, level in zip(result.frames, result.levels, strict=False)}  # fmt: skip
             save_video(args.video, side_by_side(films))
-        print(json.dumps(result.figures))
+        print(json.dumps(result.figures | {"agent": args.agent}))
     except DreamenvError as error:
         raise SystemExit(f"error: {error}") from None
 

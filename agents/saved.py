@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import Tensor
 
 from agents.extractor import ImpalaExtractor
-from dreamenv.errors import ConfigError
+from dreamenv.actions import NUM_ACTIONS
+from dreamenv.errors import ConfigError, PolicyError
 from dreamenv.models.impala import ImpalaAgent, ImpalaConfig, save_agent
 
 _ACTOR_CRITIC = ("PPO", "A2C", "TRPO")
@@ -51,6 +53,40 @@ def make_algorithm(name: str, envs: Any, settings: Mapping[str, Any], network: I
         if isinstance(module, ImpalaExtractor):
             module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return model
+
+
+class ForeignPolicy:
+    """An SB3 zip of whoever's, as a policy of ours; see `dreamenv.policies.VectorPolicy`.
+
+    Args:
+        path: the zip.
+        algorithm: SB3's or sb3-contrib's name of what saved it.
+        trust: an SB3 zip holds pickled objects: loading it runs code that its author chose.
+
+    Raises:
+        PolicyError: it is not trusted, missing, damaged, or for other observations or actions.
+    """
+
+    def __init__(self, path: Path, algorithm: str, trust: bool) -> None:
+        if not trust:
+            raise PolicyError(f"{path}: an SB3 zip holds pickled code that would run here; pass --trust if you know where it "
+                              "is from, or save agents with agents.train, which needs no pickle")  # fmt: skip
+        try:
+            self._model = algorithm_class(algorithm).load(path, device="cpu")
+        except Exception as error:  # noqa: BLE001 - unpickling may raise anything
+            raise PolicyError(f"{path}: cannot be loaded as {algorithm} ({error}); "
+                              "name what saved it with --algorithm") from None  # fmt: skip
+        spaces = self._model.observation_space, self._model.action_space
+        if sorted(spaces[0].shape or ()) != [3, 64, 64] or getattr(spaces[1], "n", None) != NUM_ACTIONS:
+            raise PolicyError(f"{path}: takes {spaces[0]} and gives {spaces[1]}; expected 64x64x3 frames and 15 actions")
+
+    def act(self, observations: np.ndarray, first: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """See `VectorPolicy.act`; draws from `rng`, so that a seed decides it."""
+        with torch.random.fork_rng():
+            torch.manual_seed(int(rng.integers(2**63)))
+            channels_first = self._model.observation_space.shape == (3, 64, 64)
+            actions, _ = self._model.predict(observations.transpose(0, 3, 1, 2) if channels_first else observations)
+        return np.asarray(actions, np.int64)
 
 
 def to_agent(model: BaseAlgorithm) -> ImpalaAgent:

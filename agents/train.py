@@ -24,10 +24,11 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv
 
+from agents.adapter import NativeVecEnv
 from agents.checkpoint import load_checkpoint, save_checkpoint
 from agents.evaluate import evaluate
 from agents.saved import make_algorithm, save_algorithm, to_agent
-from agents.worlds import TRAIN_LEVELS, make_world
+from agents.worlds import TRAIN_LEVELS, MixedVecEnv, make_world
 from dreamenv.artifacts import read_json
 from dreamenv.config import check, from_dict, load_yaml, to_dict
 from dreamenv.errors import ConfigError, DreamenvError, PolicyError
@@ -116,6 +117,7 @@ class _Keeper(BaseCallback):
         self.config, self.identity = config, identity
         self.other = "real" if config.world == "dream" else "dream"
         self.rollouts, self.evaluated, self.best = 0, 0, float("-inf")
+        self.collecting, self._began = 0.0, time.perf_counter()
 
     def resume(self, steps: int) -> None:
         """Go on after `steps`: remember the best so far, and do not make up for evaluations of before."""
@@ -133,6 +135,10 @@ class _Keeper(BaseCallback):
             self.evaluated = steps
             self.judge()
             save_algorithm(self.config.out / "agent", self.model, _facts(self.config))
+        self._began = time.perf_counter()
+
+    def _on_rollout_end(self) -> None:
+        self.collecting += time.perf_counter() - self._began
 
     def _on_step(self) -> bool:
         return True
@@ -174,6 +180,20 @@ class TimedVecEnv(VecMonitor):
         return result
 
 
+def _shares(envs: VecEnv, env: float, collecting: float, total: float) -> dict[str, float]:
+    """Where the time went: `imagine` and `decode` (the dream's networks), the rest of `env`, `policy`, and `update`.
+
+    `update` is all that is not collecting: gradients, and checkpoints between rollouts.
+    """
+    parts = [p.envs for p in envs.parts] if isinstance(envs, MixedVecEnv) else [cast(NativeVecEnv, envs).envs]
+    dream = {"imagine": 0.0, "decode": 0.0}
+    for part in parts:
+        for name, seconds in getattr(part.unwrapped, "seconds", {}).items():
+            dream[name] += seconds
+    spent = dream | {"env": env - sum(dream.values()), "policy": collecting - env, "update": total - collecting}
+    return {name: max(seconds, 0.0) / total for name, seconds in spent.items()}
+
+
 def _facts(config: TrainConfig) -> dict[str, Any]:
     return {"world": config.world, "game": config.game, "seed": config.seed, "levels": list(TRAIN_LEVELS)}
 
@@ -182,7 +202,7 @@ def train(config: TrainConfig, progress: bool = False) -> dict[str, Any]:
     """Train one agent and save it as `<out>/agent`.
 
     Returns:
-        `agent` (its folder), `steps`, `steps_per_s`, `env_share` (of the time), and the last evaluation's figures.
+        `agent` (its folder), `steps`, `steps_per_s`, `shares` of the time (see `_shares`), and the last evaluation's figures.
 
     Raises:
         ConfigError: bad settings.
@@ -229,7 +249,7 @@ def train(config: TrainConfig, progress: bool = False) -> dict[str, Any]:
     envs.close()
     steps = model.num_timesteps - before
     return {"agent": str(folder), "steps": model.num_timesteps, "steps_per_s": steps / seconds if steps else 0.0,
-            "env_share": timed.seconds / seconds if steps else 0.0,
+            "shares": _shares(inner, timed.seconds, keeper.collecting, seconds) if steps else {},
             ("real" if config.world == "dream" else "dream"): figures}  # fmt: skip
 
 

@@ -155,6 +155,12 @@ def resolve_bundle(bundle: str | Path | None, game: str) -> Path:
     return folder
 
 
+def bundled_agent(folder: Path) -> Path | None:
+    """Folder of the agent that ships with a bundle (see `dreamenv.models.impala.load_agent`); None if there is none."""
+    agent = folder / "agent"
+    return agent if (agent / "agent.json").exists() else None
+
+
 def pick_device(device: str | torch.device) -> torch.device:
     """Return a usable device; "auto" is the GPU if there is one.
 

@@ -71,7 +71,7 @@ def play(game: str = "coinrun", bundle: Path | None = None, world: Literal["both
         guidance: how far to push the dream towards the action; 1 is off, else each evaluation costs two.
         device: auto, cpu, cuda ...
         seed: decides levels, noise and chance.
-        agent: a saved agent's folder, or "bundled".
+        agent: a saved agent's folder; by default the one that ships with the bundle.
         player: who begins at the controls.
         levels: first:last+1 level of the real game.
         out: folder for films, recorded episodes and the saved moment.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dreamenv.artifacts import write_json
-from dreamenv.bundle import load_bundle, resolve_bundle
+from dreamenv.bundle import bundled_agent, load_bundle, resolve_bundle
 from dreamenv.compare import compare_open_loop, outcome_figures
 from dreamenv.flow import SamplerConfig
 from dreamenv.metrics import colour_frequencies
@@ -39,7 +39,10 @@ def demo(out: Path, game: str = "coinrun", bundle: Path | None = None, clips: in
     frequencies = colour_frequencies(play.frames[:, :: max(play.frames.shape[1] // 128, 1)])
     result = compare_open_loop(model, cut_clips(play, clips, model.context, horizon, seed), frequencies, sampler, seed)
     scored = outcome_figures(model, outcome_scores(model, play, sampler, seed=seed))
-    film = _liveliest(cut_clips(play, 64, model.context, film_steps, seed + 1), 3)
+    shipped = bundled_agent(loaded.folder)
+    shown = play if shipped is None else play_real(facts.name, 8 * film_steps, 16, f"agent:{shipped}",
+                                                   distribution_mode=facts.distribution_mode, seed=seed)  # fmt: skip
+    film = _liveliest(cut_clips(shown, 64, model.context, film_steps, seed + 1), 3)
     began = time.perf_counter()
     dreams, _ = open_loop(model, film, sampler, seed)
     speed = dreams.shape[0] * dreams.shape[1] / (time.perf_counter() - began)
@@ -50,8 +53,8 @@ def demo(out: Path, game: str = "coinrun", bundle: Path | None = None, clips: in
     for i, name in enumerate(["side_by_side.mp4", "side_by_side.gif"]):
         columns = {"real": np.concatenate([start[0], real[0]]), "dream": np.concatenate([start[0], dreams[0]])}
         save_video(out / name, side_by_side(columns, scale=(6, 3)[i]))
-    shown = np.unique(np.linspace(0, film_steps - 1, 10).astype(int))
-    save_grid(out / "film_strip.png", [rows[i][shown] for i in range(len(real)) for rows in (real, dreams)])
+    steps = np.unique(np.linspace(0, film_steps - 1, 10).astype(int))
+    save_grid(out / "film_strip.png", [rows[i][steps] for i in range(len(real)) for rows in (real, dreams)])
     save_horizon_plot(out / "horizon.png", result.curves,
                       f"{facts.name}, held-out levels, {clips} clips, {sampler.nfe} NFE")  # fmt: skip
     figures = result.figures | scored | {"film_frames_per_s": speed, "film_level_seeds": film.level_seeds.tolist()}

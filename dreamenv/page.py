@@ -93,22 +93,34 @@ def _number(value: Any) -> str:
     return html.escape(str(value))
 
 
-def _table(rows: list[dict[str, Any]], names: dict[str, str]) -> str:
+def table(rows: list[dict[str, Any]], names: dict[str, str]) -> str:
+    """HTML table of some columns; `names` maps each row's keys to headings."""
     head = "".join(f"<th>{html.escape(n)}</th>" for n in names.values())
     body = "".join("<tr>" + "".join(f"<td>{_number(row[k])}</td>" for k in names) + "</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def embed(path: Path, alt: str, kind: str = "") -> str:
+    """HTML of a PNG or MP4 with its bytes inside, or nothing if there is no such file; `kind` is its CSS class."""
+    if not path.exists():
+        return ""
+    data = base64.b64encode(path.read_bytes()).decode()
+    if path.suffix == ".mp4":
+        return f'<video controls loop muted src="data:video/mp4;base64,{data}"></video>'
+    return f'<img class="{kind}" alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+
+
+def document(title: str, parts: list[str]) -> str:
+    """One HTML page that needs no other file."""
+    head = f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
+    return head + "\n".join(parts)
 
 
 def _page(out: Path, bundle: Bundle, config: CompareConfig, result: Comparison, steps: np.ndarray) -> str:
     f, model = result.figures, bundle.world_model
 
     def picture(name: str, alt: str, kind: str = "") -> str:
-        if not (out / name).exists():
-            return ""
-        data = base64.b64encode((out / name).read_bytes()).decode()
-        if name.endswith(".mp4"):
-            return f'<video controls loop muted src="data:video/mp4;base64,{data}"></video>'
-        return f'<img class="{kind}" alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+        return embed(out / name, alt, kind)
 
     first, last = config.levels[0], config.levels[0] + config.levels[1] - 1
     parts = [
@@ -121,7 +133,7 @@ def _page(out: Path, bundle: Bundle, config: CompareConfig, result: Comparison, 
         f"<p>Upper rows real, lower rows dreamt; steps {', '.join(map(str, steps))}.</p>",
         picture("film_strip.png", "film strip"),
         "<h2>Open loop</h2>", picture("horizon.png", "PSNR by step", "plot"),
-        _table(result.table, {"what": "", "step": "step", "psnr": "PSNR", "psnr_mean": "mean of clips' PSNR", "ssim": "SSIM",
+        table(result.table, {"what": "", "step": "step", "psnr": "PSNR", "psnr_mean": "mean of clips' PSNR", "ssim": "SSIM",
                               "psnr_moving": "moving pixels", "psnr_rare": "rare colours", "detail": "detail",
                               "perceptual": "perceptual distance"}),
         "<p class=note>PSNR in dB, of the mean squared error over all clips unless it says otherwise. Detail is the mean "
@@ -160,10 +172,10 @@ def _page(out: Path, bundle: Bundle, config: CompareConfig, result: Comparison, 
                     and k.startswith("drifted_") == bool(prefix)]  # fmt: skip
             rows = [{"what": k} | {c: f[f"{prefix}{k}_{c}"] for c in ("ap", "base_rate", "events")} for k in keys]
             title = f"contexts dreamt for {config.drift} steps" if prefix else "real contexts"
-            parts.append(f"<h3>On {title}</h3>" + _table(rows, {"what": "", "ap": "average precision",
+            parts.append(f"<h3>On {title}</h3>" + table(rows, {"what": "", "ap": "average precision",
                          "base_rate": "base rate", "events": "events"}))  # fmt: skip
             matrix = outcome_confusion(model, scores)
-            parts.append(_table([{"what": f"really {n}"} | {str(j): float(v) for j, v in enumerate(row)}
+            parts.append(table([{"what": f"really {n}"} | {str(j): float(v) for j, v in enumerate(row)}
                                  for n, row in zip(names, matrix, strict=True)],
                                 {"what": "steps"} | {str(j): f"said {n}" for j, n in enumerate(names)}))  # fmt: skip
     if result.episodes:
@@ -175,7 +187,7 @@ def _page(out: Path, bundle: Bundle, config: CompareConfig, result: Comparison, 
             f"{f['closed_loop_spearman']:.2f} ({_number(f['closed_loop_spearman_ci'])}), mean absolute error "
             f"{f['closed_loop_mean_absolute_error']:.2f}; 95 % bootstrap intervals.</p>",
             picture("policies.png", "values", "plot"),
-            _table(f["closed_loop_policies"], {"policy": "policy", "real_return": "real return", "real_return_ci": "95 %",
+            table(f["closed_loop_policies"], {"policy": "policy", "real_return": "real return", "real_return_ci": "95 %",
                    "dream_return": "dream return", "dream_return_ci": "95 %", "real_length": "real length",
                    "dream_length": "dream length", "real_success": "real success", "dream_success": "dream success"}),
         ]  # fmt: skip
@@ -186,5 +198,4 @@ def _page(out: Path, bundle: Bundle, config: CompareConfig, result: Comparison, 
             f"trained range. Frames after {', '.join(map(str, result.endless['shown']))} steps, one row for each dream:</p>",
             picture("endless_frames.png", "frames"), picture("endless.png", "statistics", "plot"),
         ]  # fmt: skip
-    title = f"{html.escape(bundle.game.name)}: dream against reality"
-    return f'<!doctype html><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>' + "\n".join(parts)
+    return document(f"{bundle.game.name}: dream against reality", parts)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dreamenv.actions import NAMES, NOOP, keys_to_action
-from dreamenv.bundle import EMBEDDED, Bundle, load_bundle, resolve_bundle
+from dreamenv.bundle import EMBEDDED, Bundle, bundled_agent, load_bundle, resolve_bundle
 from dreamenv.config import check
 from dreamenv.errors import ConfigError, DreamenvError
 from dreamenv.flow import SamplerConfig
@@ -509,7 +509,7 @@ def run(game: str = "coinrun", bundle: Path | None = None, world: Mode = "both",
         sampler: how the dream is drawn.
         device: "auto", "cpu" ...
         seed: decides levels, noise and chance.
-        agent: a saved agent's folder.
+        agent: a saved agent's folder; by default the bundle's own, if it ships one.
         player: who is at the controls: "human", "agent" or "random".
         levels: first level and number of levels.
         out: folder for films, recorded episodes and the saved moment.
@@ -529,7 +529,10 @@ def run(game: str = "coinrun", bundle: Path | None = None, world: Mode = "both",
 
     def open_session(folder: Path) -> Session:
         loaded: Bundle = load_bundle(folder, device)
-        session = Session(loaded, sampler, world, agent, levels, seed)
+        shipped = bundled_agent(folder)
+        check(agent != "bundled" or shipped is not None, f"agent 'bundled': {folder} ships none; give an agent's folder")
+        chosen = (None if shipped is None else str(shipped)) if agent in (None, "bundled") else agent
+        session = Session(loaded, sampler, world, chosen, levels, seed)
         check(player in session.players, f"player {player!r}: must be one of {', '.join(session.players)}")
         session.player = player
         return session

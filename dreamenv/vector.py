@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -48,6 +49,10 @@ class DreamVectorEnv(VectorEnv):
         truncate_above: end an episode as truncated once `uncertainty` exceeds this.
         precision: "fp32", "bf16", or "auto": bf16 where the hardware has it, see `dreamenv.bundle.pick_precision`.
 
+    Attributes:
+        sampler: may be replaced at any time.
+        seconds: spent so far in the networks' steps ("imagine") and in drawing frames ("decode").
+
     Raises:
         ConfigError: an argument outside its range.
         BundleError: the bundle is missing or damaged.
@@ -90,6 +95,7 @@ class DreamVectorEnv(VectorEnv):
             sampler = from_dict(SamplerConfig, sampler, "sampler")
         self.bundle = bundle
         self.sampler = sampler
+        self.seconds = {"imagine": 0.0, "decode": 0.0}
         self.exact = exact
         self.truncate_above = truncate_above
         self.num_envs = num_envs
@@ -171,6 +177,7 @@ class DreamVectorEnv(VectorEnv):
             i = int(np.flatnonzero(resetting)[0])
             raise ResetError(f"environment {i} is finished: reset it first with options={{'reset_mask': ...}}")
 
+        began = time.perf_counter()
         imagined, uniforms = self._imagine(actions)
         probabilities = imagined.log_probabilities.exp().double().cpu().numpy()
         model = self.bundle.world_model
@@ -192,7 +199,10 @@ class DreamVectorEnv(VectorEnv):
         doubtful = np.zeros(self.num_envs, bool) if self.truncate_above is None else uncertainty > self.truncate_above
 
         self._state = imagined.state
+        drawing = time.perf_counter()
         self._frames = self._decode(imagined.state.latents[:, -1])
+        self.seconds["decode"] += time.perf_counter() - drawing
+        self.seconds["imagine"] += drawing - began
         self._steps += 1
         truncated = ((self._steps >= self.bundle.game.max_steps) | diverged | doubtful) & ~terminated
         details = {

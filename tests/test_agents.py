@@ -227,7 +227,10 @@ def test_a_resumed_run_ends_with_the_same_bytes(world: str, toy_bundle: Path, tm
     assert whole["steps"] == parts["steps"] == 256
     for name in ("agent/agent.safetensors", "checkpoint/arrays.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
-    assert 0 < whole["env_share"] < 1 and (tmp_path / "whole" / "best" / "agent.json").exists()
+    shares = whole["shares"]
+    assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) >= 0 and shares["update"] > 0
+    assert (shares["decode"] > 0) == (world != "real")
+    assert (tmp_path / "whole" / "best" / "agent.json").exists()
     assert (tmp_path / "whole" / "progress.csv").stat().st_size > 100
 
 

@@ -1,0 +1,176 @@
+"""Does an agent live off the dream's mistakes? Its dream return against its real return, level by level.
+
+`python -m agents.report --agent bundled --out out/agent` plays the same held-out levels in both worlds several times and writes
+`report.html`: how far the dream flatters the agent, a scatter plot of levels, and film strips of those it gets most wrong.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from agents.evaluate import evaluate
+from dreamenv.artifacts import atomic_file, read_json, write_json
+from dreamenv.bundle import resolve_bundle
+from dreamenv.config import check
+from dreamenv.errors import DreamenvError, PolicyError
+from dreamenv.flow import SamplerConfig
+from dreamenv.metrics import interval, pearson
+from dreamenv.page import document, embed, table
+from dreamenv.report import save_grid, save_plot
+from dreamenv.rollout import HELD_OUT
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What is played."""
+
+    agent: str = "bundled"
+    """random, bundled, an agent's folder, or a policy specification."""
+    out: Path = Path("out/agent")
+    """Folder for report.html, metrics.json and pictures."""
+    game: str = "coinrun"
+    """Which game."""
+    bundle: Path | None = None
+    """Bundle folder of the dream; the embedded one by default."""
+    levels: int = 64
+    """Held-out levels."""
+    repeats: int = 4
+    """Episodes on each, in each world."""
+    limit: int = 300
+    """Steps after which an episode is cut off, in both worlds."""
+    nfe: int = SamplerConfig.nfe
+    """Network function evaluations of the dream's steps."""
+    films: int = 3
+    """Levels filmed at each extreme."""
+    seed: int = 0
+    """Decides actions and noise."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises `ConfigError`."""
+        check(2 <= self.levels <= HELD_OUT[1], f"levels {self.levels}: must be in 2..{HELD_OUT[1]}")
+        check(self.repeats >= 1, f"repeats {self.repeats}: must be >= 1")
+        check(self.films >= 0, f"films {self.films}: must be >= 0")
+
+
+def play(config: ReportConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Returns of every episode, float64 (levels, repeats): real, and dreamt from the same first frames."""
+    first = HELD_OUT[0]
+    returns = np.zeros((2, config.levels, config.repeats))
+    for w, world in enumerate(("real", "dream")):
+        for r in range(config.repeats):
+            result = evaluate(config.agent, world, config.game, (first, first + config.levels), config.levels, config.bundle,
+                              config.nfe, config.seed + r, limit=config.limit)  # fmt: skip
+            returns[w, result.levels - first, r] = result.episodes.returns
+    return returns[0], returns[1]
+
+
+def optimism(real: np.ndarray, dream: np.ndarray, replicates: int = 10000, seed: int = 0) -> dict[str, Any]:
+    """How far the dream flatters.
+
+    Args:
+        real: float64 (L, R), returns of R episodes on each of L levels.
+        dream: the same in the dream.
+        replicates: of the bootstrap, which draws levels anew.
+        seed: decides them.
+
+    Returns:
+        Mean returns `real_return` and `dream_return`, their difference `optimism`, each with `_ci` (95 %), and the Pearson
+        correlation `level_pearson` of the levels' mean returns (None if one world's do not differ).
+    """
+    value = np.stack([real.mean(1), dream.mean(1)])
+    draws = np.random.default_rng(seed).integers(value.shape[1], size=(replicates, value.shape[1]))
+    means = value[:, draws].mean(-1)
+    rows = {"real_return": (value[0].mean(), means[0]), "dream_return": (value[1].mean(), means[1]),
+            "optimism": ((value[1] - value[0]).mean(), means[1] - means[0])}  # fmt: skip
+    out: dict[str, Any] = {}
+    for name, (mean, spread) in rows.items():
+        out[name], out[f"{name}_ci"] = float(mean), list(interval(spread))
+    out["level_pearson"] = float(pearson(value[0], value[1])) if value.std(1).min() > 0 else None
+    return out
+
+
+def report(config: ReportConfig) -> dict[str, Any]:
+    """Play, write everything into `config.out`, and return the figures.
+
+    Raises:
+        ConfigError, PolicyError: a bad setting, or no such agent.
+    """
+    real, dream = play(config)
+    figures = optimism(real, dream, seed=config.seed) | {
+        "agent": config.agent, "levels": config.levels, "repeats": config.repeats, "limit": config.limit}  # fmt: skip
+    folder = resolve_bundle(config.bundle, config.game) / "agent" if config.agent == "bundled" else Path(config.agent)
+    facts: dict[str, Any] = {}
+    if (folder / "agent.json").exists():
+        facts = read_json(folder / "agent.json", PolicyError, "train the agent again").get("facts", {})
+    imagined = {"dream": 1.0, "mix": float(facts.get("share", 0.5)), "real": 0.0}.get(str(facts.get("world")))
+    steps = facts.get("steps")
+    figures["imagined_steps"] = None if imagined is None or steps is None else round(imagined * steps)
+    figures["real_steps"] = None if imagined is None or steps is None else steps - figures["imagined_steps"]
+    out, gap = config.out, dream.mean(1) - real.mean(1)
+
+    def draw(axes: Any) -> None:
+        points, counts = np.unique(np.stack([real.mean(1), dream.mean(1)], 1), axis=0, return_counts=True)
+        axes.plot([0, 10], [0, 10], color="grey", lw=1)
+        axes.scatter(*points.T, s=20 + 25 * counts, alpha=0.7)
+        for (x, y), n in zip(points, counts, strict=True):
+            axes.annotate(str(n), (x, y), ha="center", va="center", fontsize=7)
+        axes.set(xlabel="mean return in the real game", ylabel="mean return in the dream", title="levels, and how many")
+
+    save_plot(out / "scatter.png", draw, (5, 4.5))
+    order = np.argsort(gap, kind="stable")
+    chosen = [("flattered", int(i)) for i in order[::-1][: config.films] if gap[i] > 0]
+    chosen += [("slighted", int(i)) for i in order[: config.films] if gap[i] < 0]
+    rows, strips = [], []
+    for kind, i in chosen:
+        level = HELD_OUT[0] + i
+        films = [evaluate(config.agent, world, config.game, (level, level + 1), 1, config.bundle, config.nfe, config.seed,
+                          films=1, limit=config.limit).frames[0] for world in ("real", "dream")]  # fmt: skip
+        strips += [f[np.unique(np.linspace(0, len(f) - 1, 12).round().astype(int))] for f in films]
+        rows.append({"level": level, "kind": kind, "real": float(real[i].mean()), "dream": float(dream[i].mean()),
+                     "real_steps": len(films[0]), "dream_steps": len(films[1])})  # fmt: skip
+    if strips:
+        width = max(len(s) for s in strips)
+        blank = np.zeros((width, 64, 64, 3), np.uint8)
+        save_grid(out / "films.png", [np.concatenate([s, blank[len(s) :]]) for s in strips])
+    write_json(out / "metrics.json", {"figures": figures, "levels": rows})
+    low, high = figures["optimism_ci"]
+    verdict = ("The dream flatters this agent." if low > 0 else "The dream slights this agent." if high < 0 else
+               "No difference between the worlds is proven.")  # fmt: skip
+    learnt = ""
+    if figures["imagined_steps"] is not None:
+        learnt = f"<p>It learnt from {figures['imagined_steps']:,} imagined and {figures['real_steps']:,} real steps.</p>"
+    parts = [
+        f"<h1>{html.escape(config.agent)}: dream return against real return</h1>",
+        f"<p>{config.levels} levels that nobody trained on, {config.repeats} episodes each in both worlds from the same first "
+        f"frames, cut off after {config.limit} steps.</p>", learnt,
+        f"<p>Real return {figures['real_return']:.2f}, dream return {figures['dream_return']:.2f}: optimism "
+        f"{figures['optimism']:+.2f} ({low:+.2f} to {high:+.2f}, 95 % bootstrap over levels). <b>{verdict}</b></p>",
+        embed(out / "scatter.png", "scatter", "plot"), "<h2>Where they differ most</h2>",
+        table(rows, {"level": "level", "kind": "", "real": "real return", "dream": "dream return", "real_steps": "real steps",
+                     "dream_steps": "dream steps"}) if rows else "<p>Nowhere.</p>",
+        "<p>The first episode of each, start to end: upper row real, lower row dreamt.</p>" if rows else "",
+        embed(out / "films.png", "films"),
+    ]  # fmt: skip
+    with atomic_file(out / "report.html") as temporary:
+        temporary.write_text(document(f"{config.agent}: does it live off the dream's mistakes?", parts), encoding="utf-8")
+    return figures
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line: every field of `ReportConfig` is an option; the last line printed is JSON."""
+    try:
+        figures = report(tyro.cli(ReportConfig, args=arguments, description=__doc__))
+    except DreamenvError as error:
+        raise SystemExit(f"error: {error}") from None
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
