@@ -11,17 +11,15 @@ import torch
 from torch import nn
 
 from dreamenv.actions import NOOP
-from dreamenv.bundle import load_bundle, resolve_bundle
 from dreamenv.errors import CheckpointError, ConfigError
 from dreamenv.flow import SamplerConfig
 from dreamenv.models.io import load_model
 from dreamenv.models.latent_flow import LatentFlow, draw_next
-from dreamenv.rollout import play_real
 from envs.collect import CollectConfig, collect
 from trainers.critic import Critic, fool, judge
 from trainers.dynamics import DynamicsTask, DynamicsTaskConfig
 from trainers.heads import HeadsTask, HeadsTaskConfig
-from trainers.latents import PatchRarity, channel_weights, encode_dataset
+from trainers.latents import encode_dataset
 from trainers.loop import Loop
 from trainers.train import train
 
@@ -186,28 +184,3 @@ def test_a_closed_gate_copies_exactly_and_a_grown_one_begins_open(latents: Path,
         assert (before - last).abs().max() > 1e-3
         cast(torch.Tensor, gated.out.bias)[-1] = -200
         assert (gated(None, zero, context, actions, zero)[0] == last).all()
-
-
-def test_rare_patches_weigh_more_in_proportion() -> None:
-    generator = torch.Generator().manual_seed(0)
-    kinds = torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 4.0]])
-    label = torch.multinomial(torch.tensor([0.9, 0.09, 0.01]), 64 * 256, replacement=True, generator=generator)
-    cells = kinds[label] + 0.01 * torch.randn(len(label), 2, generator=generator)
-    latents = cells.view(64, 16, 16, 2).permute(0, 3, 1, 2)
-    weights = PatchRarity(latents, torch.ones(2), clusters=3)(latents).flatten()
-    for k in range(3):
-        share = float((label == k).float().mean())
-        assert torch.allclose(weights[label == k], torch.tensor(min((1 / 3 / share) ** 0.5, 8.0)), rtol=1e-4), k
-    assert PatchRarity(torch.zeros(4, 2, 16, 16), torch.ones(2))(torch.zeros(1, 2, 16, 16)).eq(1).all()
-
-
-def test_coins_weigh_more_than_walls() -> None:
-    """Where the real game shows a coin's yellow, in the embedded autoencoder's latents."""
-    bundle = load_bundle(resolve_bundle(None, "coinrun"), "cpu")
-    play = play_real("coinrun", 120, 16, "biased", levels=(0, 200), seed=0)
-    frames = play.frames.reshape(-1, 64, 64, 3)[::3]
-    z = torch.cat([bundle.world_model.encode(frames[i : i + 64]) for i in range(0, len(frames), 64)]).clone()
-    weights = PatchRarity(z, channel_weights(bundle.world_model.autoencoder, z[:64]))(z)
-    red, green, blue = (frames[..., c].astype(int) for c in range(3))
-    yellow = ((red > 200) & (green > 160) & (blue < 80)).reshape(-1, 16, 4, 16, 4).sum((2, 4)) >= 3
-    assert yellow.any() and float(weights[torch.from_numpy(yellow)].mean()) > 3 * float(weights.mean())

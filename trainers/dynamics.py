@@ -55,7 +55,7 @@ class DynamicsTaskConfig:
     context_noise: float = 0.3
     """Largest standard deviation of the noise added to the context; its level is an input."""
     importance: float = 0.5
-    """How far cells that show something rare raise the loss: weight 1 + importance * (rarity - 1), never below 1."""
+    """How far rare-coloured cells raise the loss: weight 1 + importance * (mean rare weight - 1)."""
     drop_actions: float = 0.05
     """Share of samples whose actions are hidden, for guidance."""
     pad: float = 0.1

@@ -155,7 +155,7 @@ class HeadsTask:
         dynamics = self.dynamics.to(context.device)
         for step in range(batch["roll"].shape[1]):
             noise = torch.randn(context[:, 0].shape, generator=generator, device=context.device)
-            clean, _ = draw_next(dynamics, context, batch["roll"][:, step], noise, SamplerConfig())
+            clean, _ = draw_next(dynamics, context, batch["roll"][:, step], noise, SamplerConfig(nfe=2))
             moved = torch.cat([context[:, 1:], clean[:, None]], 1)
             context = torch.where(batch["live"][:, step, None, None, None, None], moved, context)
         return context

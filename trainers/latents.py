@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dreamenv.actions import NOOP
@@ -17,9 +18,10 @@ from dreamenv.artifacts import atomic_file, read_json, readable_folder, write_js
 from dreamenv.bundle import pick_device
 from dreamenv.data import HELD_OUT_FROM, Dataset, Windows, split_levels
 from dreamenv.errors import BundleError, DatasetError, DreamenvError
-from dreamenv.memory import keep_freed_memory
+from dreamenv.metrics import colour_frequencies
 from dreamenv.models.autoencoder import Autoencoder, to_images
 from dreamenv.models.io import load_model
+from trainers.losses import colour_bins, colour_weights
 
 
 def training_data(folder: str | Path) -> Dataset:
@@ -39,8 +41,8 @@ def training_data(folder: str | Path) -> Dataset:
 def encode_dataset(data: Path, autoencoder: Path, out: Path, device: str = "auto") -> Path:
     """Encode every frame; resumes shard by shard. Returns `out`.
 
-    Writes per shard `latents-00000.npy` float16 (S, C, H, W) and `importance-00000.npy` uint8 (S, H, W): the rarity of what
-    each cell shows (`PatchRarity`), times 16; and `latents.json` last.
+    Writes per shard `latents-00000.npy` float16 (S, C, H, W) and `importance-00000.npy` uint8 (S, H, W): the mean
+    rare-colour weight of each cell's pixels, times 16; and `latents.json` last.
     """
     dataset = training_data(data)
     model, digest = load_autoencoder(autoencoder)
@@ -54,86 +56,28 @@ def encode_dataset(data: Path, autoencoder: Path, out: Path, device: str = "auto
         write_json(marker, identity)
     target = pick_device(device)
     model = model.to(target, memory_format=torch.channels_last)
-    numbers = [shard.name[6:] for shard in dataset.shards]
-    for shard, number in zip(dataset.shards, numbers, strict=True):
-        if (path := out / f"latents-{number}.npy").exists():
+    rng = np.random.default_rng(0)
+    sample = np.concatenate([s.frames[np.sort(rng.choice(len(s), min(len(s), 256), replace=False))] for s in dataset.shards])
+    weights = colour_weights(torch.from_numpy(colour_frequencies(sample)).float())
+    patch = model.config.patch
+    for shard in dataset.shards:
+        paths = [out / f"{kind}-{shard.name[6:]}.npy" for kind in ("latents", "importance")]
+        if all(p.exists() for p in paths):
             continue
         latents = np.empty((len(shard), *model.latent_shape), np.float16)
+        importance = np.empty((len(shard), *model.latent_shape[1:]), np.uint8)
         with torch.no_grad(), torch.autocast(target.type, torch.bfloat16, enabled=False):
             for at in range(0, len(shard), 256):
                 frames = torch.from_numpy(np.array(shard.frames[at : at + 256])).to(target)
                 latents[at : at + 256] = model.encode(to_images(frames)).half().cpu().numpy()
-        _save(path, latents)
+                cells = F.avg_pool2d(weights.to(target)[colour_bins(frames)][:, None], patch)[:, 0]
+                importance[at : at + 256] = (cells * 16).round().clamp(0, 255).byte().cpu().numpy()
+        for path, array in zip(paths, (latents, importance), strict=True):
+            with atomic_file(path) as temporary, open(temporary, "wb") as file:
+                np.save(file, array, allow_pickle=False)
         print(f"encoded {shard.name}", flush=True)
-    missing = [n for n in numbers if not (out / f"importance-{n}.npy").exists()]
-    if missing:
-        rng, each = np.random.default_rng(0), -(-4096 // len(numbers))
-        parts = [np.load(out / f"latents-{n}.npy", mmap_mode="r", allow_pickle=False) for n in numbers]
-        sample = np.concatenate([p[np.sort(rng.choice(len(p), min(len(p), each), replace=False))] for p in parts])
-        probe = torch.from_numpy(sample).float()
-        rarity = PatchRarity(probe, channel_weights(model.cpu(), probe[:256]))
-    for number in missing:
-        latents = np.load(out / f"latents-{number}.npy", allow_pickle=False)
-        weights = torch.cat([rarity(torch.from_numpy(latents[at : at + 512]).float()) for at in range(0, len(latents), 512)])
-        _save(out / f"importance-{number}.npy", (weights * 16).round().clamp(1, 255).byte().numpy())
-        print(f"weighed {number}", flush=True)
     write_json(out / "latents.json", {"data": str(data), "autoencoder": str(autoencoder), "autoencoder_sha256": digest})
     return out
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array, allow_pickle=False)
-
-
-class PatchRarity:
-    """How rare what a latent cell shows is: the inverse root frequency of its cluster, relative to equal shares.
-
-    A coin, a saw, lava and the player are a few cells each; a squared error that counts every cell alike lets them dissolve.
-    Their colours need not be rare (a saw is as grey as the walls), their patches are. Clusters are those of k-means on the
-    cells, in the metric of pixel error, begun by k-means++ (Arthur & Vassilvitskii 2007), which seeds rare patches too.
-
-    Args:
-        latents: float32 (N, C, H, W), a sample.
-        channels: (C,), see `channel_weights`.
-        clusters: how many.
-        limits: smallest and largest weight.
-        seed: decides the seeding.
-    """
-
-    def __init__(self, latents: Tensor, channels: Tensor, clusters: int = 512, limits: tuple[float, float] = (0.25, 8.0),
-                 seed: int = 0) -> None:  # fmt: skip
-        self._scale = channels.sqrt()
-        cells = self._cells(latents)
-        generator = torch.Generator().manual_seed(seed)
-        few = cells[torch.randperm(len(cells), generator=generator)[:30000]]
-        centres, nearest = few[:1], (few - few[:1]).square().sum(1)
-        for _ in range(min(clusters, len(few)) - 1):
-            if not nearest.any():  # fewer different cells than clusters
-                break
-            new = few[torch.multinomial(nearest, 1, generator=generator)]
-            centres, nearest = torch.cat([centres, new]), torch.minimum(nearest, (few - new).square().sum(1))
-        many = cells[torch.randperm(len(cells), generator=generator)[:200000]]
-        for _ in range(12):
-            label = torch.cdist(many, centres).argmin(1)
-            counts = torch.bincount(label, minlength=len(centres)).float()
-            sums = torch.zeros_like(centres).index_add_(0, label, many)
-            centres = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], centres)
-        self._centres = centres
-        share = torch.bincount(self._labels(cells), minlength=len(centres)).float() / len(cells)
-        self._weights = (1 / len(centres) / share.clamp_min(1e-9)).sqrt().clamp(*limits)
-
-    def __call__(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, H, W) -> weights (B, H, W)."""
-        b, _, h, w = latents.shape
-        return self._weights[self._labels(self._cells(latents))].view(b, h, w)
-
-    def _cells(self, latents: Tensor) -> Tensor:
-        return (latents * self._scale[:, None, None]).permute(0, 2, 3, 1).flatten(0, 2)
-
-    def _labels(self, cells: Tensor) -> Tensor:
-        half = self._centres.square().sum(1) / 2  # nearest = largest x.c - |c|^2 / 2
-        return torch.cat([(part @ self._centres.T - half).argmax(1) for part in cells.split(65536)])
 
 
 def load_autoencoder(folder: str | Path) -> tuple[Autoencoder, str]:
@@ -153,7 +97,7 @@ class LatentDataset:
 
     Attributes:
         latents: float16 (N, C, H, W).
-        importance: uint8 (N, H, W), 16 x the rarity of what the cell shows.
+        importance: uint8 (N, H, W), 16 x the cell's mean rare-colour weight.
         actions: int64 (N,); rewards: float32 (N,); terminated: bool (N,).
         start: int64 (N,), index of the first step of each step's episode or segment.
         validation: bool (N,), steps of validation levels.
@@ -246,7 +190,6 @@ def channel_weights(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
 if __name__ == "__main__":
     import tyro
 
-    keep_freed_memory()
     try:
         tyro.cli(tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(encode_dataset))
     except DreamenvError as error:
