@@ -89,7 +89,9 @@ def load_checkpoint(folder: Path, model: OnPolicyAlgorithm, identity: str) -> bo
         assert isinstance(scaler, VecNormalize)
         scaler.returns = arrays["scaler.returns"]
         moments = scaler.ret_rms
-        moments.mean, moments.var, moments.count = arrays["scaler.mean"], arrays["scaler.var"], state["scaler_count"]
+        # safetensors keeps them as (1,), which numpy would promote the rewards by; () as before divides in their own precision
+        moments.mean, moments.var = (arrays[f"scaler.{name}"].reshape(np.shape(moments.mean)) for name in ("mean", "var"))
+        moments.count = state["scaler_count"]
     kind, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, arrays["rng.numpy"], position, has_gauss, cached))
     torch.set_rng_state(torch.from_numpy(arrays["rng.torch"]))

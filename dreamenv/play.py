@@ -5,8 +5,9 @@ The model steps on a worker thread; this one only listens and draws, so the wind
 
 from __future__ import annotations
 
+import contextlib
 import os
-import threading
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -28,7 +29,8 @@ from dreamenv.session import GRID, Mode, Moment, Session
 
 HORIZON = 15
 """Steps of an imagined future."""
-_NFES = (1, 2, 3, 4, 6, 8, 12, 16)
+_NFES, _ODD_NFES = (1, 2, 3, 4, 6, 8, 12, 16), (1, 3, 5, 7, 9, 15)
+_END_SECONDS = 1.5
 _MESSAGE_SECONDS = 4.0
 _REWIND_STEPS = 2
 
@@ -79,6 +81,8 @@ def film(session: Session, path: Path, steps: int, script: Sequence[int] | None 
     surface = pygame.Surface(Screen.size(scale, len(session.shown)))
     uncertainty: deque[float] = deque(maxlen=150)
     began = time.perf_counter()
+    if script:
+        session.player = "human"
     try:
         for t in range(steps):
             moment = session.step(NOOP if not script else script[t % len(script)])
@@ -113,15 +117,18 @@ class Window:
         self._open, self.out, self.fps = open_session, out, fps
         try:
             pygame.display.init()
-            pygame.joystick.init()
             self._surface = pygame.display.set_mode(Screen.size(scale, 2), pygame.RESIZABLE)
         except pygame.error as error:
             raise ConfigError(f"display: none to open a window on ({error}); 'dreamenv play --headless film.mp4' films a "
                               "game without one, 'dreamenv demo' measures it too") from None  # fmt: skip
-        self._done_event = pygame.event.custom_type()
+        with contextlib.suppress(pygame.error):  # a game without a gamepad
+            pygame.joystick.init()
+        self._done_event, self._loaded_event = pygame.event.custom_type(), pygame.event.custom_type()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="dream")
-        self._jobs: deque[tuple[Future[Any], Callable[[Any], None] | None]] = deque()
-        self._pads: dict[int, Any] = {}
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="real game")
+        self._jobs: deque[tuple[Future[Any], Callable[[Any], None] | None, Session | None]] = deque()
+        self._pads: dict[int, int] = {}
+        self._joysticks: dict[int, Any] = {}
         self._screen = Screen()
         self._pressed: set[int] = set()
         self._tapped: set[int] = set()  # a key pressed and released between two frames still counts once
@@ -136,9 +143,14 @@ class Window:
         self._uncertainty: deque[float] = deque(maxlen=150)
         self.steps = 0
         self._last_step: float | None = None
+        self._over_since: float | None = None
         self._names = 0
         self._dirty = True
-        self._adopt(folder, open_session(folder))
+        try:
+            self._adopt(folder, open_session(folder))
+        except BaseException:
+            pygame.quit()
+            raise
 
     # -- sessions ------------------------------------------------------------------------------------------------------
 
@@ -154,31 +166,32 @@ class Window:
 
         def load() -> None:
             session.load_real(game)
-            self._wake()
+            self._wake(self._loaded_event)
 
-        self._loader = threading.Thread(target=load, name="real game", daemon=True)
-        self._loader.start()
+        self._loader.submit(load)
 
-    def _wake(self) -> None:
-        if self._pygame.display.get_init():
-            self._pygame.event.post(self._pygame.event.Event(self._done_event))
+    def _wake(self, kind: int) -> None:
+        with contextlib.suppress(self._pygame.error):  # the window may be gone
+            self._pygame.event.post(self._pygame.event.Event(kind))
 
     def _ask(self, job: Callable[[], Any], then: Callable[[Any], None] | None = None) -> None:
         """Run `job` on the worker, and `then` with its result here."""
         future = self._worker.submit(job)
-        self._jobs.append((future, then))
-        future.add_done_callback(lambda _: self._wake())
+        self._jobs.append((future, then, getattr(self, "session", None)))
+        future.add_done_callback(lambda _: self._wake(self._done_event))
 
     def _collect(self) -> None:
         while self._jobs and self._jobs[0][0].done():
-            future, then = self._jobs.popleft()
+            future, then, session = self._jobs.popleft()
             self._dirty = True
             try:
                 result = future.result()
-            except DreamenvError as error:
+            except (DreamenvError, OSError) as error:
                 self._say(str(error))
                 continue
             if isinstance(result, Moment):
+                if session is not self.session:  # of a bundle that was left meanwhile
+                    continue
                 self._moment = result
             if then is not None:
                 then(result)
@@ -221,15 +234,23 @@ class Window:
         session = self.session
         if self._overlay:
             self._tick += 1
-            self._dirty = self._overlay == "branches"
+            self._dirty |= self._overlay == "branches"
+            self._stand_still()
             return
         if self._pygame.K_BACKSPACE in self._pressed | self._tapped:
-            self._tapped.clear()
-            self._ask(lambda: session.rewind(_REWIND_STEPS))
+            self._stand_still()
+            self._ask(lambda: session.rewind(_REWIND_STEPS), lambda _: self._film_picture())
             return
         if self.paused and not self._single:
+            self._stand_still()
             return
         self._single = False
+        if all(self._moment.ended[world] for world in session.shown):  # long enough on show to be seen, and rewound
+            self._over_since = self._over_since or time.perf_counter()
+            if time.perf_counter() - self._over_since < _END_SECONDS:
+                self._stand_still()
+                return
+        self._over_since = None
         action = self.held_action()
         self._tapped.clear()
         pressed_at, self._pressed_at = self._pressed_at, None
@@ -246,10 +267,21 @@ class Window:
             self._draw()
             if pressed_at is not None:
                 self.latency.add(time.perf_counter() - pressed_at)
-            if self._film is not None:
-                self._film.add(self._pygame.surfarray.array3d(self._surface).swapaxes(0, 1))
+            self._film_picture()
 
         self._ask(lambda: session.step(action), after)
+
+    def _stand_still(self) -> None:
+        """A tick without a step: what was pressed is void, delays are not counted over it; a film goes on."""
+        self._tapped.clear()
+        self._pressed_at = self._last_step = None
+        self._film_picture()
+
+    def _film_picture(self) -> None:
+        if self._film is not None:
+            if self._dirty:
+                self._draw()
+            self._film.add(self._pygame.surfarray.array3d(self._surface).swapaxes(0, 1))
 
     def held_action(self) -> int:
         """The action of the keys and the gamepad now held, or pressed since the last step."""
@@ -264,12 +296,13 @@ class Window:
 
     def _draw(self) -> None:
         session, interval = self.session, self._between.quantile(0.5)
+        recorder = session.recorder  # the worker may end it meanwhile
         slow = interval is not None and interval > 1.2 / self.fps
         view = View(
             self._moment, session.shown, session.game, _short(self.folder), session.player, session.sampler, True,
             session.action_meanings, self.fps, 0.0 if interval is None else 1 / interval, self.latency.quantile(0.5), slow,
             self.paused, session.following, session.can_rewind / self.fps, None if self._film is None else self._film.count,
-            None if session.recorder is None else len(session.recorder), self._message, list(self._uncertainty), self._overlay,
+            None if recorder is None else len(recorder), self._message, list(self._uncertainty), self._overlay,
             self._futures, self._tick, self._chosen, [(n, w) for n, w, _ in self._menu], self._selected,
         )  # fmt: skip
         self._screen.draw(self._surface, view)
@@ -277,15 +310,21 @@ class Window:
         self._dirty = False
 
     def _close(self) -> None:
-        """Finish recordings, stop the worker, release both worlds."""
+        """Finish recordings, stop both threads, release everything; nothing of that keeps the rest from happening."""
         self._worker.shutdown(wait=True)
-        self._collect()
+        for future, _, _ in self._jobs:
+            if future.exception() is None and isinstance(opened := future.result(), Session):
+                opened.close()
+        self._jobs.clear()
         try:
-            for path in (self._film.close() if self._film is not None else None, self.session.stop_recording()):
-                if path is not None:
-                    print(f"written: {path}")
+            for finish in (None if self._film is None else self._film.close, self.session.stop_recording):
+                try:
+                    if finish is not None and (path := finish()) is not None:
+                        print(f"written: {path}")
+                except (DreamenvError, OSError) as error:
+                    print(f"error: {error}", file=sys.stderr)
         finally:
-            self._loader.join()
+            self._loader.shutdown(wait=True, cancel_futures=True)
             self.session.close()
             self._pygame.quit()
 
@@ -302,6 +341,7 @@ class Window:
                     return False
                 self._overlay = ""
             elif self._overlay:
+                self._pressed.add(event.key)
                 self._overlay_key(event.key)
             else:
                 self._pressed.add(event.key)
@@ -314,6 +354,12 @@ class Window:
             self._pressed.discard(event.key)
         elif event.type == pygame.WINDOWFOCUSLOST:
             self._pressed.clear()
+            self._tapped.clear()
+            self._pads.clear()
+        elif event.type == self._loaded_event:
+            self._ask(self.session.look)
+            if self.session.real_problem:
+                self._say(self.session.real_problem)
         elif event.type == pygame.VIDEORESIZE:
             self._surface = pygame.display.get_surface()
             self._dirty = True
@@ -336,8 +382,9 @@ class Window:
         elif key == pygame.K_r:
             self._ask(session.synchronise, lambda _: self._say("the dream goes on from the real frames"))
         elif key == pygame.K_f:
-            session.following = not session.following
-            self._say("the dream follows the real game, one step ahead" if session.following else "the dream drifts on alone")
+            following = not session.following
+            self._ask(lambda: session.follow(following))
+            self._say("the dream follows the real game, one step ahead" if following else "the dream drifts on alone")
         elif key == pygame.K_n:
             self._ask(session.new_start)
         elif key == pygame.K_p:
@@ -351,11 +398,13 @@ class Window:
             path = self._moment_path()
             self._ask(lambda: session.load(path), lambda _: self._say("back at the saved moment"))
         elif key == pygame.K_b:
-            self._ask(lambda: session.branch(HORIZON), self._show_futures)
+            if not self._jobs or self._jobs[-1][1] != self._show_futures:
+                self._ask(lambda: session.branch(HORIZON), self._show_futures)
         elif key == pygame.K_g:
             self._say({"human": "you play", "agent": "the agent plays", "random": "chance plays"}[session.next_player()])
         elif key in (pygame.K_LEFTBRACKET, pygame.K_RIGHTBRACKET):
-            self._set(nfe=_beside(_NFES, session.sampler.nfe, 1 if key == pygame.K_RIGHTBRACKET else -1))
+            steps = _NFES if session.sampler.solver == "euler" else _ODD_NFES
+            self._set(nfe=_beside(steps, session.sampler.nfe, 1 if key == pygame.K_RIGHTBRACKET else -1))
         elif key in (pygame.K_COMMA, pygame.K_PERIOD):
             change = 0.1 if key == pygame.K_PERIOD else -0.1
             self._set(temperature=round(min(max(session.sampler.temperature + change, 0), 3), 1))
@@ -373,7 +422,8 @@ class Window:
         elif key == pygame.K_h:
             self._overlay = "help"
         elif key == pygame.K_F11:
-            pygame.display.toggle_fullscreen()
+            with contextlib.suppress(pygame.error):
+                pygame.display.toggle_fullscreen()
 
     def _overlay_key(self, key: int) -> None:
         pygame = self._pygame
@@ -403,8 +453,8 @@ class Window:
             self._say(self.session.real_problem or "only one world is loaded")
 
     def _show_futures(self, futures: np.ndarray) -> None:
-        self._futures, self._tick, self._chosen, self._overlay = futures, 0, 4, "branches"
-        self._pressed.clear()  # their release may not be seen from here
+        if not self._jobs:  # else something else was asked for meanwhile
+            self._futures, self._tick, self._chosen, self._overlay = futures, 0, 4, "branches"
 
     def _set(self, **changes: Any) -> None:
         try:
@@ -438,7 +488,14 @@ class Window:
         def to_bundle(folder: Path) -> Callable[[], None]:
             def chosen(session: Session) -> None:
                 old, self._overlay = self.session, ""
-                self._ask(old.close)
+
+                def leave() -> Path | None:
+                    try:
+                        return old.stop_recording()
+                    finally:
+                        old.close()
+
+                self._ask(leave, lambda path: None if path is None else self._say_written(path))
                 self._adopt(folder, session)
 
             return lambda: self._ask(lambda: self._open(folder), chosen)
@@ -456,11 +513,12 @@ class Window:
     def _pad(self, event: Any) -> None:
         """Translate a gamepad: stick or cross for the arrows, its buttons for jump and the game's other actions."""
         pygame = self._pygame
+        before = set(self._pads.values())
         if event.type == pygame.JOYDEVICEADDED:
-            joystick = pygame.joystick.Joystick(event.device_index)
-            joystick.init()
-            self._pads[-1 - event.device_index] = 0
-            self._joysticks = [*getattr(self, "_joysticks", []), joystick]
+            with contextlib.suppress(pygame.error):
+                self._joysticks[event.device_index] = pygame.joystick.Joystick(event.device_index)
+        elif event.type == pygame.JOYDEVICEREMOVED:
+            self._pads.clear()
         elif event.type == pygame.JOYAXISMOTION and event.axis < 2:
             keys = ((pygame.K_LEFT, pygame.K_RIGHT), (pygame.K_UP, pygame.K_DOWN))[event.axis]
             self._pads[event.axis] = keys[0] if event.value < -0.5 else keys[1] if event.value > 0.5 else 0
@@ -476,6 +534,7 @@ class Window:
             elif down and event.button == 7:
                 self.paused = not self.paused
                 self._dirty = True
+        self._tapped |= set(self._pads.values()) - before - {0}
 
 
 def _beside(values: Sequence[int], value: int, direction: int) -> int:

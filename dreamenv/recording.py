@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from dreamenv.artifacts import atomic_file
-from dreamenv.bundle import Bundle
 from dreamenv.config import check
 from dreamenv.data.writer import COLUMNS, DatasetWriter
+from dreamenv.errors import ConfigError
 
 
 class FilmRecorder:
@@ -33,6 +33,7 @@ class FilmRecorder:
         self.path, self.fps, self.count = path, fps, 0
         self._pictures: queue.Queue[np.ndarray | None] = queue.Queue(maxsize=256)
         self._problem: Exception | None = None
+        self._ended = False
         self._thread = threading.Thread(target=self._write, name="film", daemon=True)
         self._thread.start()
 
@@ -43,16 +44,20 @@ class FilmRecorder:
             self._pictures.put(picture)
 
     def close(self) -> Path | None:
-        """Finish the file and return its path; None if nothing was added."""
+        """Finish the file and return its path; None if nothing was added.
+
+        Raises:
+            ConfigError: it could not be written; there is no file then.
+        """
         self._pictures.put(None)
         self._thread.join()
         if self._problem is not None:
-            raise self._problem
+            raise ConfigError(f"film {self.path}: could not be written ({self._problem}); choose another folder")
         return self.path if self.count else None
 
     def _write(self) -> None:
         try:
-            first = self._pictures.get()
+            first = self._next()
             if first is None:
                 return
             shape = (first.shape[0] // 2 * 2, first.shape[1] // 2 * 2)  # H.264 has no odd sizes
@@ -61,8 +66,13 @@ class FilmRecorder:
                 (self._gif if self.path.suffix == ".gif" else self._mp4)(temporary, first, shape)
         except Exception as error:  # noqa: BLE001 - told by close(), in the thread that asked
             self._problem = error
-            while self._pictures.get() is not None:
-                pass
+            while not self._ended:
+                self._next()
+
+    def _next(self) -> np.ndarray | None:
+        picture = self._pictures.get()
+        self._ended = picture is None
+        return picture
 
     def _fitted(self, first: np.ndarray, shape: tuple[int, int]) -> Any:
         picture: np.ndarray | None = first
@@ -71,7 +81,7 @@ class FilmRecorder:
             h, w = min(shape[0], picture.shape[0]), min(shape[1], picture.shape[1])
             fitted[:h, :w] = picture[:h, :w]
             yield fitted
-            picture = self._pictures.get()
+            picture = self._next()
 
     def _mp4(self, temporary: Path, first: np.ndarray, shape: tuple[int, int]) -> None:
         import av
@@ -100,19 +110,16 @@ class EpisodeRecorder:
     Args:
         folder: where.
         world: "real" or "dream".
-        game, meanings: the game and what its actions do.
-        bundle: what dreamt; its facts are recorded.
+        facts: the game as the dataset's manifest describes it: `game`, `distribution_mode`, `max_steps`,
+            `action_meanings`, `backend`.
         levels: the real game's level range.
     """
 
-    def __init__(self, folder: Path, world: str, game: str, meanings: tuple[str, ...], bundle: Bundle,
-                 levels: tuple[int, int]) -> None:  # fmt: skip
+    def __init__(self, folder: Path, world: str, facts: dict[str, Any], levels: tuple[int, int]) -> None:
         self.folder, self.world = folder, world
         self._facts: dict[str, Any] = {
-            "game": game, "world": world, "policy": "played", "policy_mix": [["played", 1.0]], "start_level": levels[0],
-            "num_levels": levels[1], "distribution_mode": bundle.game.distribution_mode, "seed": 0, "num_envs": 1,
-            "backend": f"bundle {bundle.identity[:12]}" if world == "dream" else "procgen 0.10.7", "num_shards": 1,
-            "max_steps": bundle.game.max_steps, "action_meanings": list(meanings),
+            **facts, "world": world, "policy": "played", "policy_mix": [["played", 1.0]], "start_level": levels[0],
+            "num_levels": levels[1], "seed": 0, "num_envs": 1, "num_shards": 1,
         }  # fmt: skip
         self._rows: list[dict[str, Any]] = []
         self._fresh = True
@@ -133,10 +140,14 @@ class EpisodeRecorder:
         """What comes next does not follow from what came before."""
         self._fresh = True
 
-    def take_back(self) -> None:
-        """Forget the last step."""
-        if self._rows:
-            self._fresh = self._rows.pop()["first"]
+    def mark(self) -> tuple[int, bool]:
+        """Where the recording stands, for `rewind`."""
+        return len(self._rows), self._fresh
+
+    def rewind(self, mark: tuple[int, bool]) -> None:
+        """Forget what was added since `mark`."""
+        del self._rows[mark[0] :]
+        self._fresh = mark[1]
 
     def save(self) -> Path | None:
         """Write the folder and return it; None if there was no step."""

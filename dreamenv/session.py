@@ -69,6 +69,7 @@ class _Past:
     errors: tuple[float, int]
     level: int
     taken: tuple[int, ...]
+    mark: tuple[int, bool] = (0, True)
 
 
 class Session:
@@ -85,7 +86,7 @@ class Session:
         agent: a saved agent's folder; None leaves a person and chance.
         levels: first level and number of levels of the real game.
         seed: decides levels, noise and chance.
-        memory: steps that can be taken back.
+        memory: steps that can be taken back; a step takes about 0.13 MB.
 
     Raises:
         ConfigError: an argument outside its range.
@@ -93,7 +94,7 @@ class Session:
     """
 
     def __init__(self, bundle: Bundle, sampler: SamplerConfig | None = None, mode: Mode = "both", agent: str | None = None,
-                 levels: tuple[int, int] = (0, 10000), seed: int = 0, memory: int = 150) -> None:  # fmt: skip
+                 levels: tuple[int, int] = (0, 10000), seed: int = 0, memory: int = 600) -> None:  # fmt: skip
         check(mode in MODES, f"mode {mode!r}: must be one of {', '.join(MODES)}")
         check(memory >= 1, f"memory {memory}: must be >= 1")
         self.bundle, self.mode, self.levels, self.seed = bundle, mode, levels, seed
@@ -109,6 +110,7 @@ class Session:
         self.real_problem = ""
         self._waiting: Any = None  # a real game that another thread has loaded, not yet in step
         self._lock = threading.Lock()
+        self._closed = False
         self._rng = philox((seed, 0x91A7))
         self._past: deque[_Past] = deque(maxlen=memory)
         self.moment = self.new_start()
@@ -128,11 +130,13 @@ class Session:
         try:
             env = gym.make("envs:RealProcgen-v0", disable_env_checker=True, game=game or facts.name, distribution_mode=mode,
                            start_level=self.levels[0], num_levels=self.levels[1])  # fmt: skip
-        except (ImportError, gym.error.Error, ConfigError) as error:
+        except (ImportError, OSError, RuntimeError, gym.error.Error, ConfigError) as error:
             self.real_problem = f"no real game: {error}"
             return
         with self._lock:
-            self._waiting = env.unwrapped
+            stale, self._waiting = (env, None) if self._closed else (self._waiting, env.unwrapped)
+        if stale is not None:
+            stale.close()
 
     @property
     def paired(self) -> bool:
@@ -155,16 +159,24 @@ class Session:
             env, self._waiting = self._waiting, None
         if env is None:
             return False
+        if self.recorder is not None and env.vector.game.name != self.game:  # a dataset is of one game
+            self.stop_recording()
         if self.real is not None:
             self.real.close()
         self.real = env
         return True
 
+    def look(self) -> Moment:
+        """The present moment, with a real game that has been loaded meanwhile."""
+        self._take_real_in()
+        return self.moment
+
     def _take_real_in(self) -> None:
         """Bring a freshly loaded real game to where the dream is: its level, and the same actions since."""
+        alone = self.real is not None and not self.paired
         if not self._swap():
             return
-        if not self.paired:
+        if alone or not self.paired:
             self.new_start()
             return
         frame, _ = self.real.reset(options={"level": self._level})
@@ -234,12 +246,16 @@ class Session:
         m = self.moment
         policy = self.players[self.player]
         if policy is not None:
-            seen = m.real if self.shown[0] == "real" else m.dream
+            world = next((w for w in self.shown if not m.ended[w]), self.shown[0])
+            seen = m.real if world == "real" else m.dream
             action = int(policy.act(np.asarray(seen)[None], np.array([m.step == 0]), self._rng)[0])
         self._past.append(self._now())
+        before = m.dream
         if self.following:
-            self._synchronise()
+            before = self._synchronise()
             m = self.moment
+            if self.recorder is not None and self.recorder.world == "dream":
+                self.recorder.cut()
         rewards, ended, earned = dict(m.rewards), dict(m.ended), {"dream": 0.0, "real": 0.0}
         dream, real, outlook = m.dream, m.real, (m.reward_probability, m.end_probability, m.uncertainty)
         if not ended["dream"] and (self.real is None or self.paired):
@@ -258,7 +274,7 @@ class Session:
         for world in rewards:
             rewards[world] += earned[world]
         if self.recorder is not None and not m.ended[world := self.recorder.world]:
-            self.recorder.add(m.real if world == "real" else m.dream, action, earned[world], ended[world], self._level)
+            self.recorder.add(m.real if world == "real" else before, action, earned[world], ended[world], self._level)
         self._taken.append(action)
         self.moment = Moment(dream, real, action, m.step + 1, rewards, ended, *outlook, self._psnr())
         return self.moment
@@ -277,9 +293,15 @@ class Session:
         check(self.paired, "synchronise: " + (self.real_problem or "there is no real game of the dream's kind yet"))
         check(not self.moment.ended["real"], "synchronise: the real game is over; start anew")
         dream = self._synchronise()
+        if self.recorder is not None and self.recorder.world == "dream":
+            self.recorder.cut()
         self._errors = (0.0, 0)
         self.moment = replace(self.moment, dream=dream, psnr=None)
         return self.moment
+
+    def follow(self, following: bool) -> None:
+        """Let the dream go on from the real frames at every step, or drift; its error is counted anew."""
+        self.following, self._errors = following, (0.0, 0)
 
     def _synchronise(self) -> np.ndarray:
         """Put the dream's state on the real game's last frames; returns how it draws the last of them."""
@@ -295,24 +317,38 @@ class Session:
     def record(self, folder: Path) -> None:
         """Record the first world on show, step by step, until `stop_recording`."""
         self._take_real_in()
-        self.recorder = EpisodeRecorder(folder, self.shown[0], self.game, self.action_meanings, self.bundle, self.levels)
+        world, facts = self.shown[0], self.bundle.game
+        own = world == "dream" or self.paired
+        self.recorder = EpisodeRecorder(folder, world, {
+            "game": self.game, "distribution_mode": facts.distribution_mode if own else "easy",
+            "max_steps": facts.max_steps if own else self.real.vector.game.max_steps,
+            "action_meanings": list(self.action_meanings),
+            "backend": f"bundle {self.bundle.identity[:12]}" if world == "dream" else "procgen 0.10.7",
+        }, self.levels)  # fmt: skip
 
     def stop_recording(self) -> Path | None:
         """Write what was recorded as a dataset folder and return it; None if there was nothing."""
-        recorder, self.recorder = self.recorder, None
-        return None if recorder is None else recorder.save()
+        path = None if self.recorder is None else self.recorder.save()
+        self.recorder = None
+        return path
 
     # -- time ----------------------------------------------------------------------------------------------------------
 
     def _now(self) -> _Past:
         real = None if self.real is None else self.real.snapshot()
         return _Past(self.moment, self.dream.snapshot(), real, (tuple(self._frames), tuple(self._actions)), self._errors,
-                     self._level, tuple(self._taken))  # fmt: skip
+                     self._level, tuple(self._taken),
+                     (0, True) if self.recorder is None else self.recorder.mark())  # fmt: skip
 
     def _go(self, past: _Past) -> Moment:
+        dream = self.dream.snapshot()
         self.dream.restore(past.dream)
         if self.real is not None and past.real is not None:
-            self.real.restore(past.real)
+            try:
+                self.real.restore(past.real)
+            except SnapshotError:  # of another game: neither world moves
+                self.dream.restore(dream)
+                raise
         k = self.bundle.world_model.context
         self._frames, self._actions = deque(past.history[0], maxlen=k), deque(past.history[1], maxlen=k - 1)
         self._errors, self._level, self._taken = past.errors, past.level, list(past.taken)
@@ -325,9 +361,11 @@ class Session:
         past = None
         for _ in range(min(steps, len(self._past))):
             past = self._past.pop()
-            if self.recorder is not None:
-                self.recorder.take_back()
-        return self.moment if past is None else self._go(past)
+        if past is None:
+            return self.moment
+        if self.recorder is not None:
+            self.recorder.rewind(past.mark)
+        return self._go(past)
 
     @property
     def can_rewind(self) -> int:
@@ -406,16 +444,20 @@ class Session:
         return np.stack(frames, 1)
 
     def adopt(self, cell: int, horizon: int) -> Moment:
-        """Live one of the nine futures: `horizon` steps of its action, in both worlds."""
+        """Live one of the nine futures as `branch` showed it: `horizon` steps of its action, in both worlds."""
         check(0 <= cell < len(GRID), f"cell {cell}: must be in 0..{len(GRID) - 1}")
-        player, self.player = self.player, "human"
+        fan = self.dream.branch(self.dream.snapshot(), len(GRID))
+        chosen = fan.branch(fan.snapshot(), 1, index=cell)  # with that future's own noise
+        self.dream.restore(chosen.snapshot())
+        player, following = self.player, self.following
+        self.player, self.following = "human", False
         try:
             for _ in range(horizon):
-                if self.moment.ended["dream"]:
+                if self.moment.ended["dream"] or self.over:
                     break
                 self.step(GRID[cell])
         finally:
-            self.player = player
+            self.player, self.following = player, following
         return self.moment
 
     # -- controls ------------------------------------------------------------------------------------------------------
@@ -443,9 +485,12 @@ class Session:
         return self.mode
 
     def close(self) -> None:
-        """Release both worlds."""
+        """Release both worlds; a recording that was not stopped is lost."""
+        with self._lock:
+            self._closed, waiting = True, self._waiting
+            self._waiting = None
         self.dream.close()
-        for env in (self.real, self._waiting):
+        for env in (self.real, waiting):
             if env is not None:
                 env.close()
 

@@ -185,6 +185,7 @@ def run(data: Path, episode: int = 0, scale: int = 8, fps: float = 15.0, headles
     except pygame.error as error:
         raise ConfigError(f"display: none to open a window on ({error}); give --headless film.mp4") from None
     pygame.display.set_caption(f"dreamenv: {data}")
+    pygame.key.set_repeat(300, 40)
     clock = pygame.time.Clock()
     try:
         while all([viewer.handle(event, surface.get_size()) for event in pygame.event.get()]):

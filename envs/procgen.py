@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -48,6 +49,9 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
+_making = threading.Lock()  # silencing and the collector's switch belong to the whole process
+
+
 def make_procgen(**options: Any) -> Any:
     """Return a `ProcgenGym3Env`, made so that the garbage collector cannot lock it up.
 
@@ -55,11 +59,11 @@ def make_procgen(**options: Any) -> Any:
         ImportError: procgen is not installed; the message says how to.
     """
     try:
-        with quiet_import():
+        with _making, quiet_import():
             from procgen import ProcgenGym3Env
     except ImportError as error:
         raise ImportError(f"the real game needs procgen ({error}): pip install 'dreamenv[procgen]'") from error
-    with no_collection():
+    with _making, no_collection():
         env = ProcgenGym3Env(**options)
         for name in ("libenv_act", "libenv_observe", "libenv_close", "get_state", "set_state"):
             getattr(env._c_lib, name)  # resolved once, under the same lock

