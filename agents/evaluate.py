@@ -15,7 +15,6 @@ import gymnasium as gym
 import numpy as np
 import tyro
 
-from agents.saved import ForeignPolicy
 from dreamenv.bundle import bundled_agent, load_bundle, resolve_bundle
 from dreamenv.closed_loop import Episodes, play_episodes
 from dreamenv.config import check
@@ -161,7 +160,11 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         args = tyro.cli(_Arguments, args=arguments, description=__doc__)
         first, count = parse_levels(args.levels)
-        foreign = ForeignPolicy(Path(args.agent), args.algorithm, args.trust) if args.agent.endswith(".zip") else None
+        foreign = None
+        if args.agent.endswith(".zip"):
+            from agents.saved import ForeignPolicy  # needs SB3, whose import is slow and loud
+
+            foreign = ForeignPolicy(Path(args.agent), args.algorithm, args.trust)
         result = evaluate(foreign or args.agent, args.world, args.game, (first, first + count), args.episodes, args.bundle,
                           args.nfe, args.seed, films=4 if args.video else 0)  # fmt: skip
         if args.video:

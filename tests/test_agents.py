@@ -182,7 +182,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_saved_agent_acts_as_the_algorithm_that_learnt_it(name: str, toy_bundle: Path, tmp_path: Path) -> None:
-    model = make_algorithm(name, dreams(toy_bundle, 2), SETTINGS[name], ImpalaConfig((4, 8), 16), 0)
+    model = make_algorithm(name, dreams(toy_bundle, 2), SETTINGS[name], ImpalaConfig((4, 8), 16), 0, "fp32")
     model.learn(32)
     frames = np.random.default_rng(0).integers(0, 256, (10, 64, 64, 3), dtype=np.uint8)
     saved = load_agent(save_algorithm(tmp_path / "agent", model, {}))
