@@ -361,7 +361,7 @@ class Window:
             if self.session.real_problem:
                 self._say(self.session.real_problem)
         elif event.type == pygame.VIDEORESIZE:
-            self._surface = pygame.display.get_surface()
+            self._surface = pygame.display.get_surface() or self._surface
             self._dirty = True
         elif event.type in (pygame.WINDOWEXPOSED, pygame.WINDOWSIZECHANGED):
             self._dirty = True

@@ -179,12 +179,13 @@ class Session:
         if alone or not self.paired:
             self.new_start()
             return
-        frame, _ = self.real.reset(options={"level": self._level})
+        real: Any = self.real
+        frame, _ = real.reset(options={"level": self._level})
         frames, total, ended = [frame], 0.0, ""
         for action in self._taken:
             if ended:
                 break
-            frame, reward, terminated, truncated, _ = self.real.step(action)
+            frame, reward, terminated, truncated, _ = real.step(action)
             total += float(reward)
             ended = _end(terminated, truncated)
             if not ended:
