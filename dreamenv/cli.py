@@ -185,17 +185,21 @@ def info(game: str = "coinrun", bundle: Path | None = None) -> None:
         game: which embedded bundle.
         bundle: a bundle folder instead.
     """
-    from dreamenv.bundle import load_bundle, resolve_bundle
+    from dreamenv.artifacts import read_json
+    from dreamenv.bundle import bundled_agent, load_bundle, resolve_bundle
     from dreamenv.config import to_dict
+    from dreamenv.errors import PolicyError
 
     loaded = load_bundle(resolve_bundle(bundle, game), "cpu")
     model = loaded.world_model
     parameters = {n: sum(p.numel() for p in getattr(model, n).parameters()) for n in ("autoencoder", "dynamics", "head")}
-    size = sum(p.stat().st_size for p in loaded.folder.iterdir())
+    size = sum(p.stat().st_size for p in loaded.folder.iterdir() if p.is_file())
+    shipped = bundled_agent(loaded.folder)
+    agent = None if shipped is None else read_json(shipped / "agent.json", PolicyError, "re-download").get("facts")
     print(json.dumps({
         "folder": str(loaded.folder), "identity": loaded.identity, "bytes": size, "parameters": parameters,
         "game": to_dict(loaded.game), "context": model.context, "latent_shape": list(model.latent_shape),
-        "starts": len(loaded.starts.frames), "provenance": loaded.provenance, "card": loaded.card,
+        "starts": len(loaded.starts.frames), "agent": agent, "provenance": loaded.provenance, "card": loaded.card,
     }, indent=1))  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 import dreamenv
-from dreamenv.bundle import Bundle, load_bundle, resolve_bundle
+from agents.evaluate import evaluate
+from dreamenv.bundle import Bundle, bundled_agent, load_bundle, resolve_bundle
 from dreamenv.compare import compare_open_loop, outcome_figures
 from dreamenv.flow import SamplerConfig
 from dreamenv.metrics import colour_frequencies
@@ -105,3 +107,14 @@ def test_tracked_files_stay_small() -> None:
         pytest.skip("not a git checkout")
     files = [root / name for name in listed.stdout.decode().split("\0") if name]
     assert sum(f.stat().st_size for f in files if f.exists()) < 12 * 2**20
+
+
+def test_the_agent_that_ships_with_it_plays_better_than_chance() -> None:
+    """In the real game, on levels nobody trained on; it learnt in the dream alone."""
+    folder = resolve_bundle(None, "coinrun")
+    agent = bundled_agent(folder)
+    assert agent is not None and sum(p.stat().st_size for p in agent.iterdir()) < 2 * 2**20
+    facts = json.loads((agent / "agent.json").read_text())["facts"]
+    assert facts["world"] == "dream" and facts["levels"] == [0, 10000]
+    returns = {name: evaluate(name, episodes=64, limit=250, seed=5).figures["mean_return"] for name in ("bundled", "random")}
+    assert returns["bundled"] > returns["random"] + 1
