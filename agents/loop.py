@@ -114,7 +114,8 @@ def loop(config: LoopConfig) -> list[dict[str, Any]]:
     def measure(bundle: Path, folder: Path) -> dict[str, Any]:
         command = [sys.executable, "-m", "dreamenv", "compare", "--bundle", str(bundle), "--out", str(folder), "--seed",
                    str(config.seed), "--clips", str(config.clips), "--branches", str(config.clips), "--horizon", "10",
-                   "--negatives", "1000", "--drift", "0", "--endless-steps", "0", "--policies"]  # fmt: skip
+                   "--steps", str(max(400 * config.clips, 6400)), "--samples", "1", "--negatives", "1000", "--drift", "0",
+                   "--endless-steps", "0", "--policies"]  # fmt: skip
         figures = _last(command)
         return {name: figures.get(name) for name in _SHOWN}
 

@@ -533,6 +533,10 @@ def test_the_viewer_walks_through_episodes(session: Session, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["dreamenv:DreamProcgen-v0", "envs:RealProcgen-v0"])
 def test_gymnasiums_own_play_works(name: str, toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import matplotlib
+
+    # gymnasium asks for a Tk backend when it is imported, which fails without a display once pyplot draws elsewhere
+    monkeypatch.setattr(matplotlib, "use", lambda *_, **__: None)
     from gymnasium.utils.play import play
 
     options = {"bundle": str(toy_bundle)} if "Dream" in name else {}

@@ -259,4 +259,4 @@ def test_bad_calls_leave_the_state_alone() -> None:
 
 def test_gymnasium_play_finds_the_keys() -> None:
     keys = RealProcgenEnv().get_keys_to_action()
-    assert keys[()] == 4 and len(keys) == 15 and set(keys.values()) == set(range(15))
+    assert len(keys) == 14 and set(keys.values()) == set(range(15)) - {4}, "no keys at all are the caller's no-op"
