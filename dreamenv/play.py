@@ -31,6 +31,8 @@ HORIZON = 15
 """Steps of an imagined future."""
 _NFES, _ODD_NFES = (1, 2, 3, 4, 6, 8, 12, 16), (1, 3, 5, 7, 9, 15)
 _END_SECONDS = 1.5
+_HURRY = 0.6
+"""Share of a step's time after which a new key press brings the next step: an answer sooner, for a beat that gives a little."""
 _MESSAGE_SECONDS = 4.0
 _REWIND_STEPS = 2
 
@@ -144,6 +146,7 @@ class Window:
         self.steps = 0
         self._last_step: float | None = None
         self._over_since: float | None = None
+        self._due, self._last_tick, self._hurried = 0.0, 0.0, False
         self._names = 0
         self._dirty = True
         try:
@@ -208,11 +211,11 @@ class Window:
     def run(self) -> dict[str, Any]:
         """Play until the window is closed; returns counts, rates and delays (seconds)."""
         pygame = self._pygame
-        due = time.perf_counter()
+        self._due = time.perf_counter()
         try:
             while True:
                 now = time.perf_counter()
-                wait = max(due - now, 0.0) if not self._jobs else 0.05
+                wait = max(self._due - now, 0.0) if not self._jobs else 0.05
                 first = pygame.event.wait(max(int(1000 * wait), 1))
                 for event in (first, *pygame.event.get()):
                     if not self._handle(event):
@@ -221,8 +224,9 @@ class Window:
                 now = time.perf_counter()
                 if self._message and now > self._message_until:
                     self._message, self._dirty = "", True
-                if now >= due and not self._jobs:
-                    due = max(due + 1 / self.fps, now - 0.5 / self.fps)
+                if now >= self._due and not self._jobs:
+                    self._due = now + 1 / self.fps if self._hurried else max(self._due + 1 / self.fps, now - 0.5 / self.fps)
+                    self._hurried, self._last_tick = False, now
                     self._advance()
                 if self._dirty:
                     self._draw()
@@ -348,6 +352,9 @@ class Window:
                 self._tapped.add(event.key)
                 if self._pressed_at is None and any(event.key in keys for keys in keys_to_action()):
                     self._pressed_at = time.perf_counter()
+                    sooner = self._last_tick + _HURRY / self.fps
+                    if sooner < self._due:
+                        self._due, self._hurried = sooner, True
                 self._command(event.key, event.mod if hasattr(event, "mod") else 0)
             self._dirty = True
         elif event.type == pygame.KEYUP:
