@@ -87,7 +87,8 @@ def play(game: str = "coinrun", bundle: Path | None = None, world: Literal["both
     print(json.dumps(figures))
 
 
-def view(data: Path, episode: int = 0, scale: int = 8, fps: float = 15.0, headless: Path | None = None) -> None:
+def view(data: Annotated[Path, tyro.conf.Positional], episode: int = 0, scale: int = 8, fps: float = 15.0,
+         headless: Path | None = None) -> None:  # fmt: skip
     """Look through a dataset's episodes: arrows, SPACE plays, HOME and END jump, the mouse scrubs.
 
     Args:
