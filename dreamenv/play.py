@@ -148,6 +148,7 @@ class Window:
         self._over_since: float | None = None
         self._due, self._last_tick, self._hurried = 0.0, 0.0, False
         self._names = 0
+        self._windowed: tuple[int, int] | None = None  # the window's size while the screen is full
         self._dirty = True
         try:
             self._adopt(folder, open_session(folder))
@@ -303,7 +304,7 @@ class Window:
         recorder = session.recorder  # the worker may end it meanwhile
         slow = interval is not None and interval > 1.2 / self.fps
         view = View(
-            self._moment, session.shown, session.game, _short(self.folder), session.player, session.sampler, True,
+            self._moment, session.shown, session.game, _short(self.folder), session.player, session.sampler,
             session.action_meanings, self.fps, 0.0 if interval is None else 1 / interval, self.latency.quantile(0.5), slow,
             self.paused, session.following, session.can_rewind / self.fps, None if self._film is None else self._film.count,
             None if recorder is None else len(recorder), self._message, list(self._uncertainty), self._overlay,
@@ -429,8 +430,15 @@ class Window:
         elif key == pygame.K_h:
             self._overlay = "help"
         elif key == pygame.K_F11:
-            with contextlib.suppress(pygame.error):
-                pygame.display.toggle_fullscreen()
+            self._toggle_full_screen()
+
+    def _toggle_full_screen(self) -> None:
+        display, before = self._pygame.display, self._windowed
+        self._windowed = self._surface.get_size() if before is None else None
+        if before is None:
+            self._surface = display.set_mode(display.get_desktop_sizes()[0], self._pygame.FULLSCREEN)
+        else:
+            self._surface = display.set_mode(before, self._pygame.RESIZABLE)
 
     def _overlay_key(self, key: int) -> None:
         pygame = self._pygame

@@ -37,7 +37,6 @@ class View:
     bundle: str
     player: str = "human"
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    guided: bool = True
     meanings: Sequence[str] = ()
     target_fps: float = 15.0
     fps: float = 0.0
