@@ -51,11 +51,13 @@ class LoopConfig:
     model_steps: int | None = None
     """Optimiser steps of each of its trainings, instead of minutes."""
     agent_steps: int = 500_000
-    """Dreamt steps the agent learns from, each round."""
+    """Dreamt steps the agent learns from, each round; from the second on it is the agent of the round before that goes on."""
     agent_config: Path = CONFIGS / "ppo_short.yaml"
     """Its algorithm."""
-    horizon: int = 48
+    horizon: int = 32
     """Length of the dreams it learns in."""
+    eval_every: int = 0
+    """Dreamt steps between looks at its real return on training levels; see `agents.train`."""
     episodes: int = 200
     """Real episodes on held-out levels that judge it."""
     clips: int = 128
@@ -68,6 +70,7 @@ class LoopConfig:
         for name in ("rounds", "collect_steps", "agent_steps", "horizon", "episodes", "clips"):
             check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
         check(self.minutes > 0, f"minutes {self.minutes}: must be > 0")
+        check(self.eval_every >= 0, f"eval_every {self.eval_every}: must be >= 0")
         check(self.expert >= 0 and self.explorer >= 0 and self.expert + self.explorer <= 1,
               f"expert {self.expert}, explorer {self.explorer}: must be >= 0 and add up to at most 1")
 
@@ -137,13 +140,13 @@ def loop(config: LoopConfig) -> list[dict[str, Any]]:
         merging = [sys.executable, "-m", "dreamenv.data.merge", *map(str, sources), "--out", str(merged)]
         stage(out, f"merge-{r}", partial(run_command, merging))
         modelling = _module("trainers.finetune", data=merged, bundle=bundle, out=model, minutes=config.minutes,
-                            steps=config.model_steps, seed=config.seed)  # fmt: skip
+                            steps=config.model_steps, seed=config.seed, latents=out / "latents")  # fmt: skip
         stage(out, f"model-{r}", partial(run_command, modelling))
         bundle = model / "bundle"
         row = {"round": r, **stage(out, f"measure-{r}", partial(measure, bundle, here / "compare"))}
         learning = _module("agents.train", world="dream", game=config.game, bundle=bundle, steps=config.agent_steps,
                            starts=merged, config=config.agent_config, horizon=config.horizon, out=trained, seed=config.seed,
-                           resume=True)  # fmt: skip
+                           agent=agent if r > 1 else None, eval_every=config.eval_every, resume=True)  # fmt: skip
         stage(out, f"agent-{r}", partial(run_command, learning))
         agent = trained / "agent"
         row |= stage(out, f"judge-{r}", partial(judge, agent))

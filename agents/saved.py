@@ -14,7 +14,7 @@ from torch import Tensor
 from agents.extractor import ImpalaExtractor
 from dreamenv.actions import NUM_ACTIONS
 from dreamenv.errors import ConfigError, PolicyError
-from dreamenv.models.impala import ImpalaAgent, ImpalaConfig, save_agent
+from dreamenv.models.impala import ImpalaAgent, ImpalaConfig, load_agent, save_agent
 
 _ACTOR_CRITIC = ("PPO", "A2C", "TRPO")
 _VALUE_BASED = ("DQN", "QRDQN")
@@ -119,6 +119,29 @@ def to_agent(model: BaseAlgorithm) -> ImpalaAgent:
         agent = ImpalaAgent(ImpalaConfig(extractor.config.channels, extractor.config.features, greedy=name in _VALUE_BASED))
     agent.load_state_dict(weights)
     return agent.eval()
+
+
+def go_on_from(model: BaseAlgorithm, folder: Path) -> None:
+    """Give an actor-critic algorithm the weights of a saved agent, those of its value too.
+
+    Raises:
+        PolicyError: not a saved agent, or one of another shape.
+        ConfigError: a value-based algorithm, of whose values an agent keeps too little to go on from.
+    """
+    if type(model).__name__ not in _ACTOR_CRITIC:
+        raise ConfigError(f"agent {folder}: {type(model).__name__} cannot go on from one, only {', '.join(_ACTOR_CRITIC)} can")
+    weights = load_agent(folder).state_dict()
+    names = {"policy.": "action_net.", "value.": "value_net."}
+    state = model.policy.state_dict()
+    for key, value in weights.items():
+        prefix = next((own for saved, own in names.items() if key.startswith(saved)), "")
+        targets = [prefix + key.partition(".")[2]] if prefix else [n for n in state if n.endswith(f"features_extractor.{key}")]
+        for target in targets:
+            if target not in state or state[target].shape != value.shape:
+                raise PolicyError(f"agent {folder}: has another shape ({key} is {tuple(value.shape)}); set network in the YAML "
+                                  "file to that of its agent.json")  # fmt: skip
+            state[target].copy_(value)
+    model.policy.load_state_dict(state)
 
 
 def save_algorithm(folder: Path, model: BaseAlgorithm, facts: dict[str, Any]) -> Path:

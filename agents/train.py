@@ -27,7 +27,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnv
 from agents.adapter import NativeVecEnv
 from agents.checkpoint import load_checkpoint, save_checkpoint
 from agents.evaluate import evaluate
-from agents.saved import make_algorithm, save_algorithm, to_agent
+from agents.saved import go_on_from, make_algorithm, save_algorithm, to_agent
 from agents.worlds import TRAIN_LEVELS, MixedVecEnv, make_world
 from dreamenv.artifacts import read_json
 from dreamenv.config import check, from_dict, load_yaml, to_dict
@@ -75,6 +75,8 @@ class TrainConfig:
     """The algorithm's YAML file."""
     bundle: Path | None = None
     """Bundle folder of the dream; the embedded one by default."""
+    agent: Path | None = None
+    """Saved agent to go on from; its steps do not count among `steps`."""
     horizon: int | None = None
     """Cut dreams off after so many steps."""
     truncate_above: float | None = None
@@ -221,6 +223,8 @@ def train(config: TrainConfig, progress: bool = False) -> dict[str, Any]:
         envs = VecNormalize(timed, norm_obs=False, norm_reward=True, gamma=algorithm.settings.get("gamma", 0.99))
     model = make_algorithm(algorithm.algorithm, envs, algorithm.settings, algorithm.network, config.seed,
                            config.precision, device=config.device)  # fmt: skip
+    if config.agent is not None:
+        go_on_from(model, config.agent)
     if config.resume and not isinstance(model, OnPolicyAlgorithm):
         raise ConfigError(f"resume: {algorithm.algorithm} keeps a replay buffer that is not saved; train it anew")
     if not config.resume:  # a fresh start leaves nothing behind that a later resume could pick up

@@ -88,8 +88,14 @@ class MixturePolicy:
         """See `VectorPolicy.act`."""
         draw = rng.choice(len(self.policies), len(first), p=self.weights)
         self.component = draw if self.component is None else np.where(first, draw, self.component)
-        actions = np.stack([p.act(observations, first, rng) for p in self.policies])
-        return actions[self.component, np.arange(len(first))]
+        actions = np.zeros(len(first), np.int64)
+        for index, policy in enumerate(self.policies):
+            mine = self.component == index
+            if not isinstance(policy, AgentPolicy):  # the simple ones remember what each environment did
+                actions[mine] = policy.act(observations, first, rng)[mine]
+            elif mine.any():  # a network looks only at those it plays
+                actions[mine] = policy.act(observations[mine], first[mine], rng)
+        return actions
 
 
 def parse_mix(spec: str) -> list[tuple[str, float]]:

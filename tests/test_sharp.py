@@ -1,4 +1,4 @@
-"""The adversarial stage, the certainty weights, and heads that learn from dreamt contexts."""
+"""The adversarial stage, the certainty weights, and the heads and the dreams that learn from one another."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from dreamenv.actions import NOOP
 from dreamenv.errors import CheckpointError, ConfigError
 from dreamenv.flow import SamplerConfig
+from dreamenv.models.heads import OutcomeHeadConfig
 from dreamenv.models.io import load_model
 from dreamenv.models.latent_flow import LatentFlow, draw_next
 from envs.collect import CollectConfig, collect
@@ -118,39 +118,128 @@ def test_certainty_weighs_cells_by_the_error_expected_of_them(certainty: float, 
     assert float(metrics["error_1"]) == pytest.approx(float(error.mean()), rel=1e-4)
 
 
-def test_dreamt_contexts_of_the_head_end_where_the_real_ones_do(latents: Path, tmp_path: Path) -> None:
-    """With the real next latents in the place of the dynamics, a dreamt context is the real context."""
-    train(settings(latents), tmp_path / "flow")
-    dynamics = str(tmp_path / "flow" / "model")
-    config = HeadsTaskConfig(latents=str(latents), dynamics=dynamics, drift=5, dreamt=1.0, val_ratio=0.2)
-    task = HeadsTask(config, {"type": "outcome_head", "latent_channels": 8, "width": 16}, 0)
-    data = task.data
+HEAD = {"type": "outcome_head", "latent_channels": 8, "width": 16}
+
+
+@pytest.fixture(scope="module")
+def dynamics(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("flow")
+    train(settings(latents), folder)
+    return str(folder / "model")
+
+
+def test_dreamt_contexts_of_the_head_lead_to_the_moment_they_are_labelled_with(latents: Path, dynamics: str) -> None:
+    """With the real next latents in the place of the dynamics, every dreamt context is the real one of its moment."""
+    config = HeadsTaskConfig(latents=str(latents), dynamics=dynamics, drift=5, dreams=200, dreamt=1.0, val_ratio=0.2)
+    task = HeadsTask(config, HEAD, 0)
+    data, dreams = task.data, task._dreams
+    assert dreams is not None and dreams.latents.shape == (200, 9, 8, 16, 16) and (dreams.length <= 5).all()
+    ends = dreams.begin + dreams.length
+    assert (data.start[ends] == data.start[dreams.begin]).all(), "a dream never crosses the episode's start"
+    assert not data.validation[ends].any()
+    assert (task.labels[ends[: dreams.eventful]] > 0).all() and dreams.eventful > 90
+    begins = data.contexts(dreams.begin, 4)[0]
+    assert np.array_equal(dreams.latents[:, :4], data.latents[begins])
+    assert not np.array_equal(dreams.latents[:, 4], data.latents[dreams.begin + 1])
+    for step in range(5):  # a perfect dream
+        dreams.latents[:, 4 + step] = data.latents[np.minimum(dreams.begin + step + 1, ends)]
+    seen = 0
     for seed in range(5):
-        rng = np.random.default_rng(seed)
-        batch = task.batch(rng, 32)
-        steps = batch["roll"].shape[1]
-        context = batch["context"].clone()
-        for row in range(32):
-            ends = [int(i) for i in np.flatnonzero((data.latents == context[row, -1].numpy()).all((1, 2, 3)))]
-            now = ends[0] + int(batch["live"][row].sum())
-            indices, actions = data.contexts(np.array([now]), 4)
-            assert actions[0].tolist() == batch["actions"][row].tolist() or len(ends) > 1
-            for step in range(steps):
-                if batch["live"][row, step] and len(ends) == 1:
-                    moment = now - steps + step
-                    assert batch["roll"][row, step, -1] == data.actions[moment]
-            assert data.start[now] == data.start[ends[0]], "a dream never crosses the episode's start"
-        assert (batch["roll"] == NOOP).any() or steps >= 1
-    figures = train({"model": {"type": "outcome_head", "latent_channels": 8, "width": 16},
-                     "task": {"latents": str(latents), "dynamics": dynamics, "val_ratio": 0.2},
+        batch = task.batch(np.random.default_rng(seed), 64)
+        for row in range(64):
+            window = batch["context"][row].numpy()
+            moments = np.flatnonzero((data.latents == window[-1]).all((1, 2, 3)))
+            answers = [(int(task.labels[m]), data.contexts(np.array([m]), 4)[1][0].tolist()) for m in moments]
+            assert (int(batch["labels"][row]), batch["actions"][row].tolist()) in answers
+            seen += int(batch["labels"][row] > 0)
+    assert 80 < seen < 180, "balance 0.4"
+
+
+def test_a_head_trained_on_dreams_reports_both_kinds_of_context(latents: Path, dynamics: str, tmp_path: Path) -> None:
+    figures = train({"model": HEAD, "task": {"latents": str(latents), "dynamics": dynamics, "val_ratio": 0.2, "dreams": 64},
                      "loop": {"steps": 3, "batch_size": 16}}, tmp_path / "head")  # fmt: skip
-    assert np.isfinite(figures["nll"])
+    assert all(np.isfinite(value) for value in figures.values())
+    assert {"ap reward 10 end", "ap dreamt reward 10 end"} <= set(figures)
+
+
+class Oracle(nn.Module):
+    """Dreams what really came next."""
+
+    def __init__(self, latents: torch.Tensor) -> None:
+        super().__init__()
+        self.latents, self.step = latents.float().requires_grad_(), 3
+
+    def forward(self, noisy: Any, tau: Any, context: torch.Tensor, actions: Any, sigma: Any) -> Any:
+        self.step += 1
+        return self.latents[:, self.step], torch.zeros(len(context), 16, 16)
+
+
+class Judge(nn.Module):
+    """A head that says what the last latent's first channel holds, and remembers what it was asked."""
+
+    config = OutcomeHeadConfig(latent_channels=8, width=16)
+
+    def forward(self, context: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        self.context, self.actions = context, actions
+        return context[:, -1, :3].mean((2, 3))
+
+
+@pytest.fixture(scope="module")
+def head(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("head")
+    train({"model": HEAD, "task": {"latents": str(latents), "val_ratio": 0.2}, "loop": {"steps": 2, "batch_size": 8}}, folder)
+    return str(folder / "model")
+
+
+def test_the_outcome_term_asks_about_the_moment_the_dream_has_reached(latents: Path, head: str) -> None:
+    config = DynamicsTaskConfig(latents=str(latents), head=head, outcome=1.0, events=0.5, unroll=6, val_ratio=0.2, flow=0.0,
+                                context_noise=0.0, drop_actions=0.5, pad=0.2)  # fmt: skip
+    task = DynamicsTask(config, FLOW, 0)
+    task.head = cast(Any, Judge())
+    data = task.data
+    eventful = beyond = 0
+    for seed in range(4):
+        batch = task.batch(np.random.default_rng(seed), 64)
+        oracle = Oracle(batch["latents"])
+        loss, metrics = task.loss(oracle, batch, torch.Generator().manual_seed(0), 0.5)
+        assert float(metrics["error_1"]) == 0 and float(metrics["error_6"]) == 0
+        judge = cast(Any, task.head)
+        expected = nn.functional.cross_entropy(judge.context[:, -1, :3].detach().mean((2, 3)), batch["labels"])
+        assert float(metrics["outcome"]) == pytest.approx(float(expected))
+        loss.backward()
+        reached = cast(torch.Tensor, oracle.latents.grad)[torch.arange(64), 3 + batch["asked"], :3]
+        assert (reached.flatten(1).abs().sum(1) > 0).all(), "the answer's gradient reaches what was dreamt"
+        for row in range(64):
+            moments = np.flatnonzero((data.latents == judge.context[row, -1].detach().half().numpy()).all((1, 2, 3)))
+            assert (int(batch["labels"][row]), int(judge.actions[row, -1])) in {
+                (int(task._labels[m]), int(data.actions[m])) for m in moments
+            }
+            assert not data.validation[moments].all()
+            live = batch["live"][row].numpy()
+            eventful += int(batch["labels"][row] > 0)
+            beyond += int(not live.all())
+            assert live[: int(batch["asked"][row])].all() and (live[:-1] >= live[1:]).all()
+    assert 40 < eventful < 120 and beyond > 40
+
+
+def test_steps_after_the_end_of_an_episode_cost_nothing(latents: Path, head: str) -> None:
+    config = DynamicsTaskConfig(latents=str(latents), head=head, outcome=1e-9, unroll=4, val_ratio=0.2, importance=0, flow=0.5,
+                                context_noise=0.0, drop_actions=0)  # fmt: skip
+    task = DynamicsTask(config, FLOW, 0)
+    batch = task.batch(np.random.default_rng(0), 8)
+    batch["live"][:] = False
+    loss, _ = task.loss(task.model, batch, torch.Generator().manual_seed(0), 0.5)
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-6)
 
 
 def test_bad_adversarial_and_head_settings_are_refused(latents: Path) -> None:
     for bad in ({"certainty": 2.0}, {"adversarial": -1.0}, {"judged": 9, "adversarial": 0.1}, {"sampled": -1.0}):
         with pytest.raises(ConfigError, match=next(iter(bad))):
             DynamicsTaskConfig(unroll=3, **bad)
+    with pytest.raises(ConfigError, match="outcome 0.1: needs a head"):
+        DynamicsTaskConfig(outcome=0.1)
+    with pytest.raises(ConfigError, match="head .*: is a Autoencoder, expected an outcome_head"):
+        DynamicsTask(DynamicsTaskConfig(latents=str(latents), outcome=0.1, head=str(latents.parent / "ae" / "model")), FLOW, 0)
     with pytest.raises(ConfigError, match="drift"):
         HeadsTaskConfig(drift=0)
 

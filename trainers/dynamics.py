@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamenv.actions import NOOP
@@ -16,11 +17,13 @@ from dreamenv.errors import ConfigError
 from dreamenv.flow import SamplerConfig, interpolate
 from dreamenv.metrics import detail, psnr, squared_error
 from dreamenv.models.autoencoder import to_frames
+from dreamenv.models.heads import OutcomeHead
 from dreamenv.models.io import load_model
 from dreamenv.models.latent_flow import NULL_ACTION, LatentFlow, draw_next
 from dreamenv.models.registry import build_model
 from dreamenv.report import save_grid, save_video, side_by_side
 from trainers.critic import Critic, fool, judge
+from trainers.heads import outcome_labels, trained_head
 from trainers.latents import LatentDataset, channel_weights
 
 _HORIZON = 10  # steps of the validation's open loop
@@ -56,6 +59,13 @@ class DynamicsTaskConfig:
     """Largest standard deviation of the noise added to the context; its level is an input."""
     importance: float = 0.5
     """How far rare-coloured cells raise the loss: weight 1 + importance * (mean rare weight - 1)."""
+    head: str = ""
+    """Model folder of a trained outcome head, which stays as it is; "" goes without."""
+    outcome: float = 0.0
+    """Weight of the head's cross-entropy at a dreamt context, through all the steps that led to it: what decides the outcome
+    (a coin of three pixels) must outlive the dream, however little it counts in the squared error."""
+    events: float = 0.25
+    """Share of samples, where there is a head, that lead to a rare outcome or to within four steps of one."""
     drop_actions: float = 0.05
     """Share of samples whose actions are hidden, for guidance."""
     pad: float = 0.1
@@ -76,7 +86,9 @@ class DynamicsTaskConfig:
         check(self.max_flow_weight >= 1, f"max_flow_weight {self.max_flow_weight}: must be >= 1")
         check(0 <= self.context_noise <= 2, f"context_noise {self.context_noise}: must be in 0..2")
         check(self.importance >= 0, f"importance {self.importance}: must be >= 0")
-        for name in ("drop_actions", "pad"):
+        check(self.outcome >= 0, f"outcome {self.outcome}: must be >= 0")
+        check(not self.outcome or bool(self.head), f"outcome {self.outcome}: needs a head, trained on the same latents")
+        for name in ("events", "drop_actions", "pad"):
             check(0 <= getattr(self, name) < 1, f"{name} {getattr(self, name)}: must be in [0, 1)")
         check(0 < self.val_ratio < 1, f"val_ratio {self.val_ratio}: must be in (0, 1)")
 
@@ -107,6 +119,15 @@ class DynamicsTask:
         check(network.context >= 2 or not config.adversarial, "adversarial: needs a context of 2 or more")
         self.critic = Critic(network.latent_channels) if config.adversarial else None
         self.context = network.context
+        self.head: OutcomeHead | None = None
+        if config.outcome:
+            self.head = trained_head(config.head, "head").requires_grad_(False)
+            takes, gives = self.head.config, (self.context, network.latent_channels)
+            check((takes.context, takes.latent_channels) == gives,
+                  f"head {config.head}: takes (context, channels) {takes.context, takes.latent_channels}, the dynamics {gives}")
+            _, self._labels = outcome_labels(self.data, self.head, len(self.head.config.rewards))
+            self._rare = [np.flatnonzero((self._labels == c) & ~self.data.validation) for c in range(1, self._labels.max() + 1)]
+            self._rare = [steps for steps in self._rare if len(steps)]
         self._train = self.data.windows(self.context + config.unroll, validation=False)
         self._val = self.data.windows(self.context + _HORIZON, validation=True)
         check(len(self._train) > 0 and len(self._val) > 0,
@@ -119,27 +140,44 @@ class DynamicsTask:
         self._channels = channel_weights(self.autoencoder, torch.from_numpy(self.data.latents[np.sort(probe)]).float())
 
     def batch(self, rng: np.random.Generator, size: int) -> dict[str, Tensor]:
-        """Latents float16 (B, K + U, C, H, W), actions int64 (B, K + U - 1), importance uint8 (B, U, H, W)."""
+        """Latents float16 (B, K + U, C, H, W), actions int64 (B, K + U), importance uint8 (B, U, H, W), live bool (B, U).
+
+        `live` tells which of the steps to predict exist: a sample may run past its episode's end if that is a rare outcome.
+        With a head also `asked` int64 (B,), after how many dreamt steps it is, 1..U, and `labels` int64 (B,), the answer.
+        """
         k, u, config = self.context, self.config.unroll, self.config
         now = self._train[rng.integers(len(self._train), size=size)] + k - 1
         at_start = rng.random(size) < config.pad / 2
         if len(self._starts):
             now = np.where(at_start, self._starts[rng.integers(len(self._starts), size=size)], now)
+        asked, last = rng.integers(1, u, size=size, endpoint=True), now + u
+        out: dict[str, Tensor] = {}
+        if self.head is not None:
+            if self._rare:
+                which, place = rng.integers(len(self._rare), size=size), rng.random(size)
+                event = np.array([self._rare[w][int(p * len(self._rare[w]))] for w, p in zip(which, place, strict=True)])
+                moment = event - np.where(rng.random(size) < 2 / 3, 0, rng.integers(1, 4, size=size, endpoint=True))
+                led = (rng.random(size) < config.events) & (moment - asked >= self.data.start[event])
+                now, last = np.where(led, moment - asked, now), np.where(led, event, last)
+            out |= {"asked": torch.from_numpy(asked), "labels": torch.from_numpy(self._labels[now + asked])}
         indices, actions = self.data.contexts(now, k, u)
+        live = indices[:, k:] <= last[:, None]
+        indices = np.minimum(indices, last[:, None])
         shortened = rng.random(size) < config.pad / 2  # a context cut short in mid-episode
         keep = np.where(shortened, rng.integers(1, k, size=size, endpoint=True), k)[:, None]
         cut = np.arange(k + u)[None, :] < k - keep
         indices = np.where(cut, np.take_along_axis(indices, k - keep, 1), indices)
-        actions = np.where(cut, NOOP, actions)[:, :-1]
-        return {
+        actions = np.where(cut, NOOP, actions)
+        return out | {
             "latents": torch.from_numpy(self.data.latents[indices]),
             "actions": torch.from_numpy(actions),
             "importance": torch.from_numpy(self.data.importance[indices[:, k:]]),
+            "live": torch.from_numpy(live),
         }
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator,
              progress: float) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        """Weighted squared error of the unrolled predictions, their error estimate's likelihood, flow and adversarial terms."""
+        """Squared error of the unrolled predictions, their error estimate's likelihood; flow, outcome, adversarial terms."""
         config, k = self.config, self.context
         latents, actions = batch["latents"].float(), batch["actions"]
         device, size = latents.device, len(latents)
@@ -159,9 +197,11 @@ class DynamicsTask:
             weight = (-config.certainty * log_error.detach().clamp(-8, 2)).exp()
             return weight / weight.mean()
 
-        def likelihood(log_error: Tensor, e: Tensor) -> Tensor:
-            return 0.003 * ((-log_error).clamp_max(10).exp() * e.detach() + log_error).mean()
+        def likelihood(log_error: Tensor, e: Tensor, live: Tensor) -> Tensor:
+            return 0.003 * (((-log_error).clamp_max(10).exp() * e.detach() + log_error) * live).mean()
 
+        live = batch["live"].float()[:, :, None, None]
+        taken = actions
         actions = torch.where(uniform()[:, None] < config.drop_actions, NULL_ACTION, actions)
         sigma = uniform() * config.context_noise
         context = latents[:, :k] + normal(latents[:, :k].shape) * sigma[:, None, None, None, None]
@@ -173,27 +213,27 @@ class DynamicsTask:
             noisy = interpolate(normal(target.shape), target, tau)
             clean, log_error = model(noisy, tau, context, actions[:, :k], sigma)
             weight = (1 / (1 - tau).clamp_min(1e-6)).clamp_max(config.max_flow_weight)
-            e = error(clean, target)
+            e = error(clean, target) * live[:, 0]
             flow = (e * cells[:, 0] * weight[:, None, None]).mean()
-            total = total + (config.flow * flow + likelihood(log_error, e)) / config.flow_draws
+            total = total + (config.flow * flow + likelihood(log_error, e, live[:, 0])) / config.flow_draws
             metrics["flow"] = flow.detach()
-        rolled = context
+        rolled, trail = context, list(context.unbind(1))
         m = -(-size // 2) if self.critic is not None else 0  # the last m rows go on from their samples, the others from means
         drawn = slice(size - m, size)
         sequence = [latents[drawn, k - 2], latents[drawn, k - 1]]  # what the critic sees before the first sample is real
         for u in range(config.unroll):
             target = latents[:, k + u]
             clean, log_error = model(None, zero, rolled, actions[:, u : u + k], sigma)
-            e = error(clean, target)
+            e = error(clean, target) * live[:, u]
             weighted = (e * cells[:, u] * known(log_error)).mean()
-            total = total + (weighted + likelihood(log_error, e)) / config.unroll
+            total = total + (weighted + likelihood(log_error, e, live[:, u])) / config.unroll
             if u in (0, config.unroll - 1):
                 metrics |= {f"error_{u + 1}": e.detach().mean(), f"weighted_{u + 1}": weighted.detach()}
             if m:
                 halfway = torch.full((m,), 0.5, device=device)
                 x = interpolate(normal(clean[drawn].shape), clean[drawn].detach().float(), halfway)
                 sharp, log_error = model(x, halfway, rolled[drawn], actions[drawn, u : u + k], sigma[drawn])
-                e = error(sharp, target[drawn])
+                e = error(sharp, target[drawn]) * live[drawn, u]
                 weighted = (e * cells[drawn, u] * known(log_error)).mean()
                 total = total + config.sampled * weighted / config.unroll
                 if u in (0, config.unroll - 1):
@@ -201,6 +241,14 @@ class DynamicsTask:
                 clean = torch.cat([clean[: size - m], sharp])
                 sequence.append(sharp.float())
             rolled = torch.cat([rolled[:, 1:], clean.to(rolled.dtype)[:, None]], 1)
+            trail.append(rolled[:, -1])
+        if self.head is not None:
+            rows = torch.arange(size, device=device)[:, None]
+            steps = batch["asked"][:, None] + torch.arange(k, device=device)
+            logits = self.head.to(device)(torch.stack(trail, 1)[rows, steps], taken[rows, steps])
+            outcome = F.cross_entropy(logits, batch["labels"])
+            total = total + config.outcome * outcome
+            metrics["outcome"] = outcome.detach()
         if self.critic is not None:
             rows = torch.arange(m, device=device)[:, None]
             order = torch.rand(m, config.unroll, generator=generator, device=device).argsort(1)

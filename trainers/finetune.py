@@ -21,6 +21,7 @@ from dreamenv.errors import DreamenvError
 from dreamenv.models.io import save_model
 from dreamenv.models.registry import model_spec
 from dreamenv.stages import begin, stage
+from trainers.dynamics import DynamicsTaskConfig
 from trainers.latents import load_autoencoder
 from trainers.pipeline import CONFIGS, encode, make_bundle, train_stage
 
@@ -38,11 +39,15 @@ class FinetuneConfig:
     game: str = "coinrun"
     """Which embedded bundle."""
     minutes: float = 30.0
-    """Wall-clock budget of both trainings together: four fifths for the dynamics."""
+    """Wall-clock budget of both trainings together: three quarters for the dynamics."""
     steps: int | None = None
     """Optimiser steps of each training, instead of minutes."""
     batch_size: int = 24
     """Of the dynamics."""
+    latents: Path | None = None
+    """Folder of the encoded frames, <out>/latents by default; runs that share one encode each frame once."""
+    outcome: float = DynamicsTaskConfig.outcome
+    """Weight of the outcome head's cross-entropy in the training of the dynamics."""
     starts: int = 60
     """Start contexts in the new bundle."""
     seed: int = 0
@@ -52,6 +57,7 @@ class FinetuneConfig:
         """Validate ranges; raises `ConfigError`."""
         check(self.minutes > 0, f"minutes {self.minutes}: must be > 0")
         check(self.steps is None or self.steps >= 1, f"steps {self.steps}: must be >= 1")
+        check(self.outcome >= 0, f"outcome {self.outcome}: must be >= 0")
         check(self.starts >= 1, f"starts {self.starts}: must be >= 1")
         check(self.batch_size >= 1, f"batch_size {self.batch_size}: must be >= 1")
 
@@ -78,11 +84,11 @@ def finetune(config: FinetuneConfig) -> Path:
     out = config.out
     begin(out, {k: str(v) for k, v in to_dict(config).items() if k != "out"})
     bundle = load_bundle(resolve_bundle(config.bundle, config.game), "cpu")
-    latents = out / "latents"
+    latents = config.latents or out / "latents"
     stage(out, "unpack", lambda: unpack(bundle, out))
     stage(out, "encode", lambda: encode(config.data, out / "autoencoder" / "model", latents))
     for name, source, model, share in (
-        ("dynamics", "settled", bundle.world_model.dynamics, 0.8), ("heads", "heads", bundle.world_model.head, 0.2),
+        ("dynamics", "settled", bundle.world_model.dynamics, 0.75), ("heads", "heads", bundle.world_model.head, 0.25),
     ):  # fmt: skip
         file = out / f"{name}.yaml"
         spec = {k: v for k, v in model_spec(model).items() if k not in ("rewards", "terminated", "bias", "scale")}
@@ -92,7 +98,10 @@ def finetune(config: FinetuneConfig) -> Path:
         before = "before" if name == "dynamics" else "heads-before"
         changed = {"task.latents": str(latents), "task.init_from": str(out / before / "model"), "loop.seed": config.seed}
         if name == "dynamics":
-            changed["loop.batch_size"] = config.batch_size
+            changed |= {"loop.batch_size": config.batch_size, "task.outcome": config.outcome,
+                        "task.head": str(out / "heads-before" / "model")}  # fmt: skip
+        else:
+            changed["task.dynamics"] = str(out / "dynamics" / "model")
         budget = ["--steps", str(config.steps)] if config.steps else ["--minutes", str(config.minutes * share)]
         stage(out, name, lambda f=file, n=name, v=changed, b=budget: train_stage(f, out / n, v, b))
     stage(out, "bundle", lambda: make_bundle(out, config.data, config.starts, "dynamics"))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dreamenv.bundle import pick_device, pick_precision
 from dreamenv.config import check
 from dreamenv.errors import ConfigError
 from dreamenv.flow import SamplerConfig
@@ -19,6 +20,7 @@ from dreamenv.models.heads import OutcomeHead
 from dreamenv.models.io import load_model
 from dreamenv.models.latent_flow import LatentFlow, draw_next
 from dreamenv.models.registry import build_model
+from dreamenv.noise import philox
 from trainers.latents import LatentDataset
 
 
@@ -36,9 +38,12 @@ class HeadsTaskConfig:
     """Share drawn from the last steps before a rare outcome, the hardest negatives."""
     dynamics: str = ""
     """Model folder of trained dynamics; some contexts are then dreamt, as they will be when the head is used."""
-    drift: int = 6
-    """Most steps dreamt, with two evaluations each, before the head is asked."""
-    dreamt: float = 0.25
+    drift: int = 16
+    """Most steps dreamt before the head is asked."""
+    dreams: int = 8192
+    """How many dreams of up to `drift` steps there are, dreamt once before training; half of them end in rare outcomes, half
+    are drawn with two evaluations a step instead of one."""
+    dreamt: float = 0.5
     """Share of each batch with a dreamt context."""
     context_noise: float = 0.2
     """Largest standard deviation of the noise added to the context."""
@@ -52,6 +57,7 @@ class HeadsTaskConfig:
         check(0 <= self.balance < 1, f"balance {self.balance}: must be in [0, 1)")
         check(0 <= self.near < 1 - self.balance, f"near {self.near}: must be in [0, 1 - balance)")
         check(1 <= self.drift <= 64, f"drift {self.drift}: must be in 1..64")
+        check(self.dreams >= 2, f"dreams {self.dreams}: must be >= 2")
         check(0 <= self.dreamt <= 1, f"dreamt {self.dreamt}: must be in 0..1")
         check(self.context_noise >= 0, f"context_noise {self.context_noise}: must be >= 0")
         check(0 < self.val_ratio < 1, f"val_ratio {self.val_ratio}: must be in (0, 1)")
@@ -66,15 +72,8 @@ class HeadsTask:
     def __init__(self, config: HeadsTaskConfig, model: dict[str, Any], seed: int) -> None:
         self.config = config
         self.data = LatentDataset(Path(config.latents), config.val_ratio)
-        outcomes, self.labels = joint_outcomes(self.data.rewards, self.data.terminated, config.max_outcomes)
-        before = _trained_head(config.init_from) if config.init_from else None
-        if before is not None:  # which keeps its outcomes, in their order
-            known = list(zip(before.config.rewards, before.config.terminated, strict=True))
-            unknown = [o for o in outcomes if o not in known]
-            check(not unknown, f"init_from {config.init_from}: its head does not know the outcomes {unknown} of this data; "
-                               "train a new head")  # fmt: skip
-            self.labels = np.array([known.index(o) for o in outcomes])[self.labels]
-            outcomes = known
+        before = trained_head(config.init_from, "init_from") if config.init_from else None
+        outcomes, self.labels = outcome_labels(self.data, before, config.max_outcomes)
         torch.manual_seed(seed)
         self.model: nn.Module = build_model({
             **model, "rewards": [r for r, _ in outcomes], "terminated": [t for _, t in outcomes],
@@ -89,100 +88,135 @@ class HeadsTask:
         wanted, found = (network.latent_channels, network.latent_size), self.data.latents.shape[1:3]
         check(wanted == found, f"latent_channels, latent_size {wanted}: the latents have {found}")
         self.context = network.context
-        self.dynamics: LatentFlow | None = None
-        if config.dynamics:
-            loaded, facts = load_model(config.dynamics)
-            check(isinstance(loaded, LatentFlow) and facts.get("autoencoder_sha256") == self.data.facts["autoencoder_sha256"],
-                  f"dynamics {config.dynamics}: is no latent_flow trained on these latents")
-            self.dynamics = cast(LatentFlow, loaded).requires_grad_(False)
-            check(self.dynamics.config.context == self.context,
-                  f"dynamics {config.dynamics}: has a context of {self.dynamics.config.context}, the head of {self.context}")
         train = np.flatnonzero(~self.data.validation)
         check(0 < len(train) < len(self.labels),
               f"val_ratio {config.val_ratio}: leaves no levels to train on or none to validate on; collect more levels")
-        self._all = train
-        self._classes = [train[self.labels[train] == c] for c in range(1, len(outcomes))]
-        self._classes = [c for c in self._classes if len(c)]
-        rare = np.flatnonzero((self.labels > 0) & ~self.data.validation)
-        earlier = (rare[:, None] - np.arange(1, 13)).ravel()
-        earlier = earlier[earlier >= 0]
-        self._near = np.unique(earlier[(self.labels[earlier] == 0) & ~self.data.validation[earlier]])
+        self._train = self._moments(train)
+        self._dreams: _Dreams | None = None
+        self._val_dreams: _Dreams | None = None
+        if config.dynamics:
+            dynamics = _fitting_dynamics(config.dynamics, self.data, self.context)
+            device = pick_device("auto")
+            rng, val = philox((seed, 1)), np.flatnonzero(self.data.validation)
+            self._dreams = self._imagine(dynamics, train, config.dreams, rng, device)
+            self._val_dreams = self._imagine(dynamics, val, config.dreams // 8 + 2, rng, device)
+
+    def _moments(self, steps: np.ndarray) -> list[np.ndarray]:
+        """The steps int64 of each outcome, the uneventful last."""
+        rare = [steps[self.labels[steps] == c] for c in range(1, int(self.labels.max()) + 1)]
+        return [*(c for c in rare if len(c)), steps]
+
+    def _imagine(self, dynamics: LatentFlow, steps: np.ndarray, count: int, rng: np.random.Generator,
+                 device: torch.device) -> _Dreams:  # fmt: skip
+        """Dream from real contexts to `count` of the moments `steps`: the first half to rare outcomes, evenly."""
+        *rare, every = self._moments(steps)
+        each = count // 2 // len(rare) if rare else 0
+        ends = np.concatenate([*(rng.choice(c, each) for c in rare), rng.choice(every, count - each * len(rare))])
+        k, drift = self.context, self.config.drift
+        length = rng.integers(1, drift, size=count, endpoint=True)
+        length[each * len(rare) :] = drift
+        begin = np.maximum(ends - length, self.data.start[ends])
+        length = ends - begin
+        latents = np.empty((count, k + drift, *self.data.latents.shape[1:]), np.float16)
+        dynamics = dynamics.to(device, memory_format=torch.channels_last)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=pick_precision("auto", device) == "bf16"):
+            for at in range(0, count, 128):
+                rows = np.arange(at, min(at + 128, count))
+                sampler = SamplerConfig(nfe=1 + at // 128 % 2)
+                context = self._gather(begin[rows])[0].float().to(device)
+                latents[rows, :k] = context.half().cpu().numpy()
+                for step in range(drift):
+                    now = np.minimum(begin[rows] + step, ends[rows])
+                    noise = torch.from_numpy(rng.standard_normal(context[:, 0].shape, np.float32)).to(device)
+                    actions = torch.from_numpy(self.data.contexts(now, k)[1]).to(device)
+                    clean, _ = draw_next(dynamics, context, actions, noise, sampler)
+                    context = torch.cat([context[:, 1:], clean[:, None]], 1)
+                    latents[rows, k + step] = clean.half().cpu().numpy()
+        return _Dreams(latents, begin, length, each * len(rare))
 
     def batch(self, rng: np.random.Generator, size: int) -> dict[str, Tensor]:
-        """Contexts float16 (B, K, C, H, W), actions int64 (B, K), labels int64 (B,).
-
-        With dynamics, the first D rows' contexts lie some steps back, and `roll` int64 (D, S, K) holds the actions of
-        S steps to be dreamt, of which `live` bool (D, S) are meant.
-        """
-        pick = rng.random(size)
-        now = self._all[rng.integers(len(self._all), size=size)]
-        if self._classes:
-            which = rng.integers(len(self._classes), size=size)
-            place = rng.random(size)
-            rare = np.array([self._classes[w][int(p * len(self._classes[w]))] for w, p in zip(which, place, strict=True)])
-            now = np.where(pick < self.config.balance, rare, now)
-        if len(self._near):
-            near = self._near[rng.integers(len(self._near), size=size)]
-            now = np.where((pick >= self.config.balance) & (pick < self.config.balance + self.config.near), near, now)
-        _, actions = self._gather(now)
-        back = np.zeros(size, np.int64)
-        out = {"actions": actions, "labels": torch.from_numpy(self.labels[now])}
-        if self.dynamics is not None:
-            rows, steps = int(size * self.config.dreamt), int(rng.integers(1, self.config.drift, endpoint=True))
-            back[:rows] = np.minimum(steps, now[:rows] - self.data.start[now[:rows]])
-            ahead = np.arange(steps)[None] - steps  # -steps .. -1, relative to now
-            live = -ahead <= back[:rows, None]
-            moments = np.maximum(now[:rows, None] + ahead, self.data.start[now[:rows]][:, None])
-            roll = self._gather(moments.ravel())[1].unflatten(0, moments.shape)
-            out |= {"roll": roll, "live": torch.from_numpy(live)}
-        return out | {"context": self._gather(now - back)[0]}
+        """Contexts float16 (B, K, C, H, W), actions int64 (B, K), labels int64 (B,); the first rows' contexts are dreamt."""
+        config = self.config
+        *rare, every = self._train
+        pick, place = rng.random(size), rng.random(size)
+        earlier = rng.integers(1, 12, size=size, endpoint=True)
+        now = every[rng.integers(len(every), size=size)]
+        if rare:
+            which = rng.integers(len(rare), size=size)
+            event = np.array([rare[w][int(p * len(rare[w]))] for w, p in zip(which, place, strict=True)])
+            near = np.maximum(event - earlier, self.data.start[event])
+            now = np.where(pick < config.balance, event, np.where(pick < config.balance + config.near, near, now))
+        dreams, rows = self._dreams, 0
+        if dreams is not None:
+            rows = int(size * config.dreamt)
+            eventful = (pick[:rows] < config.balance + config.near) & (dreams.eventful > 0)
+            first = np.where(eventful, 0, dreams.eventful)
+            last = np.where(eventful, dreams.eventful, len(dreams.begin))
+            row = first + (place[:rows] * (last - first)).astype(np.int64)
+            steps = dreams.length[row]
+            back = np.where(pick[:rows] < config.balance, 0, earlier[:rows])
+            depth = np.where(eventful, np.maximum(steps - back, 0), rng.integers(0, steps, endpoint=True))
+            now[:rows] = dreams.begin[row] + depth
+        context, actions = self._gather(now)
+        if dreams is not None and rows:
+            context[:rows] = dreams.contexts(row, depth, self.context)
+        return {"context": context, "actions": actions, "labels": torch.from_numpy(self.labels[now])}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator,
              progress: float) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """Cross-entropy of the joint outcomes."""
         context, labels = batch["context"].float(), batch["labels"]
-        if self.dynamics is not None and len(batch["roll"]):
-            context = torch.cat([self._dream(context[: len(batch["roll"])], batch, generator), context[len(batch["roll"]) :]])
         sigma = torch.rand(len(context), generator=generator, device=context.device) * self.config.context_noise
         noise = torch.randn(context.shape, generator=generator, device=context.device)
         logits = model(context + noise * sigma[:, None, None, None, None], batch["actions"])
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
         return F.cross_entropy(logits, labels), {"accuracy": accuracy}
 
-    @torch.no_grad()
-    def _dream(self, context: Tensor, batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
-        assert self.dynamics is not None
-        dynamics = self.dynamics.to(context.device)
-        for step in range(batch["roll"].shape[1]):
-            noise = torch.randn(context[:, 0].shape, generator=generator, device=context.device)
-            clean, _ = draw_next(dynamics, context, batch["roll"][:, step], noise, SamplerConfig(nfe=2))
-            moved = torch.cat([context[:, 1:], clean[:, None]], 1)
-            context = torch.where(batch["live"][:, step, None, None, None, None], moved, context)
-        return context
-
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        """Calibrate on validation levels (stored with the model), then average precision and negative log-likelihood."""
+        """Calibrate on validation levels (stored with the model), then average precision and negative log-likelihood.
+
+        With dreams, half of the calibration's weight lies on dreamt contexts, whose figures are called `dreamt ...`.
+        """
         head = cast(OutcomeHead, model)
-        device = next(model.parameters()).device
         val = np.flatnonzero(self.data.validation)
-        rare = val[self.labels[val] > 0]
-        common = val[self.labels[val] == 0]
+        rare, common = val[self.labels[val] > 0], val[self.labels[val] == 0]
         kept = np.random.default_rng(0).permutation(common)[:12000]
-        now = np.concatenate([rare, kept])
-        weights = torch.cat([torch.ones(len(rare)), torch.full((len(kept),), len(common) / max(len(kept), 1))])
-        logits = []
+        sets = {"": (np.concatenate([rare, kept]), None)}
+        if (dreams := self._val_dreams) is not None:
+            uneventful = np.arange(dreams.eventful, len(dreams.begin))
+            depth = dreams.length[uneventful] - np.random.default_rng(0).integers(0, 4, size=len(uneventful))
+            row = np.concatenate([np.arange(dreams.eventful), uneventful])
+            depth = np.concatenate([dreams.length[: dreams.eventful], np.maximum(depth, 0)])
+            at = dreams.begin[row] + depth
+            fair = (np.arange(len(row)) < dreams.eventful) == (self.labels[at] > 0)
+            sets["dreamt "] = (at[fair], dreams.contexts(row[fair], depth[fair], self.context))
+        share = np.bincount(self.labels[val], minlength=len(head.config.rewards)) / len(val)
+        logits, labels, weights = {}, {}, {}
+        for name, (now, contexts) in sets.items():
+            logits[name] = self._logits(head, now, contexts)
+            labels[name] = torch.from_numpy(self.labels[now])
+            found = np.bincount(self.labels[now], minlength=len(share)) / len(now)
+            weights[name] = torch.from_numpy((share / np.maximum(found, 1e-12))[self.labels[now]] / len(now))
+        scale, bias, nll = calibrate(*(torch.cat(list(part.values())) for part in (logits, labels, weights)))
+        head.config = replace(head.config, scale=scale, bias=tuple(bias))
+        figures = {"nll": nll}
+        for name in sets:
+            probabilities = (scale * logits[name] + torch.tensor(bias)).softmax(1)
+            for c in range(1, len(head.config.rewards)):
+                outcome = f"reward {head.config.rewards[c]:g}{' end' if head.config.terminated[c] else ''}"
+                figures[f"ap {name}{outcome}"] = average_precision(
+                    probabilities[:, c].numpy(), (labels[name] == c).numpy(), weights[name].numpy())  # fmt: skip
+        return figures
+
+    def _logits(self, head: OutcomeHead, now: np.ndarray, contexts: Tensor | None) -> Tensor:
+        device = next(head.parameters()).device
+        out = []
         for at in range(0, len(now), 256):
             context, actions = self._gather(now[at : at + 256])
-            logits.append(head(context.float().to(device), actions.to(device)).cpu())
-        labels = torch.from_numpy(self.labels[now])
-        scale, bias, nll = calibrate(torch.cat(logits), labels, weights)
-        head.config = replace(head.config, scale=scale, bias=tuple(bias))
-        probabilities = (scale * torch.cat(logits) + torch.tensor(bias)).softmax(1)
-        figures = {"nll": nll}
-        for c in range(1, len(head.config.rewards)):
-            name = f"reward {head.config.rewards[c]:g}{' end' if head.config.terminated[c] else ''}"
-            figures[f"ap {name}"] = average_precision(probabilities[:, c].numpy(), (labels == c).numpy(), weights.numpy())
-        return figures
+            if contexts is not None:
+                context = contexts[at : at + 256]
+            out.append(head(context.float().to(device), actions.to(device)).cpu())
+        return torch.cat(out)
 
     def facts(self) -> dict[str, Any]:
         """Share of each joint outcome in the data."""
@@ -195,11 +229,56 @@ class HeadsTask:
         return torch.from_numpy(self.data.latents[indices]), torch.from_numpy(actions)
 
 
-def _trained_head(folder: str) -> OutcomeHead:
+@dataclass(frozen=True)
+class _Dreams:
+    """Dreams from real contexts, along the real actions.
+
+    Attributes:
+        latents: float16 (D, K + S, C, H, W): the real context, then what was dreamt.
+        begin: int64 (D,), the step at which each begins; length: int64 (D,), how many of its steps are meant.
+        eventful: the first so many end at a rare outcome.
+    """
+
+    latents: np.ndarray
+    begin: np.ndarray
+    length: np.ndarray
+    eventful: int
+
+    def contexts(self, row: np.ndarray, depth: np.ndarray, context: int) -> Tensor:
+        """The contexts float16 (B, K, C, H, W) after `depth` dreamt steps."""
+        return torch.from_numpy(self.latents[row[:, None], depth[:, None] + np.arange(context)])
+
+
+def _fitting_dynamics(folder: str, data: LatentDataset, context: int) -> LatentFlow:
+    dynamics, facts = load_model(folder)
+    if not isinstance(dynamics, LatentFlow) or facts.get("autoencoder_sha256") != data.facts["autoencoder_sha256"]:
+        raise ConfigError(f"dynamics {folder}: is no latent_flow trained on these latents")
+    check(dynamics.config.context == context,
+          f"dynamics {folder}: has a context of {dynamics.config.context}, the head of {context}")
+    return dynamics.eval().requires_grad_(False)
+
+
+def trained_head(folder: str, option: str) -> OutcomeHead:
+    """Load a trained head; raises `ConfigError`, naming the option, where the folder holds something else."""
     model, _ = load_model(folder)
     if not isinstance(model, OutcomeHead):
-        raise ConfigError(f"init_from {folder}: is a {type(model).__name__}, expected an outcome_head")
+        raise ConfigError(f"{option} {folder}: is a {type(model).__name__}, expected an outcome_head")
     return model
+
+
+def outcome_labels(data: LatentDataset, head: OutcomeHead | None, limit: int) -> tuple[list[tuple[float, bool]], np.ndarray]:
+    """`joint_outcomes` of a dataset; where there is a trained head, its outcomes in its order.
+
+    Raises:
+        ConfigError: the data holds an outcome that the head does not know.
+    """
+    outcomes, labels = joint_outcomes(data.rewards, data.terminated, limit)
+    if head is None:
+        return outcomes, labels
+    known = list(zip(head.config.rewards, head.config.terminated, strict=True))
+    unknown = [o for o in outcomes if o not in known]
+    check(not unknown, f"init_from: the head does not know the outcomes {unknown} of this data; train a new one")
+    return known, np.array([known.index(o) for o in outcomes])[labels]
 
 
 def joint_outcomes(rewards: np.ndarray, terminated: np.ndarray, limit: int) -> tuple[list[tuple[float, bool]], np.ndarray]:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,27 +40,28 @@ def training_data(folder: str | Path) -> Dataset:
 def encode_dataset(data: Path, autoencoder: Path, out: Path, device: str = "auto") -> Path:
     """Encode every frame; resumes shard by shard. Returns `out`.
 
-    Writes per shard `latents-00000.npy` float16 (S, C, H, W) and `importance-00000.npy` uint8 (S, H, W): the mean
-    rare-colour weight of each cell's pixels, times 16; and `latents.json` last.
+    Writes per shard `latents-<frames>.npy` float16 (S, C, H, W) and `importance-<frames>.npy` uint8 (S, H, W): the mean
+    rare-colour weight of each cell's pixels, times 16; and `latents.json` last. <frames> begins the sha256 of the shard's
+    frames, so one folder serves a dataset that grows by merging: what it has encoded before is not encoded again.
     """
     dataset = training_data(data)
     model, digest = load_autoencoder(autoencoder)
-    identity = _identity(dataset, digest)
     out.mkdir(parents=True, exist_ok=True)
     marker = out / "identity.json"
+    identity = {"autoencoder": digest}
     if not marker.exists() or read_json(marker, DatasetError, "delete it and encode again") != identity:
         for stale in out.glob("*.npy"):
             stale.unlink()
-        (out / "latents.json").unlink(missing_ok=True)
         write_json(marker, identity)
+    (out / "latents.json").unlink(missing_ok=True)
     target = pick_device(device)
     model = model.to(target, memory_format=torch.channels_last)
     rng = np.random.default_rng(0)
     sample = np.concatenate([s.frames[np.sort(rng.choice(len(s), min(len(s), 256), replace=False))] for s in dataset.shards])
     weights = colour_weights(torch.from_numpy(colour_frequencies(sample)).float())
     patch = model.config.patch
-    for shard in dataset.shards:
-        paths = [out / f"{kind}-{shard.name[6:]}.npy" for kind in ("latents", "importance")]
+    for shard, name in zip(dataset.shards, _names(dataset), strict=True):
+        paths = [out / f"{kind}-{name}.npy" for kind in ("latents", "importance")]
         if all(p.exists() for p in paths):
             continue
         latents = np.empty((len(shard), *model.latent_shape), np.float16)
@@ -88,8 +88,8 @@ def load_autoencoder(folder: str | Path) -> tuple[Autoencoder, str]:
     return model, read_json(readable_folder(folder) / "model.json", BundleError, "train it again")["sha256"]
 
 
-def _identity(dataset: Dataset, autoencoder_sha256: str) -> dict[str, Any]:
-    return {"autoencoder": autoencoder_sha256, "shards": [s["sha256"] for s in dataset.manifest["shards"]]}
+def _names(dataset: Dataset) -> list[str]:
+    return [entry["sha256"]["frames"][:16] for entry in dataset.manifest["shards"]]
 
 
 class LatentDataset:
@@ -115,26 +115,28 @@ class LatentDataset:
         self.dataset = Dataset(self.facts["data"])
         self.autoencoder, digest = load_autoencoder(self.facts["autoencoder"])
         encoded = read_json(self.folder / "identity.json", DatasetError, "encode the dataset again")
-        if encoded != _identity(self.dataset, digest):
-            raise DatasetError(f"{self.folder}: was encoded from another dataset or by another autoencoder; encode again")
-        shards = self.dataset.shards
+        if encoded != {"autoencoder": digest}:
+            raise DatasetError(f"{self.folder}: was encoded by another autoencoder; encode again")
+        shards, names = self.dataset.shards, _names(self.dataset)
         total = len(self.dataset)
 
         def columns(kind: str) -> np.ndarray:
             out: np.ndarray | None = None
             at = 0
-            for shard in shards:
-                path = self.folder / f"{kind}-{shard.name[6:]}.npy"
+            for shard, name in zip(shards, names, strict=True):
+                path = self.folder / f"{kind}-{name}.npy"
                 try:
                     part = np.load(path, mmap_mode="r", allow_pickle=False)
                 except (OSError, ValueError, EOFError) as error:
                     raise DatasetError(f"{path}: missing or damaged ({error}); encode the dataset again") from None
+                if len(part) != len(shard):
+                    raise DatasetError(f"{path}: has {len(part)} steps, its shard {len(shard)}; delete it, encode again")
                 if out is None:
                     out = np.empty((total, *part.shape[1:]), part.dtype)
                 out[at : at + len(part)] = part
                 at += len(part)
-            if out is None or at != total:
-                raise DatasetError(f"{self.folder}: {kind} has {at} steps, the dataset {total}; delete it, encode again")
+            if out is None:
+                raise DatasetError(f"{self.facts['data']}: has no shards; collect some")
             return out
 
         self.latents, self.importance = columns("latents"), columns("importance")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dreamenv.actions import NUM_ACTIONS
 from dreamenv.artifacts import atomic_folder, read_json, readable_folder, sha256_file, write_json
+from dreamenv.bundle import pick_precision
 from dreamenv.config import check, from_dict, to_dict
 from dreamenv.errors import BundleError, ConfigError, PolicyError
 from dreamenv.models.autoencoder import to_images
@@ -62,8 +63,10 @@ class ImpalaAgent(nn.Module):
         self.value = nn.Linear(config.features, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, 64, 64) in [0, 1] -> action logits (B, 15) and values (B,)."""
-        features = self.trunk(images)
+        """Images (B, 3, 64, 64) in [0, 1] -> action logits (B, 15) and values (B,); bf16 where the hardware has it."""
+        device = images.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=pick_precision("auto", device) == "bf16"):
+            features = self.trunk(images.contiguous(memory_format=torch.channels_last)).float()
         return self.policy(features), self.value(features)[:, 0]
 
     @torch.inference_mode()
@@ -107,4 +110,4 @@ def load_agent(folder: str | Path) -> ImpalaAgent:
         load_weights(agent, folder / "agent.safetensors", description["sha256"])
     except (KeyError, TypeError, ConfigError, BundleError) as error:
         raise PolicyError(f"{path}: is damaged ({error}); save the agent again") from None
-    return agent.eval()
+    return agent.eval().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
