@@ -116,7 +116,8 @@ def to_agent(model: BaseAlgorithm) -> ImpalaAgent:
         weights |= {"value.weight": torch.zeros(1, weights["policy.weight"].shape[1]), "value.bias": torch.zeros(1)}
     extractor = next(m for m in model.policy.modules() if isinstance(m, ImpalaExtractor))
     with torch.random.fork_rng():  # its initial weights must not take from the run's random stream
-        agent = ImpalaAgent(ImpalaConfig(extractor.config.channels, extractor.config.features, greedy=name in _VALUE_BASED))
+        agent = ImpalaAgent(ImpalaConfig(extractor.config.channels, extractor.config.features, greedy=name in _VALUE_BASED),
+                            extractor.precision)  # fmt: skip
     agent.load_state_dict(weights)
     return agent.eval()
 

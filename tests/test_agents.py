@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecMoni
 
 from agents.adapter import NativeVecEnv
 from agents.evaluate import evaluate
-from agents.saved import ALGORITHMS, make_algorithm, save_algorithm, to_agent
+from agents.saved import ALGORITHMS, go_on_from, make_algorithm, save_algorithm, to_agent
 from agents.train import AlgorithmConfig, TrainConfig, load_algorithm, train
 from agents.worlds import MixedVecEnv, dataset_starts, dream_world, make_world, real_world
 from dreamenv.bundle import load_bundle
@@ -26,6 +26,7 @@ from dreamenv.models.impala import ImpalaConfig, load_agent
 from dreamenv.policies import make_policy
 from dreamenv.vector import DreamVectorEnv
 from envs.collect import CollectConfig, collect
+from tests.conftest import same_bytes
 
 SMALL = {"channels": [4, 8], "features": 16}
 
@@ -185,7 +186,7 @@ def test_a_saved_agent_acts_as_the_algorithm_that_learnt_it(name: str, toy_bundl
     model = make_algorithm(name, dreams(toy_bundle, 2), SETTINGS[name], ImpalaConfig((4, 8), 16), 0, "fp32")
     model.learn(32)
     frames = np.random.default_rng(0).integers(0, 256, (10, 64, 64, 3), dtype=np.uint8)
-    saved = load_agent(save_algorithm(tmp_path / "agent", model, {}))
+    saved = load_agent(save_algorithm(tmp_path / "agent", model, {}), "fp32")
     ours = saved.probabilities(frames)
     exact = to_agent(model).probabilities(frames)
     if name in ("DQN", "QRDQN"):
@@ -232,6 +233,28 @@ def test_a_resumed_run_ends_with_the_same_bytes(world: str, toy_bundle: Path, tm
     assert (shares["decode"] > 0) == (world != "real")
     assert (tmp_path / "whole" / "best" / "agent.json").exists()
     assert (tmp_path / "whole" / "progress.csv").stat().st_size > 100
+
+
+def test_an_agent_goes_on_from_a_saved_one(toy_bundle: Path, tmp_path: Path) -> None:
+    first = Path(train(config(tmp_path, toy_bundle, out=tmp_path / "first", steps=64))["agent"])
+    fresh = make_algorithm("PPO", dreams(toy_bundle, 2), SETTINGS["PPO"], ImpalaConfig((4, 8), 16), 5, "fp32")
+    go_on_from(fresh, first)
+    frames = np.random.default_rng(0).integers(0, 256, (10, 64, 64, 3), dtype=np.uint8)
+    assert np.array_equal(to_agent(fresh).probabilities(frames), load_agent(first, "fp32").probabilities(frames))
+    tensor = fresh.policy.obs_to_tensor(frames.transpose(0, 3, 1, 2))[0]
+    with torch.no_grad():
+        values = cast(Any, fresh.policy).predict_values(tensor)[:, 0]
+        assert torch.equal(values, load_agent(first, "fp32")(tensor.float() / 255)[1])
+    one, two = (train(config(tmp_path, toy_bundle, out=tmp_path / n, steps=64, **extra))["agent"]
+                for n, extra in (("anew", {}), ("on", {"agent": first})))  # fmt: skip
+    weights = [(Path(folder) / "agent.safetensors").read_bytes() for folder in (first, one, two)]
+    assert same_bytes(weights[0], weights[1]) and not same_bytes(weights[0], weights[2])
+    other = make_algorithm("PPO", dreams(toy_bundle, 2), SETTINGS["PPO"], ImpalaConfig((4, 4), 16), 0)
+    with pytest.raises(PolicyError, match="another shape"):
+        go_on_from(other, first)
+    dqn = make_algorithm("DQN", dreams(toy_bundle, 2), SETTINGS["DQN"], ImpalaConfig((4, 8), 16), 0)
+    with pytest.raises(ConfigError, match="DQN cannot go on"):
+        go_on_from(dqn, first)
 
 
 def test_a_damaged_or_foreign_checkpoint_is_refused(toy_bundle: Path, tmp_path: Path) -> None:

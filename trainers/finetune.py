@@ -21,7 +21,6 @@ from dreamenv.errors import DreamenvError
 from dreamenv.models.io import save_model
 from dreamenv.models.registry import model_spec
 from dreamenv.stages import begin, stage
-from trainers.dynamics import DynamicsTaskConfig
 from trainers.latents import load_autoencoder
 from trainers.pipeline import CONFIGS, encode, make_bundle, train_stage
 
@@ -46,7 +45,7 @@ class FinetuneConfig:
     """Of the dynamics."""
     latents: Path | None = None
     """Folder of the encoded frames, <out>/latents by default; runs that share one encode each frame once."""
-    outcome: float = DynamicsTaskConfig.outcome
+    outcome: float = 0.01
     """Weight of the outcome head's cross-entropy in the training of the dynamics."""
     starts: int = 60
     """Start contexts in the new bundle."""

@@ -47,11 +47,16 @@ class _Residual(nn.Module):
 
 
 class ImpalaAgent(nn.Module):
-    """Policy and value of frames."""
+    """Policy and value of frames.
 
-    def __init__(self, config: ImpalaConfig) -> None:
+    Args:
+        config: its shape.
+        precision: "fp32", "bf16" autocast of all but the last layers, or "auto": bf16 where the hardware has it.
+    """
+
+    def __init__(self, config: ImpalaConfig, precision: str = "auto") -> None:
         super().__init__()
-        self.config = config
+        self.config, self.precision = config, precision
         stages: list[nn.Module] = []
         width, side = 3, 64
         for channels in config.channels:
@@ -63,9 +68,9 @@ class ImpalaAgent(nn.Module):
         self.value = nn.Linear(config.features, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, 64, 64) in [0, 1] -> action logits (B, 15) and values (B,); bf16 where the hardware has it."""
+        """Images (B, 3, 64, 64) in [0, 1] -> action logits (B, 15) and values (B,)."""
         device = images.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=pick_precision("auto", device) == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=pick_precision(self.precision, device) == "bf16"):
             features = self.trunk(images.contiguous(memory_format=torch.channels_last)).float()
         return self.policy(features), self.value(features)[:, 0]
 
@@ -92,8 +97,8 @@ def save_agent(folder: str | Path, agent: ImpalaAgent, facts: dict | None = None
     return Path(folder)
 
 
-def load_agent(folder: str | Path) -> ImpalaAgent:
-    """Load a saved agent.
+def load_agent(folder: str | Path, precision: str = "auto") -> ImpalaAgent:
+    """Load a saved agent; see `ImpalaAgent` for `precision`.
 
     Raises:
         PolicyError: missing, damaged, or of a newer format.
@@ -106,7 +111,7 @@ def load_agent(folder: str | Path) -> ImpalaAgent:
     try:
         if description["format_version"] != 1:
             raise PolicyError(f"{path}: format_version {description['format_version']!r}; this release reads 1")
-        agent = ImpalaAgent(from_dict(ImpalaConfig, description["network"], "network"))
+        agent = ImpalaAgent(from_dict(ImpalaConfig, description["network"], "network"), precision)
         load_weights(agent, folder / "agent.safetensors", description["sha256"])
     except (KeyError, TypeError, ConfigError, BundleError) as error:
         raise PolicyError(f"{path}: is damaged ({error}); save the agent again") from None
