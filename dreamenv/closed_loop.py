@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dreamenv.actions import NUM_ACTIONS
-from dreamenv.bundle import Bundle
+from dreamenv.bundle import Bundle, bundled_agent
 from dreamenv.config import check
 from dreamenv.flow import SamplerConfig
 from dreamenv.metrics import detail, interval, pearson, spearman
@@ -20,8 +20,9 @@ from dreamenv.rollout import HELD_OUT, step_noise
 from dreamenv.types import Clips, State
 from dreamenv.vector import DreamVectorEnv
 
-POLICIES = ("hold:noop", "hold:left", "hold:right", "hold:up", "hold:right+up", "random", "sticky", "biased")
-"""Policies of different skill that need no training."""
+POLICIES = ("hold:noop", "hold:left", "hold:right", "hold:up", "hold:right+up", "random", "sticky", "biased", "bundled:0.5",
+            "bundled")  # fmt: skip
+"""Policies of different skill: some that need no training, and the agent that ships with the bundle, half at random and alone."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def play_both(bundle: Bundle, policies: tuple[str, ...] = POLICIES, episodes: in
 
     Args:
         bundle: the bundle.
-        policies: specifications, see `dreamenv.policies.make_policy`.
+        policies: specifications, see `dreamenv.policies.make_policy`; "bundled" is the agent that ships with the bundle,
+            "bundled:EPSILON" the same at random so often, and both are left out where none ships.
         episodes: how many each, one per level.
         limit: steps after which an episode is cut off, in both worlds.
         sampler: how the dream is drawn.
@@ -90,11 +92,17 @@ def play_both(bundle: Bundle, policies: tuple[str, ...] = POLICIES, episodes: in
     bias = np.asarray(real.unwrapped.game.bias)
     chosen = levels[0] + philox((seed, 0xC105ED)).choice(levels[1], episodes, replace=episodes > levels[1])
     out = {}
+    agent = bundled_agent(bundle.folder)
     for number, spec in enumerate(policies):
+        name = spec
+        if spec.partition(":")[0] == "bundled":
+            if agent is None:
+                continue
+            name = f"agent:{agent}" + spec[len("bundled") :]
         frames, _ = real.reset(seed=seed, options={"level": chosen})
         imagined, _ = dream.reset(seed=seed, options={"frames": frames[:, None]})
         out[spec] = tuple(
-            play_episodes(envs, start, make_policy(spec, bias), limit, philox((seed, number)))[0]
+            play_episodes(envs, start, make_policy(name, bias), limit, philox((seed, number)))[0]
             for envs, start in ((real, frames), (dream, imagined))
         )
     real.close()

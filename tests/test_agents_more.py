@@ -23,6 +23,8 @@ from agents.evaluate import evaluate
 from agents.report import ReportConfig, optimism, report
 from agents.saved import ForeignPolicy
 from dreamenv.artifacts import read_json
+from dreamenv.bundle import load_bundle
+from dreamenv.closed_loop import play_both
 from dreamenv.errors import PolicyError
 from dreamenv.memory import keep_freed_memory
 from dreamenv.models.impala import ImpalaAgent, ImpalaConfig, load_agent, save_agent
@@ -82,6 +84,11 @@ def test_the_agent_that_ships_with_a_bundle(tmp_path: Path) -> None:
     folder = write_toy_bundle(tmp_path / "bundle")
     save_agent(folder / "agent", ImpalaAgent(ImpalaConfig(channels=(4, 4, 4), features=8)))
     assert evaluate("bundled", "dream", bundle=folder, episodes=2, limit=5).figures["episodes"] == 2
+    loaded = load_bundle(folder, "cpu")
+    assert list(play_both(loaded, ("random", "bundled:0.5", "bundled"), 2, limit=4)) == ["random", "bundled:0.5", "bundled"]
+    shutil.move(folder / "agent", tmp_path / "agent")
+    assert list(play_both(loaded, ("random", "bundled"), 2, limit=4)) == ["random"], "left out where none ships"
+    shutil.move(tmp_path / "agent", folder / "agent")
     command = [sys.executable, "-m", "dreamenv", "play", "--bundle", str(folder), "--player", "agent", "--world", "dream",
                "--steps", "4", "--headless", str(tmp_path / "film.mp4"), "--scale", "2"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True)
