@@ -22,7 +22,7 @@ from dreamenv.vector import DreamVectorEnv
 
 POLICIES = ("hold:noop", "hold:left", "hold:right", "hold:up", "hold:right+up", "random", "sticky", "biased", "bundled:0.5",
             "bundled")  # fmt: skip
-"""Policies of different skill: some that need no training, and the agent that ships with the bundle, half at random and alone."""
+"""Policies of different skill; the last are the agent that ships with the bundle, half at random and alone."""
 
 
 @dataclass(frozen=True)
