@@ -18,14 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from dreamenv.actions import NAMES, NOOP, keys_to_action
+from dreamenv.actions import NAMES, keys_to_action
 from dreamenv.bundle import EMBEDDED, Bundle, bundled_agent, load_bundle, resolve_bundle
 from dreamenv.config import check
+from dreamenv.controls import Gamepads, pressed_action
 from dreamenv.errors import ConfigError, DreamenvError
+from dreamenv.filming import film, parse_script
 from dreamenv.flow import SamplerConfig
+from dreamenv.moment import Moment
 from dreamenv.recording import FilmRecorder
 from dreamenv.screen import Meter, Screen, View
-from dreamenv.session import GRID, Mode, Moment, Session
+from dreamenv.session import GRID, Mode, Session
 
 HORIZON = 15
 """Steps of an imagined future."""
@@ -35,67 +38,6 @@ _HURRY = 0.6
 """Share of a step's time after which a new key press brings the next step: an answer sooner, for a beat that gives a little."""
 _MESSAGE_SECONDS = 4.0
 _REWIND_STEPS = 2
-
-
-def pressed_action(pressed: set[int]) -> int:
-    """Return the action of the largest key combination that is held down; no-op without one."""
-    fits = [(len(keys), action) for keys, action in keys_to_action().items() if set(keys) <= pressed]
-    return max(fits)[1] if fits else NOOP
-
-
-def parse_script(script: str) -> list[int]:
-    """Parse actions such as "right*20,right+up,noop*5" by the names of `dreamenv.actions.NAMES`.
-
-    Raises:
-        ConfigError: an unknown action, or a count that is no integer in 1..100000.
-    """
-    actions: list[int] = []
-    for part in script.split(","):
-        name, star, times = part.strip().partition("*")
-        check(name in NAMES, f"action {name!r} in {script!r}: there are {', '.join(NAMES)}")
-        counted = not star or (times.isdecimal() and 1 <= int(times) <= 100000)
-        check(counted, f"count {times!r} in {script!r}: must be in 1..100000")
-        actions += [NAMES.index(name)] * (int(times) if star else 1)
-    return actions
-
-
-def film(session: Session, path: Path, steps: int, script: Sequence[int] | None = None, scale: int = 4, fps: float = 15.0,
-         bundle_name: str = "") -> dict[str, Any]:  # fmt: skip
-    """Play without a window and film what it would show.
-
-    Args:
-        session: both worlds; a real game still loading is not waited for.
-        path: an .mp4 or .gif.
-        steps: how many.
-        script: actions, repeated from the start when they end; None lets the session's player choose.
-        scale: window pixels per game pixel.
-        fps: of the film.
-        bundle_name: what the panel calls the bundle.
-
-    Returns:
-        The steps filmed, the path, and the rewards of the last episode.
-    """
-    check(steps >= 1, f"steps {steps}: must be >= 1")
-    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
-    import pygame
-
-    recorder, screen = FilmRecorder(path, fps), Screen()
-    surface = pygame.Surface(Screen.size(scale, len(session.shown)))
-    uncertainty: deque[float] = deque(maxlen=150)
-    began = time.perf_counter()
-    if script:
-        session.player = "human"
-    try:
-        for t in range(steps):
-            moment = session.step(NOOP if not script else script[t % len(script)])
-            uncertainty.append(moment.uncertainty)
-            screen.draw(surface, View(moment, session.shown, session.game, bundle_name, "script" if script else session.player,
-                                      session.sampler, meanings=session.action_meanings, target_fps=fps,
-                                      fps=(t + 1) / (time.perf_counter() - began), uncertainty=list(uncertainty)))  # fmt: skip
-            recorder.add(pygame.surfarray.array3d(surface).swapaxes(0, 1))
-    finally:
-        written = recorder.close()
-    return {"steps": steps, "film": str(written), "rewards": session.moment.rewards}
 
 
 class Window:
@@ -123,14 +65,11 @@ class Window:
         except pygame.error as error:
             raise ConfigError(f"display: none to open a window on ({error}); 'dreamenv play --headless film.mp4' films a "
                               "game without one, 'dreamenv demo' measures it too") from None  # fmt: skip
-        with contextlib.suppress(pygame.error):  # a game without a gamepad
-            pygame.joystick.init()
         self._done_event, self._loaded_event = pygame.event.custom_type(), pygame.event.custom_type()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="dream")
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="real game")
         self._jobs: deque[tuple[Future[Any], Callable[[Any], None] | None, Session | None]] = deque()
-        self._pads: dict[int, int] = {}
-        self._joysticks: dict[int, Any] = {}
+        self._pads = Gamepads()
         self._screen = Screen()
         self._pressed: set[int] = set()
         self._tapped: set[int] = set()  # a key pressed and released between two frames still counts once
@@ -290,7 +229,7 @@ class Window:
 
     def held_action(self) -> int:
         """The action of the keys and the gamepad now held, or pressed since the last step."""
-        return pressed_action(self._pressed | self._tapped | set(self._pads.values()) - {0})
+        return pressed_action(self._pressed | self._tapped | self._pads.held)
 
     def figures(self) -> dict[str, Any]:
         """What was measured so far; delays in seconds from a key to its picture, None before the first."""
@@ -379,7 +318,10 @@ class Window:
                 self._chosen = cell
                 self._overlay_key(pygame.K_RETURN)
         else:
-            self._pad(event)
+            before = self._pads.held
+            if self._pads.handle(event):
+                self.paused, self._dirty = not self.paused, True
+            self._tapped |= self._pads.held - before
         return True
 
     def _command(self, key: int, modifiers: int) -> None:
@@ -524,32 +466,6 @@ class Window:
         kinds = {name: "real game, with its dream" if name == dreamt else "real game alone" for name in games}
         self._menu += [(name, kind, to_game(name)) for name, kind in kinds.items()]
         self._selected, self._overlay = 0, "menu"
-
-    def _pad(self, event: Any) -> None:
-        """Translate a gamepad: stick or cross for the arrows, its buttons for jump and the game's other actions."""
-        pygame = self._pygame
-        before = set(self._pads.values())
-        if event.type == pygame.JOYDEVICEADDED:
-            with contextlib.suppress(pygame.error):
-                self._joysticks[event.device_index] = pygame.joystick.Joystick(event.device_index)
-        elif event.type == pygame.JOYDEVICEREMOVED:
-            self._pads.clear()
-        elif event.type == pygame.JOYAXISMOTION and event.axis < 2:
-            keys = ((pygame.K_LEFT, pygame.K_RIGHT), (pygame.K_UP, pygame.K_DOWN))[event.axis]
-            self._pads[event.axis] = keys[0] if event.value < -0.5 else keys[1] if event.value > 0.5 else 0
-        elif event.type == pygame.JOYHATMOTION:
-            x, y = event.value
-            self._pads[2] = {-1: pygame.K_LEFT, 1: pygame.K_RIGHT}.get(x, 0)
-            self._pads[3] = {-1: pygame.K_DOWN, 1: pygame.K_UP}.get(y, 0)
-        elif event.type in (pygame.JOYBUTTONDOWN, pygame.JOYBUTTONUP):
-            down = event.type == pygame.JOYBUTTONDOWN
-            key = dict(enumerate((pygame.K_UP, pygame.K_d, pygame.K_a, pygame.K_w, pygame.K_s, pygame.K_q))).get(event.button)
-            if key is not None:
-                self._pads[16 + event.button] = key if down else 0
-            elif down and event.button == 7:
-                self.paused = not self.paused
-                self._dirty = True
-        self._tapped |= set(self._pads.values()) - before - {0}
 
 
 def _beside(values: Sequence[int], value: int, direction: int) -> int:

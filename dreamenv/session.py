@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,63 +13,22 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from dreamenv.actions import COMBOS, NOOP
-from dreamenv.artifacts import atomic_file
 from dreamenv.bundle import Bundle
 from dreamenv.config import check
 from dreamenv.env import DreamEnv
 from dreamenv.errors import ConfigError, SnapshotError
 from dreamenv.flow import SamplerConfig
-from dreamenv.metrics import psnr, squared_error
+from dreamenv.metrics import squared_error
+from dreamenv.moment import Moment, Past, load_moment, mean_psnr, save_moment
 from dreamenv.noise import philox
 from dreamenv.policies import AgentPolicy, StickyPolicy, VectorPolicy
 from dreamenv.recording import EpisodeRecorder
-from dreamenv.snapshot import pack, unpack
 
 MODES = ("both", "dream", "real")
 GRID = tuple(COMBOS.index(c) for c in (("LEFT", "UP"), ("UP",), ("RIGHT", "UP"), ("LEFT",), (), ("RIGHT",),
                                        ("LEFT", "DOWN"), ("DOWN",), ("RIGHT", "DOWN")))  # fmt: skip
 """The actions of the 3 x 3 grid of futures, as the arrow keys lie."""
 Mode = Literal["both", "dream", "real"]
-
-
-@dataclass(frozen=True)
-class Moment:
-    """What there is to show of one moment.
-
-    Attributes:
-        dream, real: uint8 (64, 64, 3); `real` is None while there is no real game.
-        action: what led here.
-        step: steps since the start.
-        rewards: total so far, of each world.
-        ended: of each world: "", or why it is over.
-        reward_probability, end_probability, uncertainty: what the dream said of its last step.
-        psnr: of the dream against the real game, dB, of the mean squared error of all steps since they last agreed.
-    """
-
-    dream: np.ndarray
-    real: np.ndarray | None
-    action: int = NOOP
-    step: int = 0
-    rewards: dict[str, float] = field(default_factory=lambda: {"dream": 0.0, "real": 0.0})
-    ended: dict[str, str] = field(default_factory=lambda: {"dream": "", "real": ""})
-    reward_probability: float = 0.0
-    end_probability: float = 0.0
-    uncertainty: float = 0.0
-    psnr: float | None = None
-
-
-@dataclass(frozen=True)
-class _Past:
-    """Everything that `Session` needs to go back to a moment."""
-
-    moment: Moment
-    dream: bytes
-    real: bytes | None
-    history: tuple[tuple[np.ndarray, ...], tuple[int, ...]]
-    errors: tuple[float, int]
-    level: int
-    taken: tuple[int, ...]
-    mark: tuple[int, bool] = (0, True)
 
 
 class Session:
@@ -112,7 +71,7 @@ class Session:
         self._lock = threading.Lock()
         self._closed = False
         self._rng = philox((seed, 0x91A7))
-        self._past: deque[_Past] = deque(maxlen=memory)
+        self._past: deque[Past] = deque(maxlen=memory)
         self.moment = self.new_start()
 
     # -- the real game -------------------------------------------------------------------------------------------------
@@ -277,12 +236,8 @@ class Session:
         if self.recorder is not None and not m.ended[world := self.recorder.world]:
             self.recorder.add(m.real if world == "real" else before, action, earned[world], ended[world], self._level)
         self._taken.append(action)
-        self.moment = Moment(dream, real, action, m.step + 1, rewards, ended, *outlook, self._psnr())
+        self.moment = Moment(dream, real, action, m.step + 1, rewards, ended, *outlook, mean_psnr(self._errors))
         return self.moment
-
-    def _psnr(self) -> float | None:
-        total, count = self._errors
-        return float(psnr(total / count)) if count else None
 
     def synchronise(self) -> Moment:
         """Let the dream go on from the real game's last frames; its error is counted anew.
@@ -335,13 +290,13 @@ class Session:
 
     # -- time ----------------------------------------------------------------------------------------------------------
 
-    def _now(self) -> _Past:
+    def _now(self) -> Past:
         real = None if self.real is None else self.real.snapshot()
-        return _Past(self.moment, self.dream.snapshot(), real, (tuple(self._frames), tuple(self._actions)), self._errors,
+        return Past(self.moment, self.dream.snapshot(), real, (tuple(self._frames), tuple(self._actions)), self._errors,
                      self._level, tuple(self._taken),
                      (0, True) if self.recorder is None else self.recorder.mark())  # fmt: skip
 
-    def _go(self, past: _Past) -> Moment:
+    def _go(self, past: Past) -> Moment:
         dream = self.dream.snapshot()
         self.dream.restore(past.dream)
         if self.real is not None and past.real is not None:
@@ -376,19 +331,7 @@ class Session:
     def save(self, path: Path) -> None:
         """Write this moment of both worlds to a file."""
         self._take_real_in()
-        now = self._now()
-        m = now.moment
-        arrays = {"dream": np.frombuffer(now.dream, np.uint8), "dream_frame": m.dream,
-                  "frames": np.stack(now.history[0]) if now.history[0] else np.zeros((0, 64, 64, 3), np.uint8),
-                  "actions": np.array(now.history[1], np.int64), "taken": np.array(now.taken, np.int64)}  # fmt: skip
-        if now.real is not None and m.real is not None:
-            arrays |= {"real": np.frombuffer(now.real, np.uint8), "real_frame": m.real}
-        meta = {"action": m.action, "step": m.step, "rewards": m.rewards, "ended": m.ended, "errors": list(now.errors),
-                "outlook": [m.reward_probability, m.end_probability, m.uncertainty], "level": now.level}  # fmt: skip
-        data = pack("moment", meta, arrays)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as temporary:
-            temporary.write_bytes(data)
+        save_moment(path, self._now())
 
     def load(self, path: Path) -> Moment:
         """Go to a saved moment.
@@ -397,23 +340,7 @@ class Session:
             SnapshotError: no such file, damaged, or of another bundle or game.
         """
         self._take_real_in()
-        try:
-            meta, arrays = unpack("moment", path.read_bytes())
-        except OSError as error:
-            raise SnapshotError(f"{path}: nothing saved there ({error.strerror}); save a moment first") from None
-        if self.real is None:
-            arrays.pop("real", None)
-        real = arrays["real"].tobytes() if "real" in arrays else None
-        if self.real is not None and real is None:
-            raise SnapshotError(f"{path}: was saved without the real game; load it in a window without one")
-        outlook = [float(x) for x in meta["outlook"]]
-        moment = Moment(arrays["dream_frame"].copy(), None if real is None else arrays["real_frame"].copy(), meta["action"],
-                        meta["step"], meta["rewards"], meta["ended"], *outlook)  # fmt: skip
-        history = tuple(arrays["frames"]), tuple(arrays["actions"].tolist())
-        errors = float(meta["errors"][0]), int(meta["errors"][1])
-        past = _Past(moment, arrays["dream"].tobytes(), real, history, errors, meta["level"], tuple(arrays["taken"].tolist()))
-        self._go(past)
-        self.moment = replace(moment, psnr=self._psnr())
+        self._go(load_moment(path, self.real is not None))
         self._past.clear()
         if self.recorder is not None:
             self.recorder.cut()

@@ -21,10 +21,12 @@ from PIL import Image
 import dreamenv.play
 from dreamenv.actions import COMBOS, NAMES, NOOP
 from dreamenv.bundle import Bundle, load_bundle
+from dreamenv.controls import pressed_action
 from dreamenv.data import Dataset
 from dreamenv.errors import ConfigError, DatasetError, SnapshotError
+from dreamenv.filming import film, parse_script
 from dreamenv.flow import SamplerConfig
-from dreamenv.play import Window, film, find_bundles, parse_script, pressed_action, run
+from dreamenv.play import Window, find_bundles, run
 from dreamenv.recording import FilmRecorder
 from dreamenv.screen import KEYS, Screen, View
 from dreamenv.session import GRID, Session
