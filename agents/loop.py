@@ -21,7 +21,7 @@ from dreamenv.config import check, to_dict
 from dreamenv.errors import ConfigError, DreamenvError
 from dreamenv.stages import begin, run_command, stage
 
-_SHOWN = ("delta_psnr", "branch_accuracy", "psnr_1", "psnr_10")
+_SHOWN = ("delta_psnr_4", "random_delta_psnr_4", "branch_accuracy", "psnr_1", "psnr_10")
 
 
 @dataclass(frozen=True)

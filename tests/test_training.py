@@ -131,7 +131,7 @@ TINY = ["--set", "loop.batch_size=4",
         *[f"{s}:model.{k}" for s in ("predictor", "unrolled", "flow", "settled") for k in
           ("latent_channels=8", "channels=[16,32]", "blocks=[1,1]", "embedding=32", "filter_bank=4")],
         "unrolled:task.unroll=2", "flow:task.unroll=2", "settled:task.unroll=2",
-        "heads:model.width=16", "heads:model.latent_channels=8"]  # fmt: skip
+        *[f"{s}:model.{k}" for s in ("outcomes", "heads") for k in ("width=16", "latent_channels=8")]]  # fmt: skip
 
 
 @pytest.mark.filterwarnings("default::DeprecationWarning")

@@ -21,6 +21,7 @@ from dreamenv.errors import DreamenvError
 from dreamenv.models.io import save_model
 from dreamenv.models.registry import model_spec
 from dreamenv.stages import begin, stage
+from trainers.heads import dreams_for
 from trainers.latents import load_autoencoder
 from trainers.pipeline import CONFIGS, encode, make_bundle, train_stage
 
@@ -38,10 +39,10 @@ class FinetuneConfig:
     game: str = "coinrun"
     """Which embedded bundle."""
     minutes: float = 30.0
-    """Wall-clock budget of both trainings together: three quarters for the dynamics."""
+    """Wall-clock budget of both trainings together: nine tenths for the dynamics."""
     steps: int | None = None
     """Optimiser steps of each training, instead of minutes."""
-    batch_size: int = 24
+    batch_size: int = 18
     """Of the dynamics."""
     latents: Path | None = None
     """Folder of the encoded frames, <out>/latents by default; runs that share one encode each frame once."""
@@ -87,7 +88,7 @@ def finetune(config: FinetuneConfig) -> Path:
     stage(out, "unpack", lambda: unpack(bundle, out))
     stage(out, "encode", lambda: encode(config.data, out / "autoencoder" / "model", latents))
     for name, source, model, share in (
-        ("dynamics", "settled", bundle.world_model.dynamics, 0.75), ("heads", "heads", bundle.world_model.head, 0.25),
+        ("dynamics", "settled", bundle.world_model.dynamics, 0.9), ("heads", "heads", bundle.world_model.head, 0.1),
     ):  # fmt: skip
         file = out / f"{name}.yaml"
         spec = {k: v for k, v in model_spec(model).items() if k not in ("rewards", "terminated", "bias", "scale")}
@@ -100,7 +101,8 @@ def finetune(config: FinetuneConfig) -> Path:
             changed |= {"loop.batch_size": config.batch_size, "task.outcome": config.outcome,
                         "task.head": str(out / "heads-before" / "model")}  # fmt: skip
         else:
-            changed["task.dynamics"] = str(out / "dynamics" / "model")
+            changed |= {"task.dynamics": str(out / "dynamics" / "model"),
+                        "task.dreams": dreams_for(config.steps)}  # fmt: skip
         budget = ["--steps", str(config.steps)] if config.steps else ["--minutes", str(config.minutes * share)]
         stage(out, name, lambda f=file, n=name, v=changed, b=budget: train_stage(f, out / n, v, b))
     stage(out, "bundle", lambda: make_bundle(out, config.data, config.starts, "dynamics"))

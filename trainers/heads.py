@@ -266,6 +266,12 @@ def trained_head(folder: str, option: str) -> OutcomeHead:
     return model
 
 
+def dreams_for(steps: int | None) -> int:
+    """How many dreams a training of so many steps is worth (None: a training by the clock): no more than it looks at."""
+    default = HeadsTaskConfig.dreams
+    return default if steps is None else min(default, 64 * steps)
+
+
 def outcome_labels(data: LatentDataset, head: OutcomeHead | None, limit: int) -> tuple[list[tuple[float, bool]], np.ndarray]:
     """`joint_outcomes` of a dataset; where there is a trained head, its outcomes in its order.
 

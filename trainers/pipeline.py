@@ -1,7 +1,7 @@
 """From the real game to a bundle in one go, resumable at every stage.
 
 `python -m trainers.pipeline --game coinrun --minutes 90 --out runs/coinrun`:
-collect -> autoencoder -> encode -> predictor -> unrolled -> flow -> settled -> heads -> bundle, on CPU or GPU.
+collect -> autoencoder -> encode -> predictor -> unrolled -> flow -> outcomes -> settled -> heads -> bundle, on CPU or GPU.
 Run the same line again after a kill: finished stages are skipped, the interrupted one goes on from its checkpoint.
 """
 
@@ -27,9 +27,11 @@ from dreamenv.models.io import load_model
 from dreamenv.models.latent_flow import LatentFlow
 from dreamenv.stages import begin, run_command, stage
 from dreamenv.world_model import WorldModel
+from trainers.heads import dreams_for
 
 CONFIGS = Path(__file__).parent / "configs"
-_SHARES = {"autoencoder": 0.10, "predictor": 0.12, "unrolled": 0.30, "flow": 0.27, "settled": 0.14, "heads": 0.07}
+_SHARES = {"autoencoder": 0.10, "predictor": 0.12, "unrolled": 0.30, "flow": 0.22, "outcomes": 0.04, "settled": 0.18,
+           "heads": 0.04}  # fmt: skip
 """How the minutes are divided between the trained stages."""
 
 
@@ -93,8 +95,12 @@ def run_pipeline(config: PipelineConfig) -> Path:
     stage(out, "predictor", lambda: _train(config, "predictor", task))
     stage(out, "unrolled", lambda: _train(config, "unrolled", task | {"init_from": str(out / "predictor" / "model")}))
     stage(out, "flow", lambda: _train(config, "flow", task | {"init_from": str(out / "unrolled" / "model")}))
-    stage(out, "settled", lambda: _train(config, "settled", task | {"init_from": str(out / "flow" / "model")}))
-    stage(out, "heads", lambda: _train(config, "heads", task))
+    outcomes, settled = str(out / "outcomes" / "model"), str(out / "settled" / "model")
+    stage(out, "outcomes", lambda: _train(config, "outcomes", task))
+    answering = {"init_from": str(out / "flow" / "model"), "head": outcomes}
+    stage(out, "settled", lambda: _train(config, "settled", task | answering))
+    dreaming = {"init_from": outcomes, "dynamics": settled, "dreams": dreams_for(config.stage_steps)}
+    stage(out, "heads", lambda: _train(config, "heads", task | dreaming))
     stage(out, "bundle", lambda: make_bundle(out, data, config.starts))
     return out / "bundle"
 
