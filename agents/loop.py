@@ -52,9 +52,9 @@ class LoopConfig:
     """Optimiser steps of each of its trainings, instead of minutes."""
     agent_steps: int = 500_000
     """Dreamt steps the agent learns from, each round; from the second on it is the agent of the round before that goes on."""
-    agent_config: Path = CONFIGS / "ppo_short.yaml"
+    agent_config: Path = CONFIGS / "ppo_hasty.yaml"
     """Its algorithm."""
-    horizon: int = 32
+    horizon: int = 64
     """Length of the dreams it learns in."""
     eval_every: int = 0
     """Dreamt steps between looks at its real return on training levels; see `agents.train`."""
