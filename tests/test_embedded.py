@@ -53,6 +53,12 @@ def test_it_is_faithful_on_held_out_levels(bundle: Bundle, play: Segment) -> Non
     assert figures["end_calibration_error"] < 0.05
 
 
+def test_coins_and_deaths_outlive_eight_dreamt_steps(bundle: Bundle, play: Segment) -> None:
+    model = bundle.world_model
+    figures = outcome_figures(model, outcome_scores(model, play, SamplerConfig(nfe=1), drift=8, negatives=600))
+    assert figures["reward_10_ap"] > 0.75 and figures["death_ap"] > 0.12  # a model without the outcome term: 0.75 and 0.04
+
+
 def test_the_readme_shows_what_the_card_says(bundle: Bundle) -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     assert fidelity_table(bundle.card) in readme, "make fidelity"

@@ -63,7 +63,8 @@ class DynamicsTaskConfig:
     """Model folder of a trained outcome head, which stays as it is; "" goes without."""
     outcome: float = 0.0
     """Weight of the head's cross-entropy at a dreamt context, through all the steps that led to it: what decides the outcome
-    (a coin of three pixels) must outlive the dream, however little it counts in the squared error."""
+    (a coin of three pixels) must outlive the dream, however little it counts in the squared error. In the spirit of value
+    equivalence (Grimm et al. 2020) and of Dreamer's reward gradients (Hafner et al. 2020)."""
     events: float = 0.25
     """Share of samples, where there is a head, that lead to a rare outcome or to within four steps of one."""
     drop_actions: float = 0.05

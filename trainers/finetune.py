@@ -39,7 +39,7 @@ class FinetuneConfig:
     game: str = "coinrun"
     """Which embedded bundle."""
     minutes: float = 30.0
-    """Wall-clock budget of both trainings together: nine tenths for the dynamics."""
+    """Wall-clock budget of both trainings together, nearly all for the dynamics: the head soon knows its events."""
     steps: int | None = None
     """Optimiser steps of each training, instead of minutes."""
     batch_size: int = 18
@@ -88,7 +88,7 @@ def finetune(config: FinetuneConfig) -> Path:
     stage(out, "unpack", lambda: unpack(bundle, out))
     stage(out, "encode", lambda: encode(config.data, out / "autoencoder" / "model", latents))
     for name, source, model, share in (
-        ("dynamics", "settled", bundle.world_model.dynamics, 0.9), ("heads", "heads", bundle.world_model.head, 0.1),
+        ("dynamics", "settled", bundle.world_model.dynamics, 0.97), ("heads", "heads", bundle.world_model.head, 0.03),
     ):  # fmt: skip
         file = out / f"{name}.yaml"
         spec = {k: v for k, v in model_spec(model).items() if k not in ("rewards", "terminated", "bias", "scale")}

@@ -30,8 +30,8 @@ from dreamenv.world_model import WorldModel
 from trainers.heads import dreams_for
 
 CONFIGS = Path(__file__).parent / "configs"
-_SHARES = {"autoencoder": 0.10, "predictor": 0.12, "unrolled": 0.30, "flow": 0.22, "outcomes": 0.04, "settled": 0.18,
-           "heads": 0.04}  # fmt: skip
+_SHARES = {"autoencoder": 0.10, "predictor": 0.12, "unrolled": 0.30, "flow": 0.22, "outcomes": 0.04, "settled": 0.21,
+           "heads": 0.01}  # fmt: skip
 """How the minutes are divided between the trained stages."""
 
 
