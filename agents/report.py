@@ -16,10 +16,11 @@ import numpy as np
 import tyro
 
 from agents.evaluate import evaluate
-from dreamenv.artifacts import atomic_file, read_json, write_json
+from agents.saved import agent_facts
+from dreamenv.artifacts import atomic_file, write_json
 from dreamenv.bundle import resolve_bundle
 from dreamenv.config import check
-from dreamenv.errors import DreamenvError, PolicyError
+from dreamenv.errors import DreamenvError
 from dreamenv.flow import SamplerConfig
 from dreamenv.metrics import interval, pearson
 from dreamenv.page import document, embed, table
@@ -96,6 +97,23 @@ def optimism(real: np.ndarray, dream: np.ndarray, replicates: int = 10000, seed:
     return out
 
 
+def learnt_from(facts: dict[str, Any]) -> tuple[int, int] | tuple[None, None]:
+    """How many imagined and how many real steps an agent learnt from, with those of the agents it went on from.
+
+    Args:
+        facts: see `agents.saved.agent_facts`; where they do not say, the answer is (None, None).
+    """
+    imagined, real = 0, 0
+    before: dict[str, Any] | None = facts
+    while before is not None:
+        share = {"dream": 1.0, "mix": float(before.get("share", 0.5)), "real": 0.0}.get(str(before.get("world")))
+        if share is None or "steps" not in before:
+            return None, None
+        dreamt = round(share * before["steps"])
+        imagined, real, before = imagined + dreamt, real + before["steps"] - dreamt, before.get("from")
+    return imagined, real
+
+
 def report(config: ReportConfig) -> dict[str, Any]:
     """Play, write everything into `config.out`, and return the figures.
 
@@ -106,13 +124,8 @@ def report(config: ReportConfig) -> dict[str, Any]:
     figures = optimism(real, dream, seed=config.seed) | {
         "agent": config.agent, "levels": config.levels, "repeats": config.repeats, "limit": config.limit}  # fmt: skip
     folder = resolve_bundle(config.bundle, config.game) / "agent" if config.agent == "bundled" else Path(config.agent)
-    facts: dict[str, Any] = {}
-    if (folder / "agent.json").exists():
-        facts = read_json(folder / "agent.json", PolicyError, "train the agent again").get("facts", {})
-    imagined = {"dream": 1.0, "mix": float(facts.get("share", 0.5)), "real": 0.0}.get(str(facts.get("world")))
-    steps = facts.get("steps")
-    figures["imagined_steps"] = None if imagined is None or steps is None else round(imagined * steps)
-    figures["real_steps"] = None if imagined is None or steps is None else steps - figures["imagined_steps"]
+    figures["imagined_steps"], figures["real_steps"] = learnt_from(
+        agent_facts(folder) if (folder / "agent.json").exists() else {})  # fmt: skip
     out, gap = config.out, dream.mean(1) - real.mean(1)
 
     def draw(axes: Any) -> None:

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from agents.extractor import ImpalaExtractor
 from dreamenv.actions import NUM_ACTIONS
+from dreamenv.artifacts import read_json
 from dreamenv.errors import ConfigError, PolicyError
 from dreamenv.models.impala import ImpalaAgent, ImpalaConfig, load_agent, save_agent
 
+_HEADS = {"action_net.": "policy.", "value_net.": "value."}  # an actor-critic's, and the saved agent's names
 _ACTOR_CRITIC = ("PPO", "A2C", "TRPO")
 _VALUE_BASED = ("DQN", "QRDQN")
 ALGORITHMS = _ACTOR_CRITIC + _VALUE_BASED
@@ -95,7 +97,7 @@ def to_agent(model: BaseAlgorithm) -> ImpalaAgent:
     weights: dict[str, Tensor] = {}
     state = model.policy.state_dict()
     if name in _ACTOR_CRITIC:
-        trunk, heads = "features_extractor.", {"action_net.": "policy.", "value_net.": "value."}
+        trunk, heads = "features_extractor.", _HEADS
     elif name == "DQN":
         trunk, heads = "q_net.features_extractor.", {"q_net.q_net.0.": "policy."}
     elif name == "QRDQN":
@@ -132,10 +134,9 @@ def go_on_from(model: BaseAlgorithm, folder: Path) -> None:
     if type(model).__name__ not in _ACTOR_CRITIC:
         raise ConfigError(f"agent {folder}: {type(model).__name__} cannot go on from one, only {', '.join(_ACTOR_CRITIC)} can")
     weights = load_agent(folder).state_dict()
-    names = {"policy.": "action_net.", "value.": "value_net."}
     state = model.policy.state_dict()
     for key, value in weights.items():
-        prefix = next((own for saved, own in names.items() if key.startswith(saved)), "")
+        prefix = next((own for own, saved in _HEADS.items() if key.startswith(saved)), "")
         targets = [prefix + key.partition(".")[2]] if prefix else [n for n in state if n.endswith(f"features_extractor.{key}")]
         for target in targets:
             if target not in state or state[target].shape != value.shape:
@@ -143,6 +144,15 @@ def go_on_from(model: BaseAlgorithm, folder: Path) -> None:
                                   "file to that of its agent.json")  # fmt: skip
             state[target].copy_(value)
     model.policy.load_state_dict(state)
+
+
+def agent_facts(folder: Path) -> dict[str, Any]:
+    """What is stored with a saved agent: its world, steps ..., and as "from" those of the agent it went on from.
+
+    Raises:
+        PolicyError: no agent there, or a damaged one.
+    """
+    return dict(read_json(folder / "agent.json", PolicyError, "train the agent again").get("facts", {}))
 
 
 def save_algorithm(folder: Path, model: BaseAlgorithm, facts: dict[str, Any]) -> Path:

@@ -27,11 +27,10 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnv
 from agents.adapter import NativeVecEnv
 from agents.checkpoint import load_checkpoint, save_checkpoint
 from agents.evaluate import evaluate
-from agents.saved import go_on_from, make_algorithm, save_algorithm, to_agent
+from agents.saved import agent_facts, go_on_from, make_algorithm, save_algorithm, to_agent
 from agents.worlds import TRAIN_LEVELS, MixedVecEnv, make_world
-from dreamenv.artifacts import read_json
 from dreamenv.config import check, from_dict, load_yaml, to_dict
-from dreamenv.errors import ConfigError, DreamenvError, PolicyError
+from dreamenv.errors import ConfigError, DreamenvError
 from dreamenv.flow import SamplerConfig
 from dreamenv.memory import keep_freed_memory
 from dreamenv.models.impala import ImpalaConfig
@@ -125,8 +124,7 @@ class _Keeper(BaseCallback):
         """Go on after `steps`: remember the best so far, and do not make up for evaluations of before."""
         self.evaluated = steps
         if (self.config.out / "best" / "agent.json").exists():
-            facts = read_json(self.config.out / "best" / "agent.json", PolicyError, "delete the folder").get("facts", {})
-            self.best = float(facts.get(f"{self.other}_return", "-inf"))
+            self.best = float(agent_facts(self.config.out / "best").get(f"{self.other}_return", "-inf"))
 
     def _on_rollout_start(self) -> None:
         steps, every = self.model.num_timesteps, self.config.eval_every
@@ -197,7 +195,8 @@ def _shares(envs: VecEnv, env: float, collecting: float, total: float) -> dict[s
 
 
 def _facts(config: TrainConfig) -> dict[str, Any]:
-    return {"world": config.world, "game": config.game, "seed": config.seed, "levels": list(TRAIN_LEVELS)}
+    before = {} if config.agent is None else {"from": agent_facts(config.agent)}
+    return {"world": config.world, "game": config.game, "seed": config.seed, "levels": list(TRAIN_LEVELS), **before}
 
 
 def train(config: TrainConfig, progress: bool = False) -> dict[str, Any]:

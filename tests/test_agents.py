@@ -16,7 +16,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecMoni
 
 from agents.adapter import NativeVecEnv
 from agents.evaluate import evaluate
-from agents.saved import ALGORITHMS, go_on_from, make_algorithm, save_algorithm, to_agent
+from agents.report import learnt_from
+from agents.saved import ALGORITHMS, agent_facts, go_on_from, make_algorithm, save_algorithm, to_agent
 from agents.train import AlgorithmConfig, TrainConfig, load_algorithm, train
 from agents.worlds import MixedVecEnv, dataset_starts, dream_world, make_world, real_world
 from dreamenv.bundle import load_bundle
@@ -249,6 +250,9 @@ def test_an_agent_goes_on_from_a_saved_one(toy_bundle: Path, tmp_path: Path) -> 
                 for n, extra in (("anew", {}), ("on", {"agent": first})))  # fmt: skip
     weights = [(Path(folder) / "agent.safetensors").read_bytes() for folder in (first, one, two)]
     assert same_bytes(weights[0], weights[1]) and not same_bytes(weights[0], weights[2])
+    assert [learnt_from(agent_facts(Path(folder))) for folder in (first, two)] == [(64, 0), (128, 0)]
+    assert learnt_from({"world": "real", "steps": 5, "from": {"world": "mix", "steps": 8}}) == (4, 9)
+    assert learnt_from({}) == (None, None)
     other = make_algorithm("PPO", dreams(toy_bundle, 2), SETTINGS["PPO"], ImpalaConfig((4, 4), 16), 0)
     with pytest.raises(PolicyError, match="another shape"):
         go_on_from(other, first)

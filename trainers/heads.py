@@ -273,7 +273,7 @@ def dreams_for(steps: int | None) -> int:
 
 
 def outcome_labels(data: LatentDataset, head: OutcomeHead | None, limit: int) -> tuple[list[tuple[float, bool]], np.ndarray]:
-    """`joint_outcomes` of a dataset; where there is a trained head, its outcomes in its order.
+    """`joint_outcomes` of a dataset, and labels int64 (N,); where there is a trained head, its outcomes in its order.
 
     Raises:
         ConfigError: the data holds an outcome that the head does not know.
@@ -283,7 +283,7 @@ def outcome_labels(data: LatentDataset, head: OutcomeHead | None, limit: int) ->
         return outcomes, labels
     known = list(zip(head.config.rewards, head.config.terminated, strict=True))
     unknown = [o for o in outcomes if o not in known]
-    check(not unknown, f"init_from: the head does not know the outcomes {unknown} of this data; train a new one")
+    check(not unknown, f"head: does not know the outcomes {unknown} of this data; train a new one")
     return known, np.array([known.index(o) for o in outcomes])[labels]
 
 
