@@ -81,7 +81,7 @@ def collection_policy(agent: Path | None, expert: float, explorer: float) -> str
         return "mix"
     parts = {f"agent:{agent}": expert, f"agent:{agent}:0.2": explorer}
     rest = 1 - expert - explorer
-    parts |= {"random": 0.2 * rest, "sticky": 0.2 * rest, "biased": 0.6 * rest}
+    parts |= {"random": 0.2 * rest, "sticky": 0.2 * rest, "biased": 0.575 * rest, "hold:noop": 0.025 * rest}  # few, but long
     return ",".join(f"{name}={weight:.6g}" for name, weight in parts.items() if weight > 1e-9)
 
 

@@ -79,7 +79,8 @@ def test_what_does_not_belong_together_is_refused(two: list[Path], tmp_path: Pat
 def test_a_rounds_policy() -> None:
     assert collection_policy(None, 0.4, 0.4) == "mix"
     pairs = dict(parse_mix(collection_policy(Path("runs/a"), 0.4, 0.4)))
-    expected = {"agent:runs/a": 0.4, "agent:runs/a:0.2": 0.4, "random": 0.04, "sticky": 0.04, "biased": 0.12}
+    expected = {"agent:runs/a": 0.4, "agent:runs/a:0.2": 0.4, "random": 0.04, "sticky": 0.04, "biased": 0.115,
+                "hold:noop": 0.005}  # fmt: skip
     assert pairs == pytest.approx(expected)
     assert dict(parse_mix(collection_policy(Path("a"), 1.0, 0.0))) == {"agent:a": 1.0}
     with pytest.raises(ConfigError, match="expert"):

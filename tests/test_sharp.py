@@ -1,4 +1,4 @@
-"""The adversarial stage, the certainty weights, and the heads and the dreams that learn from one another."""
+"""The adversarial stage, the energy score, the certainty weights, and the heads and the dreams that learn from one another."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from trainers.dynamics import DynamicsTask, DynamicsTaskConfig
 from trainers.heads import HeadsTask, HeadsTaskConfig
 from trainers.latents import encode_dataset
 from trainers.loop import Loop
+from trainers.losses import energy_score
 from trainers.train import train
 
 FLOW = {"type": "latent_flow", "latent_channels": 8, "channels": [16, 32], "blocks": [1, 1], "embedding": 32, "filter_bank": 4}
@@ -74,8 +75,29 @@ def settings(latents: Path, **task: object) -> dict[str, Any]:
     return {"model": FLOW, "task": wanted | task, "loop": loop}
 
 
-def test_an_adversarial_run_resumes_to_the_same_bytes(latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figures = train(settings(latents), tmp_path / "whole")
+def test_the_energy_score_of_two_draws_is_its_closed_form_and_favours_the_truth() -> None:
+    """Of a fair coin's +-1, spread over a whole patch, the mean scores 1 and the coin itself 1 - 1/2."""
+
+    def score(first: torch.Tensor, second: torch.Tensor, target: torch.Tensor) -> float:
+        maps = [x[:, None, None, None].expand(-1, 3, 8, 8) for x in (first, second, target)]
+        return float(energy_score(*maps, torch.ones(3, 1, 1), torch.ones(len(target), 8, 8))[0])
+
+    one = torch.ones(1)
+    assert score(3 * one, -1 * one, 1 * one) == pytest.approx((2 + 2 - 4) / 2, abs=0.01)
+    assert score(3 * one, 2 * one, 0 * one) == pytest.approx((3 + 2 - 1) / 2, abs=0.01)
+    coins = torch.randn(3, 20000, generator=torch.Generator().manual_seed(0)).sign()
+    assert score(*(0 * coins[:2]), coins[2]) == pytest.approx(1, abs=0.01)
+    assert score(*coins) == pytest.approx(0.5, abs=0.03)
+    assert score(coins[0], coins[0], coins[2]) == pytest.approx(1, abs=0.03), "two draws that are one are no ensemble"
+    first, second, target = torch.randn(3, 2, 4, 8, 8)
+    none = energy_score(first, second, target, torch.ones(4, 1, 1), torch.zeros(2, 8, 8))
+    assert float(none[0]) == 0 and float(none[1]) > 0, "cells without weight score nothing"
+
+
+@pytest.mark.parametrize("term", [{}, {"adversarial": 0.0, "energy": 0.5}], ids=["adversarial", "energy"])
+def test_a_sharpening_run_resumes_to_the_same_bytes(term: dict[str, float], latents: Path, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    figures = train(settings(latents, **term), tmp_path / "whole")
     assert {"psnr_10", "sampled_psnr_10", "sampled_detail_10"} <= set(figures)
     update = Loop._update
 
@@ -86,14 +108,28 @@ def test_an_adversarial_run_resumes_to_the_same_bytes(latents: Path, tmp_path: P
 
     monkeypatch.setattr(Loop, "_update", killed)
     with pytest.raises(KeyboardInterrupt):
-        train(settings(latents), tmp_path / "killed")
+        train(settings(latents, **term), tmp_path / "killed")
     monkeypatch.undo()
-    train(settings(latents), tmp_path / "killed", resume=True)
-    for name in ("model/model.safetensors", "checkpoint/critic.safetensors", "checkpoint/optimizer.safetensors"):
+    train(settings(latents, **term), tmp_path / "killed", resume=True)
+    parts = ["checkpoint/optimizer", "model/model", *(["checkpoint/critic"] if not term else [])]
+    for name in (f"{part}.safetensors" for part in parts):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    (tmp_path / "killed" / "checkpoint" / "critic.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="critic"):
-        train(settings(latents), tmp_path / "killed", resume=True)
+    (tmp_path / "killed" / f"{parts[-1] if not term else parts[0]}.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="optimizer" if term else "critic"):
+        train(settings(latents, **term), tmp_path / "killed", resume=True)
+
+
+def test_two_draws_of_one_sample_part_and_both_are_trained(latents: Path) -> None:
+    """The energy score reaches every weight that a second evaluation uses, and only the rows set aside for it."""
+    task = DynamicsTask(DynamicsTaskConfig(latents=str(latents), energy=1.0, unroll=2, val_ratio=0.2), FLOW, 0)
+    nn.init.normal_(cast(LatentFlow, task.model).out.weight, std=0.1)  # it begins as a copy of the last latent, without spread
+    batch = task.batch(np.random.default_rng(0), 9)
+    loss, metrics = task.loss(task.model, batch, torch.Generator().manual_seed(0), 0.5)
+    assert float(metrics["spread_1"]) > 0.01 and float(metrics["energy_1"]) > 0
+    loss.backward()
+    assert all(p.grad is not None for p in task.model.parameters())
+    with pytest.raises(ConfigError, match="batch_size 1"):
+        task.loss(task.model, {name: value[:1] for name, value in batch.items()}, torch.Generator().manual_seed(0), 0.5)
 
 
 class Stub(nn.Module):
@@ -137,7 +173,7 @@ def test_dreamt_contexts_of_the_head_lead_to_the_moment_they_are_labelled_with(l
     ends = dreams.begin + dreams.length
     assert (data.start[ends] == data.start[dreams.begin]).all(), "a dream never crosses the episode's start"
     assert not data.validation[ends].any()
-    assert (task.labels[ends[: dreams.eventful]] > 0).all() and dreams.eventful > 90
+    assert (task.labels[ends[: dreams.eventful]] > 0).all() and dreams.eventful > 140
     begins = data.contexts(dreams.begin, 4)[0]
     assert np.array_equal(dreams.latents[:, :4], data.latents[begins])
     assert not np.array_equal(dreams.latents[:, 4], data.latents[dreams.begin + 1])
@@ -222,9 +258,10 @@ def test_the_outcome_term_asks_about_the_moment_the_dream_has_reached(latents: P
     assert 40 < eventful < 120 and beyond > 40
 
 
-def test_steps_after_the_end_of_an_episode_cost_nothing(latents: Path, head: str) -> None:
+@pytest.mark.parametrize("energy", [0.0, 0.5])
+def test_steps_after_the_end_of_an_episode_cost_nothing(energy: float, latents: Path, head: str) -> None:
     config = DynamicsTaskConfig(latents=str(latents), head=head, outcome=1e-9, unroll=4, val_ratio=0.2, importance=0, flow=0.5,
-                                context_noise=0.0, drop_actions=0)  # fmt: skip
+                                context_noise=0.0, drop_actions=0, energy=energy)  # fmt: skip
     task = DynamicsTask(config, FLOW, 0)
     batch = task.batch(np.random.default_rng(0), 8)
     batch["live"][:] = False
@@ -233,7 +270,8 @@ def test_steps_after_the_end_of_an_episode_cost_nothing(latents: Path, head: str
 
 
 def test_bad_adversarial_and_head_settings_are_refused(latents: Path) -> None:
-    for bad in ({"certainty": 2.0}, {"adversarial": -1.0}, {"judged": 9, "adversarial": 0.1}, {"sampled": -1.0}):
+    for bad in ({"certainty": 2.0}, {"adversarial": -1.0}, {"judged": 9, "adversarial": 0.1}, {"sampled": -1.0},
+                {"energy": -1.0}, {"drawn": 1.0}, {"energy": 0.1, "adversarial": 0.1, "judged": 2}):  # fmt: skip
         with pytest.raises(ConfigError, match=next(iter(bad))):
             DynamicsTaskConfig(unroll=3, **bad)
     with pytest.raises(ConfigError, match="outcome 0.1: needs a head"):

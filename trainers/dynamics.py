@@ -25,6 +25,7 @@ from dreamenv.report import save_grid, save_video, side_by_side
 from trainers.critic import Critic, fool, judge
 from trainers.heads import outcome_labels, trained_head
 from trainers.latents import LatentDataset, channel_weights
+from trainers.losses import energy_score
 
 _HORIZON = 10  # steps of the validation's open loop
 
@@ -51,6 +52,12 @@ class DynamicsTaskConfig:
     """Weight of the squared error of those second evaluations, beside the adversarial term."""
     judged: int = 3
     """Unrolled steps of each sample that the critic sees."""
+    energy: float = 0.0
+    """Weight of the energy score: some samples are dreamt twice, each time going on from draws of two evaluations, and the two
+    dreams are scored as an ensemble (Gneiting & Raftery 2007; for weather models Alet et al. 2025). Its optimum is the true
+    distribution, so each dream commits to one future where the squared error draws the mean of all."""
+    drawn: float = 0.34
+    """Share of samples dreamt so, where there is an energy score; the others go on from means."""
     flow_draws: int = 1
     """Draws of (noise, tau) that each sample's flow term averages."""
     max_flow_weight: float = 5.0
@@ -83,6 +90,9 @@ class DynamicsTaskConfig:
         check(self.sampled >= 0, f"sampled {self.sampled}: must be >= 0")
         check(1 <= self.judged <= self.unroll or not self.adversarial,
               f"judged {self.judged}: must be in 1..unroll, which is {self.unroll}")
+        check(self.energy >= 0, f"energy {self.energy}: must be >= 0")
+        check(0 < self.drawn < 1, f"drawn {self.drawn}: must be in (0, 1)")
+        check(not (self.energy and self.adversarial), f"energy {self.energy}: cannot go with an adversarial term; set one to 0")
         check(1 <= self.flow_draws <= 64, f"flow_draws {self.flow_draws}: must be in 1..64")
         check(self.max_flow_weight >= 1, f"max_flow_weight {self.max_flow_weight}: must be >= 1")
         check(0 <= self.context_noise <= 2, f"context_noise {self.context_noise}: must be in 0..2")
@@ -178,12 +188,67 @@ class DynamicsTask:
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator,
              progress: float) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """The terms of the dreams that go on from means and, with an energy score, of those that go on from draws."""
+        if not self.config.energy:
+            return self._from_means(model, batch, generator, progress)
+        size = len(batch["actions"])
+        n = size - max(round(size * self.config.drawn), 1)
+        check(n > 0, f"batch_size {size}: too small to share with the energy score, needs 2 or more")
+        total, metrics = self._from_means(model, {name: value[:n] for name, value in batch.items()}, generator, progress)
+        score, others = self._from_draws(model, {name: value[n:] for name, value in batch.items()}, generator)
+        return total + score, metrics | others
+
+    def _from_draws(self, model: nn.Module, batch: dict[str, Tensor],
+                    generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """Energy score of two dreams of each sample, and what the outcome head says in them."""
+        config, k = self.config, self.context
+        latents, live = batch["latents"].float(), batch["live"].float()[:, :, None, None]
+        size, device = len(latents), latents.device
+        channels, cells = self._channels.to(device)[:, None, None], self._cells(batch)
+        sigma = torch.rand(size, generator=generator, device=device) * config.context_noise
+        noise = torch.randn(latents[:, :k].shape, generator=generator, device=device)
+        rolled = (latents[:, :k] + noise * sigma[:, None, None, None, None]).repeat(2, 1, 1, 1, 1)
+        actions, sigma = batch["actions"].repeat(2, 1), sigma.repeat(2)
+        zero, half = torch.zeros_like(sigma), torch.full_like(sigma, 0.5)
+        total, metrics, trail = torch.zeros((), device=device), {}, list(rolled.unbind(1))
+        for u in range(config.unroll):
+            now = actions[:, u : u + k]
+            mean, _ = model(None, zero, rolled, now, sigma)
+            noise = torch.randn(mean.shape, generator=generator, device=device)
+            draw, _ = model(interpolate(noise, mean.detach().float(), half), half, rolled, now, sigma)
+            first, second = draw.float().chunk(2)
+            score, spread = energy_score(first, second, latents[:, k + u], channels, cells[:, u] * live[:, u])
+            total = total + config.energy * score / config.unroll
+            if u in (0, config.unroll - 1):
+                metrics |= {f"energy_{u + 1}": score.detach(), f"spread_{u + 1}": spread.detach()}
+            rolled = torch.cat([rolled[:, 1:], draw.to(rolled.dtype)[:, None]], 1)
+            trail.append(rolled[:, -1])
+        if self.head is not None:
+            both = {name: batch[name].repeat(2) for name in ("asked", "labels")}
+            outcome = self._answer(torch.stack(trail, 1), actions, both)
+            total = total + config.outcome * outcome * config.drawn
+            metrics["drawn_outcome"] = outcome.detach()
+        return total, metrics
+
+    def _cells(self, batch: dict[str, Tensor]) -> Tensor:
+        """The weight of each cell of the steps to predict, (B, U, H, W)."""
+        return 1 + self.config.importance * (batch["importance"].float() / 16 - 1).clamp_min(0)
+
+    def _answer(self, trail: Tensor, actions: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Cross-entropy of the head's answers in dreams `trail` (B, K + U, C, H, W), each asked where the batch says."""
+        assert self.head is not None
+        rows = torch.arange(len(trail), device=trail.device)[:, None]
+        steps = batch["asked"][:, None] + torch.arange(self.context, device=trail.device)
+        return F.cross_entropy(self.head.to(trail.device)(trail[rows, steps], actions[rows, steps]), batch["labels"])
+
+    def _from_means(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator,
+                    progress: float) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """Squared error of the unrolled predictions, their error estimate's likelihood; flow, outcome, adversarial terms."""
         config, k = self.config, self.context
         latents, actions = batch["latents"].float(), batch["actions"]
         device, size = latents.device, len(latents)
         channels = self._channels.to(device)[:, None, None]
-        cells = 1 + config.importance * (batch["importance"].float() / 16 - 1).clamp_min(0)
+        cells = self._cells(batch)
 
         def uniform() -> Tensor:
             return torch.rand(size, generator=generator, device=device)
@@ -244,10 +309,7 @@ class DynamicsTask:
             rolled = torch.cat([rolled[:, 1:], clean.to(rolled.dtype)[:, None]], 1)
             trail.append(rolled[:, -1])
         if self.head is not None:
-            rows = torch.arange(size, device=device)[:, None]
-            steps = batch["asked"][:, None] + torch.arange(k, device=device)
-            logits = self.head.to(device)(torch.stack(trail, 1)[rows, steps], taken[rows, steps])
-            outcome = F.cross_entropy(logits, batch["labels"])
+            outcome = self._answer(torch.stack(trail, 1), taken, batch)
             total = total + config.outcome * outcome
             metrics["outcome"] = outcome.detach()
         if self.critic is not None:
@@ -269,7 +331,8 @@ class DynamicsTask:
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
         """Open-loop PSNR (of the mean squared error, against real frames) at 1, 5, 10 steps; writes a strip and a video.
 
-        With an adversarial term the same for samples of two evaluations, and how much detail they keep (1 is all).
+        With an adversarial term or an energy score the same for samples of two evaluations, and how much detail they keep
+        (1 is all).
         """
         k, horizon, device = self.context, _HORIZON, next(model.parameters()).device
         chosen = self._val[np.random.default_rng(0).choice(len(self._val), min(128, len(self._val)), replace=False)]
@@ -279,7 +342,7 @@ class DynamicsTask:
         real = self.data.frames(indices[:, k:])
         autoencoder = self.autoencoder.to(device)
         figures, shown = {}, {"real": real[:4]}
-        for nfe in (1, 2) if self.critic is not None else (1,):
+        for nfe in (1, 2) if self.critic is not None or self.config.energy else (1,):
             context, dream = start, []
             generator = torch.Generator(device).manual_seed(0)
             for h in range(horizon):

@@ -38,11 +38,12 @@ class HeadsTaskConfig:
     """Share drawn from the last steps before a rare outcome, the hardest negatives."""
     dynamics: str = ""
     """Model folder of trained dynamics; some contexts are then dreamt, as they will be when the head is used."""
-    drift: int = 16
+    drift: int = 64
     """Most steps dreamt before the head is asked."""
     dreams: int = 8192
-    """How many dreams of up to `drift` steps there are, dreamt once before training; half of them end in rare outcomes, half
-    are drawn with two evaluations a step instead of one."""
+    """How many dreams there are, dreamt once before training. Three quarters end in rare outcomes, after 1 to `drift` steps,
+    each doubling as likely; the others are `drift` steps long, so that a long dream of nothing is not taken for an ending one.
+    Half are drawn with two evaluations a step instead of one."""
     dreamt: float = 0.5
     """Share of each batch with a dreamt context."""
     context_noise: float = 0.2
@@ -108,24 +109,25 @@ class HeadsTask:
 
     def _imagine(self, dynamics: LatentFlow, steps: np.ndarray, count: int, rng: np.random.Generator,
                  device: torch.device) -> _Dreams:  # fmt: skip
-        """Dream from real contexts to `count` of the moments `steps`: the first half to rare outcomes, evenly."""
+        """Dream from real contexts to `count` of the moments `steps`: the first three quarters to rare outcomes, evenly."""
         *rare, every = self._moments(steps)
-        each = count // 2 // len(rare) if rare else 0
+        each = count * 3 // 4 // len(rare) if rare else 0
         ends = np.concatenate([*(rng.choice(c, each) for c in rare), rng.choice(every, count - each * len(rare))])
         k, drift = self.context, self.config.drift
-        length = rng.integers(1, drift, size=count, endpoint=True)
+        length = (drift ** rng.random(count)).round().astype(np.int64)
         length[each * len(rare) :] = drift
         begin = np.maximum(ends - length, self.data.start[ends])
         length = ends - begin
-        latents = np.empty((count, k + drift, *self.data.latents.shape[1:]), np.float16)
+        order = np.argsort(length, kind="stable")  # dreams of one length together: none is dreamt on for the sake of others
+        latents = np.zeros((count, k + drift, *self.data.latents.shape[1:]), np.float16)
         dynamics = dynamics.to(device, memory_format=torch.channels_last)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=pick_precision("auto", device) == "bf16"):
             for at in range(0, count, 128):
-                rows = np.arange(at, min(at + 128, count))
+                rows = order[at : at + 128]
                 sampler = SamplerConfig(nfe=1 + at // 128 % 2)
                 context = self._gather(begin[rows])[0].float().to(device)
                 latents[rows, :k] = context.half().cpu().numpy()
-                for step in range(drift):
+                for step in range(length[rows].max()):
                     now = np.minimum(begin[rows] + step, ends[rows])
                     noise = torch.from_numpy(rng.standard_normal(context[:, 0].shape, np.float32)).to(device)
                     actions = torch.from_numpy(self.data.contexts(now, k)[1]).to(device)
@@ -184,9 +186,9 @@ class HeadsTask:
         sets = {"": (np.concatenate([rare, kept]), None)}
         if (dreams := self._val_dreams) is not None:
             uneventful = np.arange(dreams.eventful, len(dreams.begin))
-            depth = dreams.length[uneventful] - np.random.default_rng(0).integers(0, 4, size=len(uneventful))
+            depth = np.random.default_rng(0).integers(0, dreams.length[uneventful], endpoint=True)
             row = np.concatenate([np.arange(dreams.eventful), uneventful])
-            depth = np.concatenate([dreams.length[: dreams.eventful], np.maximum(depth, 0)])
+            depth = np.concatenate([dreams.length[: dreams.eventful], depth])
             at = dreams.begin[row] + depth
             fair = (np.arange(len(row)) < dreams.eventful) == (self.labels[at] > 0)
             sets["dreamt "] = (at[fair], dreams.contexts(row[fair], depth[fair], self.context))
