@@ -19,7 +19,6 @@ from gymnasium.wrappers.vector import DtypeObservation, RescaleObservation
 from dreamenv.bundle import resolve_bundle
 from dreamenv.config import check
 from dreamenv.errors import DreamenvError
-from dreamenv.flow import SamplerConfig
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class RllibConfig:
     """Which game."""
     bundle: Path | None = None
     """Bundle folder of the dream; the embedded one by default. Every node must have it."""
-    nfe: int = SamplerConfig.nfe
+    nfe: int = 1
     """Network function evaluations of the dream's steps."""
     learners: int = 0
     """Learner processes with a GPU each; 0 learns in the main one."""
