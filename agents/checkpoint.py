@@ -29,6 +29,8 @@ def save_checkpoint(folder: Path, model: OnPolicyAlgorithm, identity: str) -> No
     if model.device.type == "cuda":
         arrays["rng.cuda"] = torch.cuda.get_rng_state(model.device).numpy()
     arrays |= {"last_obs": np.asarray(model._last_obs), "last_episode_starts": np.asarray(model._last_episode_starts)}
+    if (memory := getattr(model, "_last_lstm_states", None)) is not None:  # RecurrentPPO's
+        arrays |= {f"memory.{i}": x.cpu().numpy() for i, x in enumerate((*memory.pi, *memory.vf))}
     assert model.env is not None
     for i, data in enumerate(model.env.env_method("snapshot", indices=_leaders(model.env))):
         arrays[f"env.{i}"] = np.frombuffer(data, np.uint8)
@@ -78,6 +80,9 @@ def load_checkpoint(folder: Path, model: OnPolicyAlgorithm, identity: str) -> bo
     for index, data in zip(_leaders(model.env), snapshots, strict=True):
         model.env.env_method("restore", data, indices=[index])
     model._last_obs, model._last_episode_starts = arrays["last_obs"], arrays["last_episode_starts"]
+    if (memory := getattr(model, "_last_lstm_states", None)) is not None:
+        before = [torch.from_numpy(arrays[f"memory.{i}"]).to(model.device) for i in range(4)]
+        model._last_lstm_states = type(memory)(tuple(before[:2]), tuple(before[2:]))  # pyright: ignore[reportAttributeAccessIssue]
     model.num_timesteps, model._n_updates = state["steps"], state["updates"]
     model._current_progress_remaining = state["progress_remaining"]
     model.ep_info_buffer = deque(({"r": r, "l": n, "t": t} for r, n, t in state["episodes"]), maxlen=model._stats_window_size)

@@ -17,8 +17,9 @@ from dreamenv.artifacts import read_json
 from dreamenv.errors import ConfigError, PolicyError
 from dreamenv.models.impala import ImpalaAgent, ImpalaConfig, load_agent, save_agent
 
-_HEADS = {"action_net.": "policy.", "value_net.": "value."}  # an actor-critic's, and the saved agent's names
-_ACTOR_CRITIC = ("PPO", "A2C", "TRPO")
+_HEADS = {"action_net.": "policy.", "value_net.": "value.", "lstm_actor.": "actor_memory.",
+          "lstm_critic.": "critic_memory."}  # an actor-critic's, and the saved agent's names  # fmt: skip
+_ACTOR_CRITIC = ("PPO", "A2C", "TRPO", "MaskablePPO", "RecurrentPPO")
 _VALUE_BASED = ("DQN", "QRDQN")
 ALGORITHMS = _ACTOR_CRITIC + _VALUE_BASED
 
@@ -39,7 +40,7 @@ def algorithm_class(name: str) -> type[BaseAlgorithm]:
 
 def make_algorithm(name: str, envs: Any, settings: Mapping[str, Any], network: ImpalaConfig, seed: int,
                    precision: str = "auto", **options: Any) -> BaseAlgorithm:  # fmt: skip
-    """Build an algorithm with the IMPALA network.
+    """Build an algorithm with the IMPALA network; RecurrentPPO remembers by LSTMs behind it, as wide unless `network` says.
 
     Raises:
         ConfigError: an unknown algorithm, or settings that it refuses.
@@ -47,8 +48,14 @@ def make_algorithm(name: str, envs: Any, settings: Mapping[str, Any], network: I
     policy = {"features_extractor_class": ImpalaExtractor, "net_arch": [],
               "features_extractor_kwargs": {"channels": network.channels, "features": network.features,
                                             "precision": precision}}  # fmt: skip
+    recurrent = name == "RecurrentPPO"
+    if recurrent:
+        policy["lstm_hidden_size"] = network.memory or network.features
+    elif network.memory:
+        raise ConfigError(f"memory {network.memory}: {name} has none; set it to 0, or take RecurrentPPO")
     try:
-        model = algorithm_class(name)("CnnPolicy", envs, policy_kwargs=policy, seed=seed, **settings, **options)
+        model = algorithm_class(name)("CnnLstmPolicy" if recurrent else "CnnPolicy", envs, policy_kwargs=policy, seed=seed,
+                                      **settings, **options)  # fmt: skip
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"settings {dict(settings)}: {name} refuses them ({error})") from None
     for module in model.policy.modules():  # only now: SB3's orthogonal initialisation wants contiguous weights
@@ -81,13 +88,17 @@ class ForeignPolicy:
         spaces = self._model.observation_space, self._model.action_space
         if sorted(spaces[0].shape or ()) != [3, 64, 64] or getattr(spaces[1], "n", None) != NUM_ACTIONS:
             raise PolicyError(f"{path}: takes {spaces[0]} and gives {spaces[1]}; expected 64x64x3 frames and 15 actions")
+        self._state: tuple[np.ndarray, ...] | None = None
 
     def act(self, observations: np.ndarray, first: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """See `VectorPolicy.act`; draws from `rng`, so that a seed decides it."""
         with torch.random.fork_rng():
             torch.manual_seed(int(rng.integers(2**63)))
             channels_first = self._model.observation_space.shape == (3, 64, 64)
-            actions, _ = self._model.predict(observations.transpose(0, 3, 1, 2) if channels_first else observations)
+            if self._state is not None and self._state[0].shape[1] != len(first):
+                self._state = None
+            seen = observations.transpose(0, 3, 1, 2) if channels_first else observations
+            actions, self._state = self._model.predict(seen, self._state, first)
         return np.asarray(actions, np.int64)
 
 
@@ -117,9 +128,10 @@ def to_agent(model: BaseAlgorithm) -> ImpalaAgent:
     if name in _VALUE_BASED:
         weights |= {"value.weight": torch.zeros(1, weights["policy.weight"].shape[1]), "value.bias": torch.zeros(1)}
     extractor = next(m for m in model.policy.modules() if isinstance(m, ImpalaExtractor))
+    memory = weights["policy.weight"].shape[1] if name == "RecurrentPPO" else 0
+    shape = ImpalaConfig(extractor.config.channels, extractor.config.features, memory, greedy=name in _VALUE_BASED)
     with torch.random.fork_rng():  # its initial weights must not take from the run's random stream
-        agent = ImpalaAgent(ImpalaConfig(extractor.config.channels, extractor.config.features, greedy=name in _VALUE_BASED),
-                            extractor.precision)  # fmt: skip
+        agent = ImpalaAgent(shape, extractor.precision)
     agent.load_state_dict(weights)
     return agent.eval()
 

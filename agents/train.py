@@ -42,7 +42,7 @@ class AlgorithmConfig:
     """How an agent learns; one YAML file."""
 
     algorithm: str = "PPO"
-    """PPO, A2C, TRPO, DQN or QRDQN, of Stable-Baselines3 and sb3-contrib."""
+    """PPO, A2C, TRPO, RecurrentPPO, MaskablePPO, DQN or QRDQN, of Stable-Baselines3 and sb3-contrib."""
     num_envs: int = 64
     """Environments in the batch."""
     normalize_reward: bool = True
@@ -239,7 +239,8 @@ def train(config: TrainConfig, progress: bool = False) -> dict[str, Any]:
     before, began = model.num_timesteps, time.perf_counter()
     if (left := config.steps - before) > 0:
         callbacks = CallbackList([keeper, *([ProgressBarCallback()] if progress else [])])
-        model.learn(left, callbacks, reset_num_timesteps=not resumed)
+        extra = {"use_masking": False} if algorithm.algorithm == "MaskablePPO" else {}  # every action is always allowed
+        model.learn(left, callbacks, reset_num_timesteps=not resumed, **extra)
     seconds = time.perf_counter() - began
     keeper.init_callback(model)
     figures = keeper.judge()

@@ -13,6 +13,8 @@ from dreamenv.actions import NAMES, NUM_ACTIONS
 from dreamenv.errors import PolicyError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dreamenv.models.impala import ImpalaAgent
 
 DEFAULT_MIX = "random=0.1,sticky=0.2,biased=0.7"
@@ -56,17 +58,25 @@ class HoldPolicy:
 
 
 class AgentPolicy:
-    """A saved agent (`agent.json` + `agent.safetensors`), sampled from, epsilon-greedy towards uniform actions."""
+    """A saved agent (`agent.json` + `agent.safetensors`), sampled from, epsilon-greedy towards uniform actions.
+
+    Attributes:
+        remembers: whether it needs to see every step of an episode.
+    """
 
     def __init__(self, agent: str | ImpalaAgent, epsilon: float = 0.0) -> None:
         from dreamenv.models.impala import load_agent  # needs torch: only when an agent is asked for
 
         self._agent = load_agent(agent) if isinstance(agent, str) else agent
-        self.epsilon = epsilon
+        self.epsilon, self.remembers = epsilon, self._agent.config.memory > 0
+        self._memory: Tensor | None = None
 
     def act(self, observations: np.ndarray, first: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """See `VectorPolicy.act`."""
-        probabilities = self._agent.probabilities(observations)
+        if self._memory is not None:  # a new episode begins without; so does a batch of another size
+            fresh = self._memory.new_tensor(~first)[:, None]
+            self._memory = self._memory * fresh if self._memory.shape[1] == len(first) else None
+        probabilities, self._memory = self._agent.probabilities(observations, self._memory)
         probabilities = (1 - self.epsilon) * probabilities + self.epsilon / NUM_ACTIONS
         uniform = rng.random((len(first), 1))
         return (probabilities.cumsum(1) < uniform).sum(1).clip(max=NUM_ACTIONS - 1)
@@ -91,7 +101,7 @@ class MixturePolicy:
         actions = np.zeros(len(first), np.int64)
         for index, policy in enumerate(self.policies):
             mine = self.component == index
-            if not isinstance(policy, AgentPolicy):  # the simple ones remember what each environment did
+            if not isinstance(policy, AgentPolicy) or policy.remembers:  # as the simple ones remember what each environment did
                 actions[mine] = policy.act(observations, first, rng)[mine]
             elif mine.any():  # a network looks only at those it plays
                 actions[mine] = policy.act(observations[mine], first[mine], rng)

@@ -67,7 +67,7 @@ def main(args: Args) -> dict[str, float]:
         for i in range(t):
             frames[i] = torch.from_numpy(frame)
             with torch.inference_mode():
-                logits, values[i] = agent(to_images(frames[i]))
+                logits, values[i], _ = agent(to_images(frames[i]))
             policy = Categorical(logits=logits)
             actions[i] = policy.sample()
             log_probs[i] = policy.log_prob(actions[i])
@@ -97,7 +97,7 @@ def main(args: Args) -> dict[str, float]:
         for _ in range(args.epochs):
             for rows in torch.randperm(t * n).chunk(args.minibatches):
                 seen, act, old, advantage, target, before = (x[rows] for x in flat)
-                logits, value = agent(to_images(seen))
+                logits, value, _ = agent(to_images(seen))
                 policy = Categorical(logits=logits)
                 ratio = (policy.log_prob(act) - old).exp()
                 advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)

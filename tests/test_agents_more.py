@@ -141,7 +141,7 @@ def test_ppo_in_one_file(toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.M
     program = runpy.run_path("examples/ppo.py")
     args: Any = program["Args"](steps=128, num_envs=4, rollout=16, minibatches=2, epochs=1, out=tmp_path / "plain")
     assert program["main"](args)["steps"] == 128
-    assert load_agent(tmp_path / "plain").probabilities(np.zeros((2, 64, 64, 3), np.uint8)).shape == (2, 15)
+    assert load_agent(tmp_path / "plain").probabilities(np.zeros((2, 64, 64, 3), np.uint8))[0].shape == (2, 15)
 
 
 def test_freed_memory_is_kept_on_linux() -> None:

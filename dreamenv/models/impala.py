@@ -26,6 +26,8 @@ class ImpalaConfig:
     """Width of each stage; each halves the picture."""
     features: int = 256
     """Width of the last hidden layer."""
+    memory: int = 0
+    """Width of the LSTMs that the policy and the value each have behind it; 0 goes without."""
     greedy: bool = False
     """Whether the best action is taken (networks trained as action values) rather than one sampled."""
 
@@ -34,6 +36,7 @@ class ImpalaConfig:
         check(1 <= len(self.channels) <= 5 and 1 <= min(self.channels) and max(self.channels) <= 1024,
               f"channels {self.channels}: 1..5 stages of 1..1024")
         check(1 <= self.features <= 8192, f"features {self.features}: must be 1..8192")
+        check(0 <= self.memory <= 8192, f"memory {self.memory}: must be 0..8192")
 
 
 class _Residual(nn.Module):
@@ -64,24 +67,40 @@ class ImpalaAgent(nn.Module):
             stages += [_Residual(channels), _Residual(channels)]
             width, side = channels, (side + 1) // 2
         self.trunk = nn.Sequential(*stages, nn.ReLU(), nn.Flatten(), nn.Linear(width * side * side, config.features), nn.ReLU())
-        self.policy = nn.Linear(config.features, NUM_ACTIONS)
-        self.value = nn.Linear(config.features, 1)
+        last = config.memory or config.features
+        self.actor_memory = nn.LSTM(config.features, config.memory) if config.memory else None
+        self.critic_memory = nn.LSTM(config.features, config.memory) if config.memory else None
+        self.policy = nn.Linear(last, NUM_ACTIONS)
+        self.value = nn.Linear(last, 1)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, 64, 64) in [0, 1] -> action logits (B, 15) and values (B,)."""
+    def forward(self, images: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Look at one frame of each of B episodes.
+
+        Args:
+            images: (B, 3, 64, 64) in [0, 1].
+            memory: float32 (4, B, M), what it remembers: hidden and cell state of the actor and of the critic; None is nothing.
+
+        Returns:
+            Action logits (B, 15), values (B,), and the memory after it, None where `config.memory` is 0.
+        """
         device = images.device
         with torch.autocast(device.type, torch.bfloat16, enabled=pick_precision(self.precision, device) == "bf16"):
             features = self.trunk(images.contiguous(memory_format=torch.channels_last)).float()
-        return self.policy(features), self.value(features)[:, 0]
+        if self.actor_memory is None or self.critic_memory is None:
+            return self.policy(features), self.value(features)[:, 0], None
+        before = features.new_zeros(4, len(features), self.config.memory) if memory is None else memory
+        acting, actor = self.actor_memory(features[None], (before[:1], before[1:2]))
+        judging, critic = self.critic_memory(features[None], (before[2:3], before[3:]))
+        return self.policy(acting[0]), self.value(judging[0])[:, 0], torch.cat([*actor, *critic])
 
     @torch.inference_mode()
-    def probabilities(self, frames: np.ndarray) -> np.ndarray:
-        """Frames uint8 (B, 64, 64, 3) -> action probabilities float64 (B, 15)."""
+    def probabilities(self, frames: np.ndarray, memory: Tensor | None = None) -> tuple[np.ndarray, Tensor | None]:
+        """Frames uint8 (B, 64, 64, 3) -> action probabilities float64 (B, 15), and the memory, as `forward` has it."""
         device = self.policy.weight.device
-        logits, _ = self(to_images(torch.as_tensor(frames).to(device)))
+        logits, _, memory = self(to_images(torch.as_tensor(frames).to(device)), memory)
         if self.config.greedy:
-            return F.one_hot(logits.argmax(1), NUM_ACTIONS).double().cpu().numpy()
-        return logits.double().softmax(1).cpu().numpy()
+            return F.one_hot(logits.argmax(1), NUM_ACTIONS).double().cpu().numpy(), memory
+        return logits.double().softmax(1).cpu().numpy(), memory
 
 
 def save_agent(folder: str | Path, agent: ImpalaAgent, facts: dict | None = None) -> Path:
