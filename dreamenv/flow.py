@@ -22,7 +22,7 @@ Predict = Callable[[Tensor | None, float], tuple[Tensor, Tensor]]
 class SamplerConfig:
     """How a next latent is drawn."""
 
-    nfe: int = 2
+    nfe: int = 1
     """Network function evaluations per step; 1 is the deterministic predictor (the mean), more commit to one future."""
     solver: Literal["euler", "heun"] = "euler"
     """Euler, or Heun's second order (an odd nfe: two evaluations a step, one for the last)."""
