@@ -195,7 +195,8 @@ def _shares(envs: VecEnv, env: float, collecting: float, total: float) -> dict[s
 
 def _facts(config: TrainConfig) -> dict[str, Any]:
     before = {} if config.agent is None else {"from": agent_facts(config.agent)}
-    return {"world": config.world, "game": config.game, "seed": config.seed, "levels": list(TRAIN_LEVELS), **before}
+    mixed = {"share": config.share} if config.world == "mix" else {}
+    return {"world": config.world, "game": config.game, "seed": config.seed, "levels": list(TRAIN_LEVELS), **mixed, **before}
 
 
 def train(config: TrainConfig, progress: bool = False) -> dict[str, Any]:

@@ -265,9 +265,9 @@ def config(tmp_path: Path, bundle: Path, **changes: Any) -> TrainConfig:
 
 @pytest.mark.parametrize("world", ["dream", "mix", "real"])
 def test_a_resumed_run_ends_with_the_same_bytes(world: str, toy_bundle: Path, tmp_path: Path) -> None:
-    whole = train(config(tmp_path, toy_bundle, world=world, out=tmp_path / "whole"))
-    train(config(tmp_path, toy_bundle, world=world, out=tmp_path / "parts", steps=128))
-    parts = train(config(tmp_path, toy_bundle, world=world, out=tmp_path / "parts", resume=True))
+    whole = train(config(tmp_path, toy_bundle, world=world, share=0.25, out=tmp_path / "whole"))
+    train(config(tmp_path, toy_bundle, world=world, share=0.25, out=tmp_path / "parts", steps=128))
+    parts = train(config(tmp_path, toy_bundle, world=world, share=0.25, out=tmp_path / "parts", resume=True))
     assert whole["steps"] == parts["steps"] == 256
     for name in ("agent/agent.safetensors", "checkpoint/arrays.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
@@ -275,6 +275,8 @@ def test_a_resumed_run_ends_with_the_same_bytes(world: str, toy_bundle: Path, tm
     assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) >= 0 and shares["update"] > 0
     assert (shares["decode"] > 0) == (world != "real")
     assert (tmp_path / "whole" / "best" / "agent.json").exists()
+    imagined = {"dream": 256, "mix": 64, "real": 0}[world]
+    assert learnt_from(agent_facts(Path(whole["agent"]))) == (imagined, 256 - imagined)
     assert (tmp_path / "whole" / "progress.csv").stat().st_size > 100
 
 
