@@ -18,7 +18,7 @@ import tyro
 from agents.evaluate import evaluate
 from agents.saved import agent_facts
 from dreamenv.artifacts import atomic_file, write_json
-from dreamenv.bundle import resolve_bundle
+from dreamenv.bundle import bundled_agent, resolve_bundle
 from dreamenv.config import check
 from dreamenv.errors import DreamenvError
 from dreamenv.flow import SamplerConfig
@@ -123,7 +123,8 @@ def report(config: ReportConfig) -> dict[str, Any]:
     real, dream = play(config)
     figures = optimism(real, dream, seed=config.seed) | {
         "agent": config.agent, "levels": config.levels, "repeats": config.repeats, "limit": config.limit}  # fmt: skip
-    folder = resolve_bundle(config.bundle, config.game) / "agent" if config.agent == "bundled" else Path(config.agent)
+    shipped = bundled_agent(resolve_bundle(config.bundle, config.game)) if config.agent == "bundled" else None
+    folder = shipped or Path(config.agent)
     figures["imagined_steps"], figures["real_steps"] = learnt_from(
         agent_facts(folder) if (folder / "agent.json").exists() else {})  # fmt: skip
     out, gap = config.out, dream.mean(1) - real.mean(1)

@@ -203,12 +203,10 @@ class DynamicsTask:
         """Energy score of two dreams of each sample, and what the outcome head says in them."""
         config, k = self.config, self.context
         latents, live = batch["latents"].float(), batch["live"].float()[:, :, None, None]
-        size, device = len(latents), latents.device
+        device = latents.device
         channels, cells = self._channels.to(device)[:, None, None], self._cells(batch)
-        sigma = torch.rand(size, generator=generator, device=device) * config.context_noise
-        noise = torch.randn(latents[:, :k].shape, generator=generator, device=device)
-        rolled = (latents[:, :k] + noise * sigma[:, None, None, None, None]).repeat(2, 1, 1, 1, 1)
-        actions, sigma = batch["actions"].repeat(2, 1), sigma.repeat(2)
+        context, sigma = self._noised(latents[:, :k], generator)
+        rolled, actions, sigma = context.repeat(2, 1, 1, 1, 1), batch["actions"].repeat(2, 1), sigma.repeat(2)
         zero, half = torch.zeros_like(sigma), torch.full_like(sigma, 0.5)
         total, metrics, trail = torch.zeros((), device=device), {}, list(rolled.unbind(1))
         for u in range(config.unroll):
@@ -229,6 +227,12 @@ class DynamicsTask:
             total = total + config.outcome * outcome * config.drawn
             metrics["drawn_outcome"] = outcome.detach()
         return total, metrics
+
+    def _noised(self, context: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The context (B, K, C, H, W) with noise, and its standard deviation (B,), drawn anew for each sample."""
+        sigma = torch.rand(len(context), generator=generator, device=context.device) * self.config.context_noise
+        noise = torch.randn(context.shape, generator=generator, device=context.device)
+        return context + noise * sigma[:, None, None, None, None], sigma
 
     def _cells(self, batch: dict[str, Tensor]) -> Tensor:
         """The weight of each cell of the steps to predict, (B, U, H, W)."""
@@ -269,8 +273,7 @@ class DynamicsTask:
         live = batch["live"].float()[:, :, None, None]
         taken = actions
         actions = torch.where(uniform()[:, None] < config.drop_actions, NULL_ACTION, actions)
-        sigma = uniform() * config.context_noise
-        context = latents[:, :k] + normal(latents[:, :k].shape) * sigma[:, None, None, None, None]
+        context, sigma = self._noised(latents[:, :k], generator)
         zero = torch.zeros(size, device=device)
         metrics: dict[str, Tensor] = {}
         total = torch.zeros((), device=device)

@@ -159,10 +159,11 @@ class HeadsTask:
             back = np.where(pick[:rows] < config.balance, 0, earlier[:rows])
             depth = np.where(eventful, np.maximum(steps - back, 0), rng.integers(0, steps, endpoint=True))
             now[:rows] = dreams.begin[row] + depth
-        context, actions = self._gather(now)
-        if dreams is not None and rows:
-            context[:rows] = dreams.contexts(row, depth, self.context)
-        return {"context": context, "actions": actions, "labels": torch.from_numpy(self.labels[now])}
+        indices, actions = self.data.contexts(now, self.context)
+        context = torch.from_numpy(self.data.latents[indices[rows:]])
+        if dreams is not None:
+            context = torch.cat([dreams.contexts(row, depth, self.context), context])
+        return {"context": context, "actions": torch.from_numpy(actions), "labels": torch.from_numpy(self.labels[now])}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator,
              progress: float) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
