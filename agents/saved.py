@@ -76,6 +76,8 @@ class ForeignPolicy:
         PolicyError: it is not trusted, missing, damaged, or for other observations or actions.
     """
 
+    remembers = True  # it may
+
     def __init__(self, path: Path, algorithm: str, trust: bool) -> None:
         if not trust:
             raise PolicyError(f"{path}: an SB3 zip holds pickled code that would run here; pass --trust if you know where it "

@@ -21,7 +21,13 @@ DEFAULT_MIX = "random=0.1,sticky=0.2,biased=0.7"
 
 
 class VectorPolicy(Protocol):
-    """Chooses actions for N environments at once."""
+    """Chooses actions for N environments at once.
+
+    Attributes:
+        remembers: whether it goes by what it saw before, so that it has to be asked about the same N at every step.
+    """
+
+    remembers: bool
 
     def act(self, observations: np.ndarray, first: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return int64 actions (N,) for uint8 observations (N, 64, 64, 3); `first` bool (N,) marks new episodes."""
@@ -30,6 +36,8 @@ class VectorPolicy(Protocol):
 
 class StickyPolicy:
     """Keeps its action with probability `stickiness`, else draws from `weights` (uniform when None)."""
+
+    remembers = True
 
     def __init__(self, stickiness: float, weights: np.ndarray | None = None) -> None:
         weights = np.ones(NUM_ACTIONS) if weights is None else np.asarray(weights, float)
@@ -49,6 +57,8 @@ class StickyPolicy:
 class HoldPolicy:
     """Always the same action: a policy of known, low skill."""
 
+    remembers = False
+
     def __init__(self, action: int) -> None:
         self.action = action
 
@@ -58,11 +68,7 @@ class HoldPolicy:
 
 
 class AgentPolicy:
-    """A saved agent (`agent.json` + `agent.safetensors`), sampled from, epsilon-greedy towards uniform actions.
-
-    Attributes:
-        remembers: whether it needs to see every step of an episode.
-    """
+    """A saved agent (`agent.json` + `agent.safetensors`), sampled from, epsilon-greedy towards uniform actions."""
 
     def __init__(self, agent: str | ImpalaAgent, epsilon: float = 0.0) -> None:
         from dreamenv.models.impala import load_agent  # needs torch: only when an agent is asked for
@@ -89,6 +95,8 @@ class MixturePolicy:
         component: int64 (N,), the index of the policy now playing each environment.
     """
 
+    remembers = True
+
     def __init__(self, policies: list[VectorPolicy], weights: list[float]) -> None:
         self.policies = policies
         self.weights = np.asarray(weights, float) / np.sum(weights)
@@ -101,9 +109,9 @@ class MixturePolicy:
         actions = np.zeros(len(first), np.int64)
         for index, policy in enumerate(self.policies):
             mine = self.component == index
-            if not isinstance(policy, AgentPolicy) or policy.remembers:  # as the simple ones remember what each environment did
+            if policy.remembers:
                 actions[mine] = policy.act(observations, first, rng)[mine]
-            elif mine.any():  # a network looks only at those it plays
+            elif mine.any():  # the others, a network first of all, look only at those they play
                 actions[mine] = policy.act(observations[mine], first[mine], rng)
         return actions
 
