@@ -21,7 +21,7 @@ from trainers.dynamics import DynamicsTask, DynamicsTaskConfig
 from trainers.heads import HeadsTask, HeadsTaskConfig
 from trainers.latents import encode_dataset
 from trainers.loop import Loop
-from trainers.losses import energy_score
+from trainers.losses import energy_score, error_estimate_score
 from trainers.train import train
 
 FLOW = {"type": "latent_flow", "latent_channels": 8, "channels": [16, 32], "blocks": [1, 1], "embedding": 32, "filter_bank": 4}
@@ -94,6 +94,16 @@ def test_the_energy_score_of_two_draws_is_its_closed_form_and_favours_the_truth(
     assert float(none[0]) == 0 and float(none[1]) > 0, "cells without weight score nothing"
 
 
+def test_an_error_estimate_is_best_at_the_mean_error_and_no_cell_outweighs_all() -> None:
+    errors = torch.tensor([0.0] * 90 + [0.5] * 9 + [3.0])
+    candidates = torch.linspace(-7, 3, 2001)
+    scores = torch.stack([error_estimate_score(c.expand(100), errors).mean() for c in candidates])
+    assert float(candidates[scores.argmin()]) == pytest.approx(float(errors.mean().log()), abs=0.05)
+    certain = torch.full((100,), -30.0, requires_grad=True)  # sure of every cell, and wrong in some
+    error_estimate_score(certain, errors).sum().backward()
+    assert certain.grad is not None and float(certain.grad.abs().max()) < 100, "the slope of a likelihood would be e^30"
+
+
 @pytest.mark.parametrize("term", [{}, {"adversarial": 0.0, "energy": 0.5}], ids=["adversarial", "energy"])
 def test_a_sharpening_run_resumes_to_the_same_bytes(term: dict[str, float], latents: Path, tmp_path: Path,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
@@ -128,6 +138,10 @@ def test_two_draws_of_one_sample_part_and_both_are_trained(latents: Path) -> Non
     assert float(metrics["spread_1"]) > 0.01 and float(metrics["energy_1"]) > 0
     loss.backward()
     assert all(p.grad is not None for p in task.model.parameters())
+    task.model.zero_grad()
+    task._from_draws(task.model, batch, torch.Generator().manual_seed(0))[0].backward()
+    out = cast(LatentFlow, task.model).out.weight.grad
+    assert out is not None and out[8].abs().max() > 0, "a draw's first evaluation estimates its error too"
     with pytest.raises(ConfigError, match="batch_size 1"):
         task.loss(task.model, {name: value[:1] for name, value in batch.items()}, torch.Generator().manual_seed(0), 0.5)
 

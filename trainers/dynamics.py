@@ -15,7 +15,7 @@ from dreamenv.actions import NOOP
 from dreamenv.config import check
 from dreamenv.errors import ConfigError
 from dreamenv.flow import SamplerConfig, interpolate
-from dreamenv.metrics import detail, psnr, squared_error
+from dreamenv.metrics import detail, psnr, spearman, squared_error
 from dreamenv.models.autoencoder import to_frames
 from dreamenv.models.heads import OutcomeHead
 from dreamenv.models.io import load_model
@@ -25,7 +25,7 @@ from dreamenv.report import save_grid, save_video, side_by_side
 from trainers.critic import Critic, fool, judge
 from trainers.heads import outcome_labels, trained_head
 from trainers.latents import LatentDataset, channel_weights
-from trainers.losses import energy_score
+from trainers.losses import energy_score, error_estimate_score
 
 _HORIZON = 10  # steps of the validation's open loop
 
@@ -102,6 +102,16 @@ class DynamicsTaskConfig:
         for name in ("events", "drop_actions", "pad"):
             check(0 <= getattr(self, name) < 1, f"{name} {getattr(self, name)}: must be in [0, 1)")
         check(0 < self.val_ratio < 1, f"val_ratio {self.val_ratio}: must be in (0, 1)")
+
+
+def _error(predicted: Tensor, target: Tensor, channels: Tensor) -> Tensor:
+    """Squared error of latents (B, C, H, W) in each cell (B, H, W), channels weighted."""
+    return ((predicted.float() - target).square() * channels).mean(1)
+
+
+def _fit(log_error: Tensor, error: Tensor, live: Tensor) -> Tensor:
+    """The error estimate's own loss, over the samples that are live; it must not weigh on the predictions."""
+    return 0.003 * (error_estimate_score(log_error, error) * live).mean()
 
 
 class DynamicsTask:
@@ -211,12 +221,14 @@ class DynamicsTask:
         total, metrics, trail = torch.zeros((), device=device), {}, list(rolled.unbind(1))
         for u in range(config.unroll):
             now = actions[:, u : u + k]
-            mean, _ = model(None, zero, rolled, now, sigma)
+            mean, log_error = model(None, zero, rolled, now, sigma)
+            e = _error(mean, latents[:, k + u].repeat(2, 1, 1, 1), channels)
             noise = torch.randn(mean.shape, generator=generator, device=device)
             draw, _ = model(interpolate(noise, mean.detach().float(), half), half, rolled, now, sigma)
             first, second = draw.float().chunk(2)
             score, spread = energy_score(first, second, latents[:, k + u], channels, cells[:, u] * live[:, u])
-            total = total + config.energy * score / config.unroll
+            estimate = _fit(log_error, e, live[:, u].repeat(2, 1, 1))
+            total = total + (config.energy * score + config.drawn * estimate) / config.unroll
             if u in (0, config.unroll - 1):
                 metrics |= {f"energy_{u + 1}": score.detach(), f"spread_{u + 1}": spread.detach()}
             rolled = torch.cat([rolled[:, 1:], draw.to(rolled.dtype)[:, None]], 1)
@@ -247,7 +259,7 @@ class DynamicsTask:
 
     def _from_means(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator,
                     progress: float) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        """Squared error of the unrolled predictions, their error estimate's likelihood; flow, outcome, adversarial terms."""
+        """Squared error of the unrolled predictions, the score of their estimates of it; flow, outcome, adversarial terms."""
         config, k = self.config, self.context
         latents, actions = batch["latents"].float(), batch["actions"]
         device, size = latents.device, len(latents)
@@ -261,14 +273,11 @@ class DynamicsTask:
             return torch.randn(shape, generator=generator, device=device)
 
         def error(predicted: Tensor, target: Tensor) -> Tensor:
-            return ((predicted.float() - target).square() * channels).mean(1)
+            return _error(predicted, target, channels)
 
         def known(log_error: Tensor) -> Tensor:
             weight = (-config.certainty * log_error.detach().clamp(-8, 2)).exp()
             return weight / weight.mean()
-
-        def likelihood(log_error: Tensor, e: Tensor, live: Tensor) -> Tensor:
-            return 0.003 * (((-log_error).clamp_max(10).exp() * e.detach() + log_error) * live).mean()
 
         live = batch["live"].float()[:, :, None, None]
         taken = actions
@@ -284,7 +293,7 @@ class DynamicsTask:
             weight = (1 / (1 - tau).clamp_min(1e-6)).clamp_max(config.max_flow_weight)
             e = error(clean, target) * live[:, 0]
             flow = (e * cells[:, 0] * weight[:, None, None]).mean()
-            total = total + (config.flow * flow + likelihood(log_error, e, live[:, 0])) / config.flow_draws
+            total = total + (config.flow * flow + _fit(log_error, e, live[:, 0])) / config.flow_draws
             metrics["flow"] = flow.detach()
         rolled, trail = context, list(context.unbind(1))
         m = -(-size // 2) if self.critic is not None else 0  # the last m rows go on from their samples, the others from means
@@ -295,7 +304,7 @@ class DynamicsTask:
             clean, log_error = model(None, zero, rolled, actions[:, u : u + k], sigma)
             e = error(clean, target) * live[:, u]
             weighted = (e * cells[:, u] * known(log_error)).mean()
-            total = total + (weighted + likelihood(log_error, e, live[:, u])) / config.unroll
+            total = total + (weighted + _fit(log_error, e, live[:, u])) / config.unroll
             if u in (0, config.unroll - 1):
                 metrics |= {f"error_{u + 1}": e.detach().mean(), f"weighted_{u + 1}": weighted.detach()}
             if m:
@@ -334,8 +343,8 @@ class DynamicsTask:
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
         """Open-loop PSNR (of the mean squared error, against real frames) at 1, 5, 10 steps; writes a strip and a video.
 
-        With an adversarial term or an energy score the same for samples of two evaluations, and how much detail they keep
-        (1 is all).
+        Also how well the error expected of the first step ranks the true one (Spearman). With an adversarial term or an energy
+        score the same for samples of two evaluations, and how much detail they keep (1 is all).
         """
         k, horizon, device = self.context, _HORIZON, next(model.parameters()).device
         chosen = self._val[np.random.default_rng(0).choice(len(self._val), min(128, len(self._val)), replace=False)]
@@ -346,17 +355,19 @@ class DynamicsTask:
         autoencoder = self.autoencoder.to(device)
         figures, shown = {}, {"real": real[:4]}
         for nfe in (1, 2) if self.critic is not None or self.config.energy else (1,):
-            context, dream = start, []
+            context, dream, expected = start, [], torch.zeros(())
             generator = torch.Generator(device).manual_seed(0)
             for h in range(horizon):
                 noise = torch.randn(start[:, 0].shape, generator=generator, device=device)
-                clean, _ = draw_next(model, context, actions[:, h : h + k], noise, SamplerConfig(nfe=nfe))
+                clean, log_error = draw_next(model, context, actions[:, h : h + k], noise, SamplerConfig(nfe=nfe))
+                expected = log_error.exp().mean((1, 2)) if h == 0 else expected
                 context = torch.cat([context[:, 1:], clean[:, None]], 1)
                 dream.append(to_frames(autoencoder.decode(clean)).cpu().numpy())
             frames = np.stack(dream, 1)
             errors = squared_error(frames, real)
             prefix = "" if nfe == 1 else "sampled_"
             figures |= {f"{prefix}psnr_{h}": float(psnr(errors[:, h - 1].mean())) for h in (1, 5, 10)}
+            figures[f"{prefix}uncertainty"] = spearman(expected.cpu().numpy(), errors[:, 0].mean((1, 2)))
             if nfe > 1:
                 figures["sampled_detail_10"] = float(detail(frames[:, -1]).mean() / detail(real[:, -1]).mean())
             shown[f"dream, {nfe} NFE"] = frames[:4]

@@ -40,6 +40,20 @@ def variance_penalty(latents: Tensor, target: float = 1.0) -> Tensor:
     return ((z.var((0, 2, 3)) - target) ** 2 + z.mean((0, 2, 3)) ** 2).mean()
 
 
+def error_estimate_score(log_error: Tensor, error: Tensor) -> Tensor:
+    """How badly an expected squared error s^2 = exp(log_error) fits the observed ones: s + error / s, elementwise.
+
+    A proper score of the mean (a Bregman divergence, Gneiting 2011): the best constant is log(mean(error)). A Gaussian's
+    likelihood is one too, but its slope is error / s^2: single cells that err where no error was expected outweigh all others.
+
+    Args:
+        log_error: what is expected, any shape; from -8 downwards, one grey level or so, it makes ever less difference.
+        error: squared errors, of the same shape; no gradient goes through them.
+    """
+    s = ((F.softplus(log_error + 8) - 8) / 2).exp()
+    return s + error.detach() / s
+
+
 def energy_score(first: Tensor, second: Tensor, target: Tensor, channels: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
     """Fair energy score of an ensemble of two, over patches of 1, 2 and 4 cells.
 
