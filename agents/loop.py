@@ -56,6 +56,8 @@ class LoopConfig:
     """Its algorithm."""
     horizon: int = 64
     """Length of the dreams it learns in."""
+    nfe: int = 1
+    """Network function evaluations of those dreams' steps; see `agents.train`."""
     eval_every: int = 0
     """Dreamt steps between looks at its real return on training levels; see `agents.train`."""
     episodes: int = 200
@@ -67,7 +69,7 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
-        for name in ("rounds", "collect_steps", "agent_steps", "horizon", "episodes", "clips"):
+        for name in ("rounds", "collect_steps", "agent_steps", "horizon", "nfe", "episodes", "clips"):
             check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
         check(self.minutes > 0, f"minutes {self.minutes}: must be > 0")
         check(self.eval_every >= 0, f"eval_every {self.eval_every}: must be >= 0")
@@ -146,7 +148,8 @@ def loop(config: LoopConfig) -> list[dict[str, Any]]:
         row = {"round": r, **stage(out, f"measure-{r}", partial(measure, bundle, here / "compare"))}
         learning = _module("agents.train", world="dream", game=config.game, bundle=bundle, steps=config.agent_steps,
                            starts=merged, config=config.agent_config, horizon=config.horizon, out=trained, seed=config.seed,
-                           agent=agent if r > 1 else None, eval_every=config.eval_every, resume=True)  # fmt: skip
+                           agent=agent if r > 1 else None, nfe=config.nfe, eval_every=config.eval_every,
+                           resume=True)  # fmt: skip
         stage(out, f"agent-{r}", partial(run_command, learning))
         agent = trained / "agent"
         row |= stage(out, f"judge-{r}", partial(judge, agent))

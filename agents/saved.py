@@ -11,7 +11,7 @@ import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import Tensor
 
-from agents.extractor import ImpalaExtractor
+from agents.extractor import ImpalaARSPolicy, ImpalaExtractor
 from dreamenv.actions import NUM_ACTIONS
 from dreamenv.artifacts import read_json
 from dreamenv.errors import ConfigError, PolicyError
@@ -20,8 +20,10 @@ from dreamenv.models.impala import ImpalaAgent, ImpalaConfig, load_agent, save_a
 _HEADS = {"action_net.": "policy.", "value_net.": "value.", "lstm_actor.": "actor_memory.",
           "lstm_critic.": "critic_memory."}  # an actor-critic's, and the saved agent's names  # fmt: skip
 _ACTOR_CRITIC = ("PPO", "A2C", "TRPO", "MaskablePPO", "RecurrentPPO")
-_VALUE_BASED = ("DQN", "QRDQN")
-ALGORITHMS = _ACTOR_CRITIC + _VALUE_BASED
+_GREEDY = ("DQN", "QRDQN", "ARS")  # they take the best action, and learn no value that an agent keeps
+ALGORITHMS = _ACTOR_CRITIC + _GREEDY
+_POLICIES = {"RecurrentPPO": "CnnLstmPolicy", "ARS": ImpalaARSPolicy}
+_DEFAULTS = {"ARS": {"zero_policy": False}}  # where all weights are zero a deep network has no slope
 
 
 def algorithm_class(name: str) -> type[BaseAlgorithm]:
@@ -54,8 +56,8 @@ def make_algorithm(name: str, envs: Any, settings: Mapping[str, Any], network: I
     elif network.memory:
         raise ConfigError(f"memory {network.memory}: {name} has none; set it to 0, or take RecurrentPPO")
     try:
-        model = algorithm_class(name)("CnnLstmPolicy" if recurrent else "CnnPolicy", envs, policy_kwargs=policy, seed=seed,
-                                      **settings, **options)  # fmt: skip
+        model = algorithm_class(name)(_POLICIES.get(name, "CnnPolicy"), envs, policy_kwargs=policy, seed=seed,
+                                      **_DEFAULTS.get(name, {}) | dict(settings), **options)  # fmt: skip
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"settings {dict(settings)}: {name} refuses them ({error})") from None
     for module in model.policy.modules():  # only now: SB3's orthogonal initialisation wants contiguous weights
@@ -105,7 +107,7 @@ class ForeignPolicy:
 
 
 def to_agent(model: BaseAlgorithm) -> ImpalaAgent:
-    """The network that `model` acts by; value-based algorithms act greedily on their (mean) action values."""
+    """The network that `model` acts by; DQN and QRDQN act greedily on their (mean) action values, ARS on its scores."""
     name = type(model).__name__
     weights: dict[str, Tensor] = {}
     state = model.policy.state_dict()
@@ -113,6 +115,8 @@ def to_agent(model: BaseAlgorithm) -> ImpalaAgent:
         trunk, heads = "features_extractor.", _HEADS
     elif name == "DQN":
         trunk, heads = "q_net.features_extractor.", {"q_net.q_net.0.": "policy."}
+    elif name == "ARS":
+        trunk, heads = "features_extractor.", {"action_net.0.": "policy."}
     elif name == "QRDQN":
         trunk, heads = "quantile_net.features_extractor.", {"quantile_net.quantile_net.0.": "policy."}
     else:
@@ -127,11 +131,11 @@ def to_agent(model: BaseAlgorithm) -> ImpalaAgent:
         actions = int(model.action_space.n)  # pyright: ignore
         for key in ("policy.weight", "policy.bias"):
             weights[key] = weights[key].unflatten(0, (-1, actions)).mean(0)
-    if name in _VALUE_BASED:
+    if name in _GREEDY:
         weights |= {"value.weight": torch.zeros(1, weights["policy.weight"].shape[1]), "value.bias": torch.zeros(1)}
     extractor = next(m for m in model.policy.modules() if isinstance(m, ImpalaExtractor))
     memory = weights["policy.weight"].shape[1] if name == "RecurrentPPO" else 0
-    shape = ImpalaConfig(extractor.config.channels, extractor.config.features, memory, greedy=name in _VALUE_BASED)
+    shape = ImpalaConfig(extractor.config.channels, extractor.config.features, memory, greedy=name in _GREEDY)
     with torch.random.fork_rng():  # its initial weights must not take from the run's random stream
         agent = ImpalaAgent(shape, extractor.precision)
     agent.load_state_dict(weights)
@@ -143,7 +147,7 @@ def go_on_from(model: BaseAlgorithm, folder: Path) -> None:
 
     Raises:
         PolicyError: not a saved agent, or one of another shape.
-        ConfigError: a value-based algorithm, of whose values an agent keeps too little to go on from.
+        ConfigError: an algorithm of whose state an agent keeps too little to go on from.
     """
     if type(model).__name__ not in _ACTOR_CRITIC:
         raise ConfigError(f"agent {folder}: {type(model).__name__} cannot go on from one, only {', '.join(_ACTOR_CRITIC)} can")

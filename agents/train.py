@@ -42,7 +42,8 @@ class AlgorithmConfig:
     """How an agent learns; one YAML file."""
 
     algorithm: str = "PPO"
-    """PPO, A2C, TRPO, RecurrentPPO, MaskablePPO, DQN or QRDQN, of Stable-Baselines3 and sb3-contrib."""
+    """PPO, A2C, TRPO, RecurrentPPO, MaskablePPO, DQN, QRDQN or ARS: all of Stable-Baselines3 and sb3-contrib for discrete
+    actions."""
     num_envs: int = 64
     """Environments in the batch."""
     normalize_reward: bool = True
@@ -225,7 +226,7 @@ def train(config: TrainConfig, progress: bool = False) -> dict[str, Any]:
     if config.agent is not None:
         go_on_from(model, config.agent)
     if config.resume and not isinstance(model, OnPolicyAlgorithm):
-        raise ConfigError(f"resume: {algorithm.algorithm} keeps a replay buffer that is not saved; train it anew")
+        raise ConfigError(f"resume: {algorithm.algorithm} has a state that is not saved between runs; train it anew")
     if not config.resume:  # a fresh start leaves nothing behind that a later resume could pick up
         for stale in ("checkpoint", "best", "agent"):
             shutil.rmtree(config.out / stale, ignore_errors=True)

@@ -181,6 +181,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "RecurrentPPO": {"n_steps": 8, "batch_size": 8, "n_epochs": 1},
     "DQN": {"buffer_size": 64, "learning_starts": 8, "train_freq": 4, "batch_size": 8},
     "QRDQN": {"buffer_size": 64, "learning_starts": 8, "train_freq": 4, "batch_size": 8},
+    "ARS": {"n_delta": 2},
 }  # fmt: skip
 
 
@@ -192,7 +193,7 @@ def test_a_saved_agent_acts_as_the_algorithm_that_learnt_it(name: str, toy_bundl
     saved = load_agent(save_algorithm(tmp_path / "agent", model, {}), "fp32")
     ours, _ = saved.probabilities(frames)
     exact, _ = to_agent(model).probabilities(frames)
-    if name in ("DQN", "QRDQN"):
+    if name in ("DQN", "QRDQN", "ARS"):
         assert (exact.argmax(1) == model.predict(frames.transpose(0, 3, 1, 2), deterministic=True)[0]).all()
         assert set(np.unique(ours)) == {0.0, 1.0}
     elif name != "RecurrentPPO":  # which has a test of its own
