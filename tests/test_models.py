@@ -8,6 +8,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio
 from sklearn.decomposition import PCA
 from sklearn.metrics import average_precision_score
+from torch import nn
 
 from dreamenv.flow import SamplerConfig, interpolate, sample, velocity
 from dreamenv.metrics import (
@@ -20,9 +21,10 @@ from dreamenv.metrics import (
 )
 from dreamenv.models.autoencoder import Autoencoder, AutoencoderConfig, to_frames, to_images
 from dreamenv.models.blocks import DynamicFilters
-from dreamenv.models.latent_flow import LatentFlow, LatentFlowConfig
+from dreamenv.models.latent_flow import LatentFlow, LatentFlowConfig, _alternating
 from dreamenv.noise import branch_stream, draw_step, reset_generator
 from tests.conftest import toy_world_model
+from trainers.dynamics import _grown
 from trainers.heads import calibrate, joint_outcomes
 from trainers.latents import channel_weights
 from trainers.losses import colour_bins, colour_weights, motion_mask, variance_penalty
@@ -207,3 +209,32 @@ def test_calibration_undoes_class_balancing() -> None:
     scale, bias, _ = calibrate(logits, labels, torch.ones(60000))
     assert scale == pytest.approx(2.0, rel=0.05) and bias[0] == 0
     assert bias[1] == pytest.approx(np.log(0.05 / 0.95), abs=0.1)
+
+
+def test_global_noise_reaches_every_cell_and_begins_without_effect() -> None:
+    torch.manual_seed(0)
+    shape = {"latent_channels": 4, "channels": (16, 32), "blocks": (1, 1), "embedding": 32, "filter_bank": 4}
+    plain = LatentFlow(LatentFlowConfig(**shape))  # pyright: ignore[reportArgumentType]
+    for parameter in plain.parameters():  # much of it begins at zero
+        nn.init.normal_(parameter, std=0.1)
+    model = LatentFlow(LatentFlowConfig(**shape, gate=True, global_noise=True))  # pyright: ignore[reportArgumentType]
+    model.load_state_dict(_grown(plain.state_dict(), model.state_dict()))
+    context, actions, zero = torch.randn(2, 4, 4, 32, 32), torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2)
+    noise, tau = torch.randn(2, 4, 32, 32), torch.full((2,), 0.5)
+    before = [model(noise, tau, context, actions, zero)[0], model(noise, zero, context, actions, zero)[0]]
+    last = context[:, -1]
+    assert (before[0] - last).detach() == pytest.approx(
+        (plain(noise, tau, context, actions, zero)[0] - last).detach() * torch.tensor(4.0).sigmoid(), abs=1e-5)  # fmt: skip
+    other = noise.clone()
+    other[:, :, 0, 0] += 3
+
+    def felt_far_away() -> float:
+        difference = model(other, tau, context, actions, zero)[0] - model(noise, tau, context, actions, zero)[0]
+        return float(difference[:, :, 28:, 28:].detach().abs().mean())
+
+    little = felt_far_away()  # the group norms'
+    nn.init.normal_(model.condition[0].weight[:, -4:])  # pyright: ignore
+    assert felt_far_away() > 5 * little
+    assert torch.equal(model(noise, zero, context, actions, zero)[0], before[1]), "at tau = 0 there is no noise"
+    assert _alternating(torch.randn(2000, 4, 16, 16)).std() == pytest.approx(1, abs=0.05)
+    assert _alternating(torch.ones(1, 4, 16, 16)).abs().max() == 0

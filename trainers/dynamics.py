@@ -104,6 +104,17 @@ class DynamicsTaskConfig:
         check(0 < self.val_ratio < 1, f"val_ratio {self.val_ratio}: must be in (0, 1)")
 
 
+def _grown(weights: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a model without a gate or global noise, for one that has them: an open gate, and noise without effect."""
+    for name in ("out.weight", "out.bias"):
+        if name in weights and len(own[name]) == len(weights[name]) + 1:
+            weights[name] = torch.cat([weights[name], own[name][-1:]])
+    name = "condition.0.weight"
+    if name in weights and (more := own[name].shape[1] - weights[name].shape[1]) > 0:
+        weights[name] = F.pad(weights[name], (0, more))
+    return weights
+
+
 def _error(predicted: Tensor, target: Tensor, channels: Tensor) -> Tensor:
     """Squared error of latents (B, C, H, W) in each cell (B, H, W), channels weighted."""
     return ((predicted.float() - target).square() * channels).mean(1)
@@ -127,11 +138,7 @@ class DynamicsTask:
         check(network.latent_channels == self.data.latents.shape[1],
               f"latent_channels {network.latent_channels}: the latents have {self.data.latents.shape[1]}")
         if config.init_from:
-            weights = load_model(config.init_from)[0].state_dict()
-            for name in ("out.weight", "out.bias"):  # a model without a gate grows one
-                own = self.model.state_dict()[name]
-                if name in weights and own.shape[1:] == weights[name].shape[1:] and len(own) == len(weights[name]) + 1:
-                    weights[name] = torch.cat([weights[name], own[-1:]])
+            weights = _grown(load_model(config.init_from)[0].state_dict(), self.model.state_dict())
             try:
                 self.model.load_state_dict(weights)
             except RuntimeError as error:

@@ -93,7 +93,10 @@ def finetune(config: FinetuneConfig) -> Path:
         file = out / f"{name}.yaml"
         spec = {k: v for k, v in model_spec(model).items() if k not in ("rewards", "terminated", "bias", "scale")}
         with atomic_file(file) as temporary:
-            values = load_yaml(CONFIGS / f"{source}.yaml") | {"model": json.loads(json.dumps(spec))}
+            values = load_yaml(CONFIGS / f"{source}.yaml")
+            if name == "dynamics":  # bundles of before have none; it begins without effect
+                spec["global_noise"] = values["model"]["global_noise"]
+            values["model"] = json.loads(json.dumps(spec))
             temporary.write_text(yaml.safe_dump(values))
         before = "before" if name == "dynamics" else "heads-before"
         changed = {"task.latents": str(latents), "task.init_from": str(out / before / "model"), "loop.seed": config.seed}

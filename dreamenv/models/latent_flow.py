@@ -36,6 +36,8 @@ class LatentFlowConfig:
     """Dynamic filters; 0 turns them off."""
     filter_size: int = 5
     """Their kernel size, in cells."""
+    global_noise: bool = False
+    """Whether the conditioning of all cells sees the noise too, so that a draw can commit to one camera position everywhere."""
     gate: bool = False
     """Whether each cell's change is multiplied by a gate in 0..1, so that what stands still can be copied exactly."""
 
@@ -63,7 +65,7 @@ class LatentFlow(nn.Module):
     deterministic predictor of SEED phase 2 *is* this network at tau = 0, and one function evaluation needs no noise.
 
     Source: flow matching (Lipman et al. 2023) with x-prediction; U-Net (Ronneberger et al. 2015); context noise with
-    its level as an input (GameNGen, Valevski et al. 2024).
+    its level as an input (GameNGen, Valevski et al. 2024); noise that conditions the whole picture (FGN, Alet et al. 2025).
     """
 
     def __init__(self, config: LatentFlowConfig) -> None:
@@ -71,7 +73,8 @@ class LatentFlow(nn.Module):
         self.config = config
         c, k, e, widths = config.latent_channels, config.context, config.embedding, config.channels
         self.action_embedding = nn.Embedding(NUM_ACTIONS + 1, e // 2)
-        self.condition = nn.Sequential(nn.Linear(k * (e // 2) + 2 * (e // 2), 2 * e), nn.SiLU(), nn.Linear(2 * e, e), nn.SiLU())
+        seen = (k + 2) * (e // 2) + c * config.global_noise
+        self.condition = nn.Sequential(nn.Linear(seen, 2 * e), nn.SiLU(), nn.Linear(2 * e, e), nn.SiLU())
         self.stem = nn.Conv2d(c * (k + 1), widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         width = widths[0]
@@ -115,6 +118,8 @@ class LatentFlow(nn.Module):
         gated = torch.zeros_like(last) if noisy is None else noisy * tau[:, None, None, None]
         half = self.config.embedding // 2
         scalars = [sinusoidal(tau, half).to(last.dtype), sinusoidal(context_noise, half).to(last.dtype)]
+        if self.config.global_noise:
+            scalars.append(4 * _alternating(gated))  # of unit variance half-way, where tau (1 - tau) is a quarter
         cond = self.condition(torch.cat([self.action_embedding(actions).flatten(1), *scalars], 1))
         x = self.stem(torch.cat([gated, context.reshape(b, k * c, h, w)], 1))
         skips = []
@@ -138,6 +143,16 @@ class LatentFlow(nn.Module):
         if self.config.gate:
             change = change * out[:, c + 1 :].sigmoid()
         return last + change, out[:, c].float()
+
+
+def _alternating(x: Tensor) -> Tensor:
+    """Alternating sum of each channel of (B, C, H, W) -> (B, C), scaled so that white noise keeps its variance.
+
+    Pictures, which change slowly from cell to cell, give little: it reads the noise and hardly what it was mixed with.
+    """
+    h, w = x.shape[-2:]
+    sign = 1 - 2 * ((torch.arange(h, device=x.device)[:, None] + torch.arange(w, device=x.device)) % 2)
+    return (x * sign).sum((2, 3)) / (h * w) ** 0.5
 
 
 def draw_next(model: nn.Module, context: Tensor, actions: Tensor, noise: Tensor | None,
