@@ -287,3 +287,14 @@ def update_card(folder: str | Path, card: dict[str, Any]) -> None:
         write_json(temporary / "card.json", card)
         description["sha256"]["card.json"] = sha256_file(temporary / "card.json")
         write_json(temporary / "bundle.json", description | {"identity": compute_identity(description)})
+
+
+def short_name(folder: Path) -> str:
+    """A bundle's folder in a few words, for a person to tell it from others."""
+    return f"{folder.name} (built in)" if folder.parent == EMBEDDED else "/".join(folder.parts[-2:])
+
+
+def find_bundles() -> list[Path]:
+    """Folders of the embedded bundles, and of those trained below the current folder's `runs`."""
+    found = [p.parent for p in sorted(EMBEDDED.glob("*/bundle.json"))]
+    return found + [p.parent for p in sorted(Path("runs").glob("*/bundle/bundle.json"))]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # toy models gain nothing from a second thread, and lose much when the machine is busy; children inherit it
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
@@ -12,11 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from dreamenv.bundle import GameFacts, Limits, Starts, save_bundle
+from dreamenv.bundle import Bundle, GameFacts, Limits, Starts, load_bundle, save_bundle
+from dreamenv.flow import SamplerConfig
 from dreamenv.models.autoencoder import Autoencoder, AutoencoderConfig
 from dreamenv.models.heads import OutcomeHead, OutcomeHeadConfig
 from dreamenv.models.latent_flow import LatentFlow, LatentFlowConfig
+from dreamenv.session import Session
 from dreamenv.world_model import WorldModel
+
+MEAN = SamplerConfig(nfe=1)  # without noise, so that an environment of another seed dreams the same
 
 
 def toy_world_model(seed: int = 0, calm: float = 4.0) -> WorldModel:
@@ -52,3 +57,17 @@ def write_toy_bundle(folder: Path, max_steps: int = 100, seed: int = 0, calm: fl
 @pytest.fixture(scope="session")
 def toy_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_toy_bundle(tmp_path_factory.mktemp("bundle") / "toy")
+
+
+@pytest.fixture(scope="session")
+def calm_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return load_bundle(write_toy_bundle(tmp_path_factory.mktemp("calm") / "toy", calm=30.0), "cpu")
+
+
+@pytest.fixture
+def session(calm_bundle: Bundle) -> Iterator[Session]:
+    session = Session(calm_bundle, MEAN, seed=1)
+    session.load_real()
+    session.new_start(level=5)
+    yield session
+    session.close()

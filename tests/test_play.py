@@ -1,4 +1,4 @@
-"""Playing: the session without a window, what is drawn, the window on SDL's dummy display, recordings, the viewer."""
+"""Playing without a window: keys, the session, films, recordings, the viewer."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import json
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import av
 import gymnasium as gym
@@ -19,7 +16,6 @@ import pygame
 import pytest
 from PIL import Image
 
-import dreamenv.play
 from dreamenv.actions import COMBOS, NAMES, NOOP
 from dreamenv.bundle import Bundle, load_bundle
 from dreamenv.controls import pressed_action
@@ -27,32 +23,13 @@ from dreamenv.data import Dataset
 from dreamenv.errors import ConfigError, DatasetError, SnapshotError
 from dreamenv.filming import film, parse_script
 from dreamenv.flow import SamplerConfig
-from dreamenv.play import Window, find_bundles, run
 from dreamenv.recording import FilmRecorder
-from dreamenv.screen import KEYS, Screen, View
 from dreamenv.session import GRID, Session
 from dreamenv.viewer import Viewer
 from dreamenv.viewer import run as run_viewer
-from tests.conftest import same_bytes, write_toy_bundle
+from tests.conftest import MEAN, same_bytes, write_toy_bundle
 
 RIGHT, UP = NAMES.index("right"), NAMES.index("up")
-
-
-MEAN = SamplerConfig(nfe=1)  # without noise, so that an environment of another seed dreams the same
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return load_bundle(write_toy_bundle(tmp_path_factory.mktemp("calm") / "toy", calm=30.0), "cpu")
-
-
-@pytest.fixture
-def session(bundle: Bundle) -> Iterator[Session]:
-    session = Session(bundle, MEAN, seed=1)
-    session.load_real()
-    session.new_start(level=5)
-    yield session
-    session.close()
 
 
 def real_frames(level: int, actions: list[int]) -> list[np.ndarray]:
@@ -98,8 +75,8 @@ def test_both_worlds_are_stepped_from_one_start(session: Session) -> None:
     assert moment.step == 5 and moment.action == RIGHT and session.shown == ("real", "dream")
 
 
-def test_a_real_game_that_loads_late_catches_up(bundle: Bundle) -> None:
-    session = Session(bundle, seed=3)
+def test_a_real_game_that_loads_late_catches_up(calm_bundle: Bundle) -> None:
+    session = Session(calm_bundle, seed=3)
     assert session.shown == ("dream",) and session.moment.real is None
     level = session._level
     for _ in range(6):
@@ -125,13 +102,13 @@ def test_rewind_replays_to_the_byte(session: Session) -> None:
     assert session.rewind(100).step == 0 and session.rewind().step == 0
 
 
-def test_a_saved_moment_is_loaded_elsewhere(session: Session, bundle: Bundle, tmp_path: Path) -> None:
+def test_a_saved_moment_is_loaded_elsewhere(session: Session, calm_bundle: Bundle, tmp_path: Path) -> None:
     session.sampler = SamplerConfig(nfe=2)  # the other session's too, so that its noise has to come from the file
     for a in (RIGHT, UP, RIGHT):
         session.step(a)
     session.save(tmp_path / "deep" / "moment.bin")
     after = [session.step(a) for a in (RIGHT, NOOP)]
-    other = Session(bundle, SamplerConfig(nfe=2), seed=9)
+    other = Session(calm_bundle, SamplerConfig(nfe=2), seed=9)
     other.load_real()
     other.new_start()
     assert other.load(tmp_path / "deep" / "moment.bin").step == 3
@@ -254,11 +231,11 @@ def test_synchronising_and_following(session: Session) -> None:
         assert np.array_equal(moment.dream, alone.step(RIGHT)[0])
 
 
-def test_chance_and_agents_take_over(bundle: Bundle, tmp_path: Path) -> None:
+def test_chance_and_agents_take_over(calm_bundle: Bundle, tmp_path: Path) -> None:
     from dreamenv.models.impala import ImpalaAgent, ImpalaConfig, save_agent
 
     save_agent(tmp_path / "agent", ImpalaAgent(ImpalaConfig(channels=(4, 4, 4), features=8)))
-    session = Session(bundle, agent=str(tmp_path / "agent"), seed=0)
+    session = Session(calm_bundle, agent=str(tmp_path / "agent"), seed=0)
     assert [session.next_player() for _ in range(3)] == ["agent", "random", "human"]
     for player in ("agent", "random"):
         session.player = player
@@ -287,154 +264,6 @@ def test_an_end_stays_on_show_and_then_starts_anew(toy_bundle: Path, tmp_path: P
     assert session.moment.ended["dream"] in ("the end", "time is up")
     assert session.step(NOOP).step == 0 and not session.over
     session.close()
-
-
-# -- what is drawn -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [Screen.size(6, 2), Screen.size(12, 2), (1300, 470), (700, 900), Screen.size(4, 1)])
-def test_no_text_is_cut_or_overlaps(session: Session, size: tuple[int, int]) -> None:
-    for _ in range(3):
-        session.step(RIGHT)
-    screen, surface = Screen(), pygame.Surface(size)
-    menu = [("coinrun (built in)", "bundle in somewhere/rather/deep/coinrun")]
-    menu += [(f"game {i}", "real game alone") for i in range(40)]
-    common: dict[str, Any] = {
-        "game": "coinrun", "bundle": "coinrun (built in)", "meanings": ("run left", "jump", "drop through a crate") * 5,
-        "uncertainty": [0.1, 9.9, 0.3] * 60, "latency": 0.0678, "fps": 14.98, "rewind": 10.0,
-        "message": "the dream goes on from the real frames", "futures": session.branch(2), "menu": menu, "selected": 30,
-    }  # fmt: skip
-    views = [View(session.moment, shown, paused=paused, filming=12345, recording=12345, overlay=overlay, slow=not paused,
-                  **common)
-             for shown in (("real", "dream"), ("dream",)) for paused in (True, False)
-             for overlay in ("", "help", "menu", "branches")]  # fmt: skip
-    for view in views:
-        screen.draw(surface, view)
-        drawn = screen.lines.texts
-        assert len(drawn) >= 9
-        for text, place, box in drawn:
-            assert box.contains(place), f"{text!r} at {place} leaves {box}, {view.overlay or 'no'} overlay"
-            assert surface.get_rect().contains(box)
-        for i, (text, place, _) in enumerate(drawn):
-            hit = place.collidelist([p for _, p, _ in drawn[i + 1 :]])
-            assert hit < 0, f"{text!r} overlaps {drawn[i + 1 + hit][0]!r}, {view.overlay or 'no'} overlay"
-
-
-def test_the_games_pixels_are_enlarged_whole(session: Session) -> None:
-    screen, surface = Screen(), pygame.Surface(Screen.size(6, 2))
-    screen.draw(surface, View(session.moment, ("real", "dream"), "coinrun", "x"))
-    picture = pygame.surfarray.array3d(surface).swapaxes(0, 1)
-    for i, frame in enumerate((session.moment.real, session.moment.dream)):
-        left = Screen.GAP + i * (384 + Screen.GAP)
-        shown = picture[Screen.GAP + Screen.HEADER :, left:][:384, :384]
-        assert np.array_equal(shown, np.asarray(frame).repeat(6, 0).repeat(6, 1))
-
-
-def test_every_key_of_the_help_does_something() -> None:
-    source = Path(sys.modules["dreamenv.play"].__file__ or "").read_text()
-    named = {"arrows": "keys_to_action", "D A W S Q E": "keys_to_action", "TAB": "K_TAB", "BACKSPACE": "K_BACKSPACE",
-             "[  ]": "K_LEFTBRACKET", ",  .": "K_COMMA", "-  =": "K_MINUS", "F5  F9": "K_F9", "9  0": "K_9",
-             "ESC": "K_ESCAPE", "F11": "K_F11"}  # fmt: skip
-    for key, _ in KEYS:
-        assert named.get(key, f"K_{key.lower()}") in source, key
-
-
-# -- the window ----------------------------------------------------------------------------------------------------------
-
-
-class Script:
-    """Stands in for `pygame.event.wait`: what happens at each call; key presses are released at the next."""
-
-    def __init__(self, keys: list[list[int]], monkeypatch: pytest.MonkeyPatch, every: int = 6) -> None:
-        self.keys, self.calls, self.every = keys, 0, every
-        self.real_wait = pygame.event.wait
-        monkeypatch.setattr(pygame.event, "wait", self.wait)
-
-    def wait(self, timeout: int = 0) -> pygame.event.Event:
-        self.calls += 1
-        turn, rest = divmod(self.calls, self.every)
-        if rest == 0 and turn - 1 < len(self.keys):
-            for key in self.keys[turn - 1]:
-                for kind in (pygame.KEYDOWN, pygame.KEYUP):
-                    pygame.event.post(pygame.event.Event(kind, key=key, mod=0))
-        elif turn - 1 >= len(self.keys):
-            pygame.event.post(pygame.event.Event(pygame.QUIT))
-        return self.real_wait(min(timeout, 3))
-
-
-def threads() -> set[str]:
-    return {t.name for t in threading.enumerate() if t.name.startswith(("dream", "film", "real game"))}
-
-
-def test_a_game_in_the_window(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    k = pygame
-    script = [[], [k.K_v], [k.K_x], [k.K_RIGHT], [k.K_UP], [k.K_TAB], [k.K_TAB], [k.K_p], [k.K_o], [k.K_p], [k.K_F5],
-              [k.K_RIGHT], [k.K_F9], [k.K_b], [], [], [], [k.K_RIGHT], [k.K_RETURN], [], [], [], [], [k.K_h], [k.K_ESCAPE],
-              [k.K_m], [k.K_DOWN], [k.K_ESCAPE], [k.K_g], [], [k.K_g], [k.K_RIGHTBRACKET], [k.K_COMMA], [k.K_0], [k.K_EQUALS],
-              [k.K_r], [k.K_f], [], [k.K_f], [k.K_BACKSPACE], [k.K_n], [], [k.K_x], [k.K_v], [], [], [k.K_ESCAPE],
-              [k.K_ESCAPE]]  # fmt: skip
-    Script(script, monkeypatch, every=25)
-    figures = run("coinrun", toy_bundle, "both", 2, 60.0, SamplerConfig(), "cpu", 0, out=tmp_path / "out")
-    assert figures["steps"] > 50 and figures["latency_median"] is not None and figures["latency_median"] < 1
-    assert not pygame.display.get_init() and not threads()
-    written = sorted(p.name.split("-")[0] for p in (tmp_path / "out").iterdir())
-    assert written == ["episode", "film", "moment.bin"]
-    recorded = Dataset(next((tmp_path / "out").glob("episode-*")), verify="sha256")
-    assert len(recorded) > 20 and recorded.facts["world"] in ("dream", "real")
-
-
-def test_a_thousand_random_keys(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    names = ("TAB", "BACKSPACE", "RETURN", "LEFTBRACKET", "RIGHTBRACKET", "COMMA", "PERIOD", "MINUS", "EQUALS", "F5", "F9",
-             "UP", "DOWN", "LEFT", "RIGHT", *"abdefghmnopqrsvwx", "9", "0", "z", "F1")  # fmt: skip
-    known = [getattr(pygame, f"K_{name}") for name in names]
-    rng = np.random.default_rng(0)
-    Script([[int(k) for k in rng.choice(known, 2)] for _ in range(500)], monkeypatch, every=4)
-    monkeypatch.setattr(dreamenv.play, "find_bundles", lambda: [toy_bundle])
-    figures = run("coinrun", toy_bundle, "both", 1, 200.0, SamplerConfig(), "cpu", 0, out=tmp_path / "out")
-    assert figures["steps"] > 0 and not threads()
-    for path in (tmp_path / "out").glob("*"):
-        assert not path.name.startswith("."), f"{path.name}: half written"
-
-
-def test_a_gamepad_presses_keys(toy_bundle: Path, bundle: Bundle, tmp_path: Path) -> None:
-    window = Window(lambda _: Session(bundle), toy_bundle, 1, 15.0, tmp_path)
-    try:
-        event = pygame.event.Event
-        for given, expected in (
-            (event(pygame.JOYAXISMOTION, axis=0, value=0.9), "right"), (event(pygame.JOYBUTTONDOWN, button=0), "right+up"),
-            (event(pygame.JOYAXISMOTION, axis=0, value=-0.8), "left+up"), (event(pygame.JOYBUTTONUP, button=0), "left"),
-            (event(pygame.JOYAXISMOTION, axis=0, value=0.1), "noop"), (event(pygame.JOYHATMOTION, value=(1, -1)), "right+down"),
-            (event(pygame.JOYHATMOTION, value=(0, 0)), "noop"), (event(pygame.JOYBUTTONDOWN, button=1), "d"),
-        ):  # fmt: skip
-            assert window._handle(given)
-            window._tapped.clear()  # as the next step does
-            assert NAMES[window.held_action()] == expected
-        assert not window.paused
-        window._handle(event(pygame.JOYBUTTONDOWN, button=7))
-        assert window.paused
-    finally:
-        window._close()
-
-
-def test_no_display_is_a_clear_error(toy_bundle: Path) -> None:
-    environment = {**os.environ, "SDL_VIDEODRIVER": "x11", "DISPLAY": ":999"}
-    done = subprocess.run([sys.executable, "-m", "dreamenv", "play", "--bundle", str(toy_bundle)], env=environment,
-                          capture_output=True, text=True, check=False)  # fmt: skip
-    assert done.returncode == 2 and "--headless" in done.stderr
-
-
-_FILM = {"headless": Path("x.mp4"), "player": "random"}
-
-
-@pytest.mark.parametrize("bad", [
-    {"scale": 0}, {"scale": 33}, {"fps": 0.0}, {"fps": -1.0}, {"player": "nobody"}, {"player": "agent"}, {"world": "moon"},
-    _FILM | {"headless": Path("x.avi")}, _FILM | {"player": "human"}, _FILM | {"actions": "fly"}, _FILM | {"steps": 0},
-])  # fmt: skip
-def test_bad_arguments(toy_bundle: Path, bad: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError):
-        run("coinrun", toy_bundle, **{"device": "cpu", **bad})
-    assert not list(tmp_path.iterdir()) and not threads()
 
 
 # -- films and recordings ------------------------------------------------------------------------------------------------
@@ -536,31 +365,3 @@ def test_the_viewer_walks_through_episodes(session: Session, tmp_path: Path) -> 
     with pytest.raises(DatasetError):
         run_viewer(tmp_path / "nothing")
     assert not key(pygame.K_ESCAPE)
-
-
-@pytest.mark.parametrize("name", ["dreamenv:DreamProcgen-v0", "envs:RealProcgen-v0"])
-def test_gymnasiums_own_play_works(name: str, toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import matplotlib
-
-    # gymnasium asks for a Tk backend when it is imported, which fails without a display once pyplot draws elsewhere
-    monkeypatch.setattr(matplotlib, "use", lambda *_, **__: None)
-    from gymnasium.utils.play import play
-
-    options = {"bundle": str(toy_bundle)} if "Dream" in name else {}
-    env = gym.make(name, render_mode="rgb_array", **options)
-    seen: list[int] = []
-    events = iter([[(pygame.KEYDOWN, pygame.K_RIGHT)], [(pygame.KEYDOWN, pygame.K_UP)], [(pygame.KEYUP, pygame.K_RIGHT)],
-                   [(pygame.KEYDOWN, pygame.K_ESCAPE)]])  # fmt: skip
-    monkeypatch.setattr(pygame.event, "get", lambda: [pygame.event.Event(kind, key=key) for kind, key in next(events)])
-    play(env, fps=1000, zoom=2, seed=0, callback=lambda before, after, action, *rest: seen.append(int(action)), noop=NOOP)
-    assert [NAMES[a] for a in seen] == ["right", "right+up", "up", "up"][: len(seen)] and len(seen) >= 3
-
-
-def test_bundles_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy_bundle: Path) -> None:
-    import shutil
-
-    monkeypatch.chdir(tmp_path)
-    embedded = find_bundles()
-    assert [p.name for p in embedded] == ["coinrun"]
-    shutil.copytree(toy_bundle, tmp_path / "runs" / "mine" / "bundle")
-    assert find_bundles() == [*embedded, Path("runs/mine/bundle")]
