@@ -15,7 +15,8 @@ from typing import Any
 
 import tyro
 
-from agents.train import CONFIGS
+from agents.saved import ACTOR_CRITIC
+from agents.train import CONFIGS, load_algorithm
 from dreamenv.bundle import resolve_bundle
 from dreamenv.config import check, to_dict
 from dreamenv.errors import ConfigError, DreamenvError
@@ -113,7 +114,9 @@ def loop(config: LoopConfig) -> list[dict[str, Any]]:
     Raises:
         ConfigError: a bad setting, another loop's run folder, or a stage that failed.
     """
-    out = config.out
+    out, algorithm = config.out, load_algorithm(config.agent_config).algorithm
+    check(algorithm in ACTOR_CRITIC, f"agent_config {config.agent_config}: {algorithm} cannot go on from a round's agent; "
+                                     f"{', '.join(ACTOR_CRITIC)} can")  # fmt: skip
     begin(out, {k: str(v) for k, v in to_dict(config).items() if k not in ("out", "rounds")})
 
     def measure(bundle: Path, folder: Path) -> dict[str, Any]:

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sb3_contrib
+import stable_baselines3
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import Tensor
 
-from agents.extractor import ImpalaARSPolicy, ImpalaExtractor
+from agents.ars import ARS, ImpalaARSPolicy
+from agents.extractor import ImpalaExtractor
 from dreamenv.actions import NUM_ACTIONS
 from dreamenv.artifacts import read_json
 from dreamenv.errors import ConfigError, PolicyError
@@ -19,11 +22,10 @@ from dreamenv.models.impala import ImpalaAgent, ImpalaConfig, load_agent, save_a
 
 _HEADS = {"action_net.": "policy.", "value_net.": "value.", "lstm_actor.": "actor_memory.",
           "lstm_critic.": "critic_memory."}  # an actor-critic's, and the saved agent's names  # fmt: skip
-_ACTOR_CRITIC = ("PPO", "A2C", "TRPO", "MaskablePPO", "RecurrentPPO")
+ACTOR_CRITIC = ("PPO", "A2C", "TRPO", "MaskablePPO", "RecurrentPPO")
 _GREEDY = ("DQN", "QRDQN", "ARS")  # they take the best action, and learn no value that an agent keeps
-ALGORITHMS = _ACTOR_CRITIC + _GREEDY
+ALGORITHMS = ACTOR_CRITIC + _GREEDY
 _POLICIES = {"RecurrentPPO": "CnnLstmPolicy", "ARS": ImpalaARSPolicy}
-_DEFAULTS = {"ARS": {"zero_policy": False}}  # where all weights are zero a deep network has no slope
 
 
 def algorithm_class(name: str) -> type[BaseAlgorithm]:
@@ -34,10 +36,7 @@ def algorithm_class(name: str) -> type[BaseAlgorithm]:
     """
     if name not in ALGORITHMS:
         raise ConfigError(f"algorithm {name!r}: there are {', '.join(ALGORITHMS)}")
-    import sb3_contrib
-    import stable_baselines3
-
-    return getattr(stable_baselines3 if hasattr(stable_baselines3, name) else sb3_contrib, name)
+    return ARS if name == "ARS" else getattr(stable_baselines3 if hasattr(stable_baselines3, name) else sb3_contrib, name)
 
 
 def make_algorithm(name: str, envs: Any, settings: Mapping[str, Any], network: ImpalaConfig, seed: int,
@@ -50,6 +49,8 @@ def make_algorithm(name: str, envs: Any, settings: Mapping[str, Any], network: I
     policy = {"features_extractor_class": ImpalaExtractor, "net_arch": [],
               "features_extractor_kwargs": {"channels": network.channels, "features": network.features,
                                             "precision": precision}}  # fmt: skip
+    if name == "ARS":  # where all weights are zero a deep network has no slope; every environment plays for a candidate
+        settings = {"zero_policy": False, "n_eval_episodes": envs.num_envs} | dict(settings)
     recurrent = name == "RecurrentPPO"
     if recurrent:
         policy["lstm_hidden_size"] = network.memory or network.features
@@ -57,7 +58,7 @@ def make_algorithm(name: str, envs: Any, settings: Mapping[str, Any], network: I
         raise ConfigError(f"memory {network.memory}: {name} has none; set it to 0, or take RecurrentPPO")
     try:
         model = algorithm_class(name)(_POLICIES.get(name, "CnnPolicy"), envs, policy_kwargs=policy, seed=seed,
-                                      **_DEFAULTS.get(name, {}) | dict(settings), **options)  # fmt: skip
+                                      **settings, **options)  # fmt: skip
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"settings {dict(settings)}: {name} refuses them ({error})") from None
     for module in model.policy.modules():  # only now: SB3's orthogonal initialisation wants contiguous weights
@@ -111,7 +112,7 @@ def to_agent(model: BaseAlgorithm) -> ImpalaAgent:
     name = type(model).__name__
     weights: dict[str, Tensor] = {}
     state = model.policy.state_dict()
-    if name in _ACTOR_CRITIC:
+    if name in ACTOR_CRITIC:
         trunk, heads = "features_extractor.", _HEADS
     elif name == "DQN":
         trunk, heads = "q_net.features_extractor.", {"q_net.q_net.0.": "policy."}
@@ -147,10 +148,10 @@ def go_on_from(model: BaseAlgorithm, folder: Path) -> None:
 
     Raises:
         PolicyError: not a saved agent, or one of another shape.
-        ConfigError: an algorithm of whose state an agent keeps too little to go on from.
+        ConfigError: an algorithm that does not learn an actor and a critic, as an agent keeps them.
     """
-    if type(model).__name__ not in _ACTOR_CRITIC:
-        raise ConfigError(f"agent {folder}: {type(model).__name__} cannot go on from one, only {', '.join(_ACTOR_CRITIC)} can")
+    if type(model).__name__ not in ACTOR_CRITIC:
+        raise ConfigError(f"agent {folder}: {type(model).__name__} cannot go on from one, only {', '.join(ACTOR_CRITIC)} can")
     weights = load_agent(folder).state_dict()
     state = model.policy.state_dict()
     for key, value in weights.items():

@@ -226,7 +226,7 @@ def train(config: TrainConfig, progress: bool = False) -> dict[str, Any]:
     if config.agent is not None:
         go_on_from(model, config.agent)
     if config.resume and not isinstance(model, OnPolicyAlgorithm):
-        raise ConfigError(f"resume: {algorithm.algorithm} has a state that is not saved between runs; train it anew")
+        raise ConfigError(f"resume: {algorithm.algorithm} saves no checkpoints; train it anew")
     if not config.resume:  # a fresh start leaves nothing behind that a later resume could pick up
         for stale in ("checkpoint", "best", "agent"):
             shutil.rmtree(config.out / stale, ignore_errors=True)

@@ -40,7 +40,7 @@ class Window:
     """The window and its loop; `dreamenv.play.run` makes one.
 
     Args:
-        open_session: bundle folder -> a session on it, and the bundle's short name.
+        open_session: bundle folder -> a session on it.
         folder: the first bundle's folder.
         scale: window pixels per game pixel, to begin with.
         fps: steps per second, to begin with.

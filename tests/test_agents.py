@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from agents.adapter import NativeVecEnv
 from agents.evaluate import evaluate
 from agents.report import learnt_from
 from agents.saved import ALGORITHMS, agent_facts, go_on_from, make_algorithm, save_algorithm, to_agent
-from agents.train import AlgorithmConfig, TrainConfig, load_algorithm, train
+from agents.train import AlgorithmConfig, TimedVecEnv, TrainConfig, load_algorithm, train
 from agents.worlds import MixedVecEnv, dataset_starts, dream_world, make_world, real_world
 from dreamenv.bundle import load_bundle
 from dreamenv.env import DreamEnv
@@ -242,6 +243,22 @@ def test_contributed_algorithms_resume_to_the_same_bytes(name: str, toy_bundle: 
     assert whole["steps"] == parts["steps"] == 256
     for file in ("agent/agent.safetensors", "checkpoint/arrays.safetensors"):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes(), file
+
+
+def test_ars_counts_the_steps_that_were_taken(toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = config(tmp_path, toy_bundle)
+    made.config.write_text(json.dumps({"algorithm": "ARS", "num_envs": 4, "network": SMALL, "settings": {"n_delta": 1}}))
+    taken, step_wait = [0], TimedVecEnv.step_wait
+
+    def counted(self: TimedVecEnv) -> Any:
+        taken[0] += self.num_envs
+        return step_wait(self)
+
+    monkeypatch.setattr(TimedVecEnv, "step_wait", counted)
+    assert train(made)["steps"] == taken[0] >= 256
+    assert load_agent(tmp_path / "run" / "agent").config.greedy
+    with pytest.raises(ConfigError, match="no checkpoints"):
+        train(replace(made, resume=True))
 
 
 def test_what_cannot_be_trained_is_refused(toy_bundle: Path, tmp_path: Path) -> None:

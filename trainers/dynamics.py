@@ -105,9 +105,12 @@ class DynamicsTaskConfig:
 
 
 def _grown(weights: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a model without a gate or global noise, for one that has them: an open gate, and noise without effect."""
+    """The weights of a model without a gate or global noise, for one that has them: an open gate, and noise without effect.
+
+    `LatentFlow` has the gate's weights last among its outputs, and those of the noise last among the inputs of `condition`.
+    """
     for name in ("out.weight", "out.bias"):
-        if name in weights and len(own[name]) == len(weights[name]) + 1:
+        if name in weights and own[name].shape[1:] == weights[name].shape[1:] and len(own[name]) == len(weights[name]) + 1:
             weights[name] = torch.cat([weights[name], own[name][-1:]])
     name = "condition.0.weight"
     if name in weights and (more := own[name].shape[1] - weights[name].shape[1]) > 0:
@@ -121,7 +124,7 @@ def _error(predicted: Tensor, target: Tensor, channels: Tensor) -> Tensor:
 
 
 def _fit(log_error: Tensor, error: Tensor, live: Tensor) -> Tensor:
-    """The error estimate's own loss, over the samples that are live; it must not weigh on the predictions."""
+    """The error estimate's own loss, over the samples that are live; so small that it does not weigh on the predictions."""
     return 0.003 * (error_estimate_score(log_error, error) * live).mean()
 
 
@@ -217,7 +220,7 @@ class DynamicsTask:
 
     def _from_draws(self, model: nn.Module, batch: dict[str, Tensor],
                     generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        """Energy score of two dreams of each sample, and what the outcome head says in them."""
+        """Energy score of two dreams of each sample, score of their error estimates, and what the outcome head says in them."""
         config, k = self.config, self.context
         latents, live = batch["latents"].float(), batch["live"].float()[:, :, None, None]
         device = latents.device
@@ -279,9 +282,6 @@ class DynamicsTask:
         def normal(shape: torch.Size) -> Tensor:
             return torch.randn(shape, generator=generator, device=device)
 
-        def error(predicted: Tensor, target: Tensor) -> Tensor:
-            return _error(predicted, target, channels)
-
         def known(log_error: Tensor) -> Tensor:
             weight = (-config.certainty * log_error.detach().clamp(-8, 2)).exp()
             return weight / weight.mean()
@@ -298,7 +298,7 @@ class DynamicsTask:
             noisy = interpolate(normal(target.shape), target, tau)
             clean, log_error = model(noisy, tau, context, actions[:, :k], sigma)
             weight = (1 / (1 - tau).clamp_min(1e-6)).clamp_max(config.max_flow_weight)
-            e = error(clean, target) * live[:, 0]
+            e = _error(clean, target, channels) * live[:, 0]
             flow = (e * cells[:, 0] * weight[:, None, None]).mean()
             total = total + (config.flow * flow + _fit(log_error, e, live[:, 0])) / config.flow_draws
             metrics["flow"] = flow.detach()
@@ -309,7 +309,7 @@ class DynamicsTask:
         for u in range(config.unroll):
             target = latents[:, k + u]
             clean, log_error = model(None, zero, rolled, actions[:, u : u + k], sigma)
-            e = error(clean, target) * live[:, u]
+            e = _error(clean, target, channels) * live[:, u]
             weighted = (e * cells[:, u] * known(log_error)).mean()
             total = total + (weighted + _fit(log_error, e, live[:, u])) / config.unroll
             if u in (0, config.unroll - 1):
@@ -318,7 +318,7 @@ class DynamicsTask:
                 halfway = torch.full((m,), 0.5, device=device)
                 x = interpolate(normal(clean[drawn].shape), clean[drawn].detach().float(), halfway)
                 sharp, log_error = model(x, halfway, rolled[drawn], actions[drawn, u : u + k], sigma[drawn])
-                e = error(sharp, target[drawn]) * live[drawn, u]
+                e = _error(sharp, target[drawn], channels) * live[drawn, u]
                 weighted = (e * cells[drawn, u] * known(log_error)).mean()
                 total = total + config.sampled * weighted / config.unroll
                 if u in (0, config.unroll - 1):

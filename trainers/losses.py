@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dreamenv.metrics import COLOUR_LEVELS
 
+_FLOOR = 3e-4  # squared latent error of a cell below which nobody sees it, about half a grey level
 _PATCHES = (1, 2, 4)  # cells on a side, of the energy score
 
 
@@ -41,16 +42,16 @@ def variance_penalty(latents: Tensor, target: float = 1.0) -> Tensor:
 
 
 def error_estimate_score(log_error: Tensor, error: Tensor) -> Tensor:
-    """How badly an expected squared error s^2 = exp(log_error) fits the observed ones: s + error / s, elementwise.
+    """How badly an expected squared error s^2 = exp(log_error) + _FLOOR fits the observed ones: s + error / s, elementwise.
 
-    A proper score of the mean (a Bregman divergence, Gneiting 2011): the best constant is log(mean(error)). A Gaussian's
+    A proper score of the mean (a Bregman divergence, Gneiting 2011): the best constant s^2 is the mean error. A Gaussian's
     likelihood is one too, but its slope is error / s^2: single cells that err where no error was expected outweigh all others.
 
     Args:
-        log_error: what is expected, any shape; from -8 downwards, one grey level or so, it makes ever less difference.
+        log_error: what is expected, any shape.
         error: squared errors, of the same shape; no gradient goes through them.
     """
-    s = ((F.softplus(log_error + 8) - 8) / 2).exp()
+    s = (log_error.exp() + _FLOOR).sqrt()
     return s + error.detach() / s
 
 

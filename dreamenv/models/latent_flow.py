@@ -53,7 +53,8 @@ class LatentFlowConfig:
         check(8 <= self.embedding <= 4096 and self.embedding % 4 == 0,
               f"embedding {self.embedding}: must be a multiple of 4 in 8..4096")
         check(0 <= self.filter_bank <= 512, f"filter_bank {self.filter_bank}: must be 0..512")
-        check(isinstance(self.gate, bool), f"gate {self.gate!r}: must be true or false")
+        for name in ("global_noise", "gate"):
+            check(isinstance(getattr(self, name), bool), f"{name} {getattr(self, name)!r}: must be true or false")
         check(self.filter_size % 2 == 1 and 1 <= self.filter_size <= 15, f"filter_size {self.filter_size}: must be odd, 1..15")
 
 
