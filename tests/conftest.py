@@ -47,12 +47,13 @@ def same_bytes(a: bytes, b: bytes) -> bool:
     return a == b
 
 
-def write_toy_bundle(folder: Path, max_steps: int = 100, seed: int = 0, calm: float = 4.0) -> Path:
+def write_toy_bundle(folder: Path, max_steps: int = 100, seed: int = 0, calm: float = 4.0,
+                     limits: Limits = Limits(50.0, 20.0)) -> Path:  # fmt: skip
     rng = np.random.default_rng(seed)
     starts = Starts(rng.integers(0, 256, (5, 2, 64, 64, 3), dtype=np.uint8), np.full((5, 1), 7, np.uint8),
                     np.arange(5, dtype=np.int32))  # fmt: skip
     game = GameFacts("coinrun", "easy", max_steps, ("x",) * 15)
-    return save_bundle(folder, toy_world_model(seed, calm), game, Limits(50.0, 20.0), starts, {"toy": True})
+    return save_bundle(folder, toy_world_model(seed, calm), game, limits, starts, {"toy": True})
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dreamenv.metrics import COLOUR_LEVELS
 
-_FLOOR = 3e-4  # squared latent error of a cell below which nobody sees it, about half a grey level
+_FLOOR = math.exp(-8)  # expected squared error below which an estimate need not be told from a smaller one
 _PATCHES = (1, 2, 4)  # cells on a side, of the energy score
 
 
@@ -48,8 +50,11 @@ def error_estimate_score(log_error: Tensor, error: Tensor) -> Tensor:
     likelihood is one too, but its slope is error / s^2: single cells that err where no error was expected outweigh all others.
 
     Args:
-        log_error: what is expected, any shape.
-        error: squared errors, of the same shape; no gradient goes through them.
+        log_error: log of the expected squared error of a latent (1 is the latents' variance), any shape.
+        error: squared errors, of the same shape and unit; no gradient goes through them.
+
+    Returns:
+        The scores, of the same shape; smaller is better.
     """
     s = (log_error.exp() + _FLOOR).sqrt()
     return s + error.detach() / s
