@@ -24,6 +24,9 @@ from dreamenv.world_model import WorldModel
 MEAN = SamplerConfig(nfe=1)  # without noise, so that an environment of another seed dreams the same
 
 
+LIMITS = Limits(50.0, 20.0)
+
+
 def toy_world_model(seed: int = 0, calm: float = 4.0) -> WorldModel:
     """A small untrained world model whose parts all have an effect (nothing is left at its zero initialisation).
 
@@ -48,7 +51,7 @@ def same_bytes(a: bytes, b: bytes) -> bool:
 
 
 def write_toy_bundle(folder: Path, max_steps: int = 100, seed: int = 0, calm: float = 4.0,
-                     limits: Limits = Limits(50.0, 20.0)) -> Path:  # fmt: skip
+                     limits: Limits = LIMITS) -> Path:  # fmt: skip
     rng = np.random.default_rng(seed)
     starts = Starts(rng.integers(0, 256, (5, 2, 64, 64, 3), dtype=np.uint8), np.full((5, 1), 7, np.uint8),
                     np.arange(5, dtype=np.int32))  # fmt: skip
