@@ -78,3 +78,57 @@ class DynamicFilters(nn.Module):
         b, c, h, w = latent.shape
         filtered = self.filters(latent).view(b, self.bank, c, h, w)
         return (filtered * self.mix(features).unsqueeze(2)).sum(1)
+
+
+class GlobalShift(nn.Module):
+    """Reads from the context by how many pixels the whole picture moves next, and moves it: where the camera goes.
+
+    It is done in pixels, because a linear filter of latents cannot shift by part of a cell: small things blur at once.
+
+    Source: one distribution over shifts for the whole picture, CDNA (Finn et al. 2016); separable, Niklaus et al. 2017.
+
+    Args:
+        channels: latent channels C.
+        context: latents K.
+        cond: width of the conditioning vector.
+        shift: largest shift, in pixels.
+    """
+
+    def __init__(self, channels: int, context: int, cond: int, shift: int) -> None:
+        super().__init__()
+        self.taps = 2 * shift + 1
+        self.look = nn.Sequential(
+            nn.Conv2d(channels * context, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, 32, 3, 2, 1), nn.SiLU(),
+            nn.Conv2d(32, 24, 3, 2, 1), nn.SiLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+        )  # fmt: skip
+        self.decide = nn.Sequential(nn.Linear(24 * 16 + cond, 64), nn.SiLU(), nn.Linear(64, 2 * self.taps))
+
+    def forward(self, context: Tensor, cond: Tensor) -> Tensor:
+        """Context (B, K, C, H, W), conditioning (B, cond) -> the share of each shift, (B, 2, taps): to the right, then down."""
+        features = torch.cat([self.look(context.flatten(1, 2)), cond], 1)
+        return self.decide(features).float().view(len(context), 2, self.taps).softmax(2)
+
+    @staticmethod
+    def move(images: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean of an image's shifts.
+
+        Args:
+            images: (B, 3, H, W); what a shift uncovers repeats the border.
+            shares: (B, 2, taps), from `forward`.
+
+        Returns:
+            The images, and how much of each pixel was not uncovered, (B, 1, H, W) in 0..1.
+        """
+        reach, moved = shares.shape[2] // 2, images
+        seen = images.new_ones(len(images), 1, *images.shape[2:])
+        for axis, share in ((3, shares[:, 0]), (2, shares[:, 1])):
+            size = images.shape[axis]
+            source = torch.arange(size, device=images.device) - torch.arange(-reach, reach + 1, device=images.device)[:, None]
+            inside = ((source >= 0) & (source < size)).to(share.dtype)
+            matrix = torch.einsum("bt,tij->bij", share, F.one_hot(source.clamp(0, size - 1), size).to(share.dtype))
+            visible = share @ inside  # (B, size)
+            if axis == 3:
+                moved, seen = moved @ matrix[:, None].mT, seen * visible[:, None, None, :]
+            else:
+                moved, seen = matrix[:, None] @ moved, seen * visible[:, None, :, None]
+        return moved, seen
