@@ -109,10 +109,10 @@ class DynamicsTaskConfig:
 
 
 def _grown(weights: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a model without gate, global noise or shift, for one that has them and begins as nearly the same function.
+    """The weights of a model without gate, global noise or shift, for one that has them and begins as the same function.
 
-    `LatentFlow` has what they need last among its inputs and outputs: an open gate, a shift that is hardly copied from, and
-    noise and a shifted latent that nobody looks at.
+    `LatentFlow` has what they need last among its inputs and outputs: an open gate; a shift that is not copied from, and noise
+    and a shifted latent that nobody looks at.
     """
     for name, mine in own.items():
         if name.startswith("shift."):

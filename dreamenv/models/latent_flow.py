@@ -115,8 +115,6 @@ class LatentFlow(nn.Module):
         self.out = zero_init(nn.Conv2d(width, c + 1 + config.gate + bool(config.shift), 3, padding=1))
         if config.gate:
             nn.init.constant_(cast(Tensor, self.out.bias)[c + 1], 4.0)  # begins open
-        if config.shift:
-            nn.init.constant_(cast(Tensor, self.out.bias)[-1], -4.0)  # hardly copies at first
         self.filters = DynamicFilters(c, width, config.filter_bank, config.filter_size) if config.filter_bank else None
 
     def attach(self, autoencoder: Autoencoder) -> LatentFlow:
@@ -177,10 +175,9 @@ class LatentFlow(nn.Module):
             change = change + self.filters(last, x)
         if self.config.gate:
             change = change * out[:, c + 1, None].sigmoid()
-        clean = last + change
         if shifted is not None:
-            clean = clean + out[:, -1:].sigmoid() * (shifted - clean)
-        return Prediction(clean, out[:, c].float(), shifted)
+            change = change + out[:, -1:] * (shifted - last)
+        return Prediction(last + change, out[:, c].float(), shifted)
 
 
 def _alternating(x: Tensor) -> Tensor:
