@@ -33,7 +33,6 @@ class WorldModel:
             model.to(device=self.device)
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
             model.eval().requires_grad_(False)
-        dynamics.attach(autoencoder)
         self.context = dynamics.config.context
         self.latent_shape = autoencoder.latent_shape
         self.rewards = np.asarray(head.config.rewards, np.float64)

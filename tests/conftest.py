@@ -36,7 +36,7 @@ def toy_world_model(seed: int = 0, calm: float = 4.0) -> WorldModel:
     autoencoder = Autoencoder(AutoencoderConfig(latent_channels=8, width=16, blocks=1))
     autoencoder.init_pca(torch.rand(16, 3, 64, 64))
     dynamics = LatentFlow(LatentFlowConfig(latent_channels=8, channels=(16, 32), blocks=(1, 1), embedding=32, filter_bank=4,
-                                           global_noise=True, gate=True, shift=4))  # fmt: skip
+                                           global_noise=True, gate=True))  # fmt: skip
     head = OutcomeHead(OutcomeHeadConfig(latent_channels=8, width=16, bias=(calm, 0.0, 0.0)))
     for module in (autoencoder, dynamics, head):
         for parameter in module.parameters():

@@ -10,7 +10,6 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import average_precision_score
 from torch import nn
 
-from dreamenv.errors import ConfigError
 from dreamenv.flow import SamplerConfig, interpolate, sample, velocity
 from dreamenv.metrics import (
     average_precision,
@@ -21,7 +20,7 @@ from dreamenv.metrics import (
     squared_error,
 )
 from dreamenv.models.autoencoder import Autoencoder, AutoencoderConfig, to_frames, to_images
-from dreamenv.models.blocks import DynamicFilters, GlobalShift
+from dreamenv.models.blocks import DynamicFilters
 from dreamenv.models.latent_flow import LatentFlow, LatentFlowConfig, _alternating
 from dreamenv.noise import branch_stream, draw_step, reset_generator
 from tests.conftest import toy_world_model
@@ -66,61 +65,20 @@ def test_dynamic_filters_can_shift_by_a_cell() -> None:
     assert torch.equal(shifted[..., 1:], latent[..., :-1]) and not shifted[..., 0].any()
 
 
-def test_a_global_shift_moves_pixels_and_knows_what_it_uncovers() -> None:
-    images = torch.randn(2, 3, 12, 10)
-    shares = torch.zeros(2, 2, 7)  # shifts of -3..3
-    shares[0, 0, 3 + 2] = shares[0, 1, 3 - 1] = 1  # the first two pixels to the right and one up
-    shares[1, 0, 3] = 1  # the second down by 0 or 3
-    shares[1, 1, 3] = shares[1, 1, 6] = 0.5
-    moved, seen = GlobalShift.move(images, shares)
-    assert torch.equal(moved[0, :, :-1, 2:], images[0].roll((-1, 2), (1, 2))[:, :-1, 2:])
-    assert torch.equal(moved[0, :, :-1, 0], images[0, :, 1:, 0])  # what was uncovered repeats the border
-    assert torch.allclose(moved[1, :, 3:], (images[1, :, 3:] + images[1, :, :-3]) / 2, atol=1e-6)
-    expected = torch.ones(12, 10)
-    expected[:, :2] = expected[-1] = 0
-    assert torch.equal(seen[0, 0], expected)
-    assert torch.equal(seen[1, 0, :, 0], torch.tensor([0.5] * 3 + [1.0] * 9))
-
-
-def test_a_global_shift_learns_where_a_random_camera_goes() -> None:
-    """Noise seen through a window that moves steadily: the next move is the last one."""
-    torch.manual_seed(0)
-
-    def windows(count: int) -> torch.Tensor:
-        world, move = torch.randn(count, 1, 48, 48), torch.randint(-2, 3, (count, 2))
-        return torch.stack([
-            torch.stack([w[:, 16 + n * dy : 32 + n * dy, 16 + n * dx : 32 + n * dx] for n in range(3)])
-            for w, (dx, dy) in zip(world, move.tolist(), strict=True)
-        ])  # fmt: skip
-
-    def error(frames: torch.Tensor) -> torch.Tensor:
-        shares = shift(torch.nn.functional.pixel_unshuffle(frames[:, :2], 2), torch.zeros(len(frames), 1))
-        return (GlobalShift.move(frames[:, 1], shares)[0] - frames[:, 2])[..., 2:-2, 2:-2].square().mean()
-
-    shift = GlobalShift(channels=4, context=2, cond=1, shift=2)
-    optimizer = torch.optim.Adam(shift.parameters(), lr=2e-3)
-    for _ in range(600):
-        optimizer.zero_grad()
-        error(windows(64)).backward()
-        optimizer.step()
-    with torch.no_grad():
-        assert error(windows(256)) < 0.1  # copying errs by nearly 2, the mean of all shifts by about 1
-
-
 def test_at_tau_zero_the_noise_is_gated_out() -> None:
     dynamics = toy_world_model().dynamics
     b, k, c = 2, 4, 8
     context, actions, zero = torch.randn(b, k, c, 16, 16), torch.randint(15, (b, k)), torch.zeros(b)
-    plain = dynamics(None, zero, context, actions, zero).clean
-    noisy = dynamics(torch.randn(b, c, 16, 16), zero, context, actions, zero).clean
-    later = dynamics(torch.randn(b, c, 16, 16), zero + 0.5, context, actions, zero).clean
+    plain, _ = dynamics(None, zero, context, actions, zero)
+    noisy, _ = dynamics(torch.randn(b, c, 16, 16), zero, context, actions, zero)
+    later, _ = dynamics(torch.randn(b, c, 16, 16), zero + 0.5, context, actions, zero)
     assert torch.equal(plain, noisy) and not torch.allclose(plain, later)
 
 
 def test_an_untrained_model_predicts_no_change() -> None:
     model = LatentFlow(LatentFlowConfig(latent_channels=3, channels=(16, 16), blocks=(1, 1), embedding=16, filter_bank=2))
     context = torch.randn(2, 4, 3, 16, 16)
-    clean, log_error, _ = model(None, torch.zeros(2), context, torch.zeros(2, 4, dtype=torch.long), torch.zeros(2))
+    clean, log_error = model(None, torch.zeros(2), context, torch.zeros(2, 4, dtype=torch.long), torch.zeros(2))
     assert torch.equal(clean, context[:, -1]) and log_error.shape == (2, 16, 16)
 
 
@@ -267,12 +225,6 @@ def test_global_noise_reaches_every_cell_and_begins_without_effect() -> None:
     last = context[:, -1]
     assert (before[0] - last).detach() == pytest.approx(
         (plain(noise, tau, context, actions, zero)[0] - last).detach() * torch.tensor(4.0).sigmoid(), abs=1e-5)  # fmt: skip
-    shifting = LatentFlow(LatentFlowConfig(**shape, gate=True, global_noise=True, shift=4))  # pyright: ignore[reportArgumentType]
-    shifting.load_state_dict(_grown(model.state_dict(), shifting.state_dict()))
-    with pytest.raises(ConfigError, match="attach"):
-        shifting(noise, tau, context, actions, zero)
-    shifting.attach(Autoencoder(AutoencoderConfig(latent_channels=4, width=16, blocks=1, patch=2)))
-    assert torch.allclose(shifting(noise, tau, context, actions, zero)[0], before[0], atol=1e-5)
     other = noise.clone()
     other[:, :, 0, 0] += 3
 

@@ -14,7 +14,7 @@ from dreamenv.errors import CheckpointError, ConfigError
 from dreamenv.flow import SamplerConfig
 from dreamenv.models.heads import OutcomeHeadConfig
 from dreamenv.models.io import load_model
-from dreamenv.models.latent_flow import LatentFlow, Prediction, draw_next
+from dreamenv.models.latent_flow import LatentFlow, draw_next
 from envs.collect import CollectConfig, collect
 from trainers.critic import Critic, fool, judge
 from trainers.dynamics import DynamicsTask, DynamicsTaskConfig
@@ -303,7 +303,7 @@ def test_two_evaluations_sharpen_the_first_ones_answer() -> None:
     class Recorder(nn.Module):
         def forward(self, noisy: Any, tau: torch.Tensor, context: torch.Tensor, actions: Any, sigma: Any) -> Any:
             seen.append((float(tau[0]), noisy))
-            return Prediction(torch.full_like(context[:, -1], 3.0), torch.zeros(len(context), 16, 16), None)
+            return torch.full_like(context[:, -1], 3.0), torch.zeros(len(context), 16, 16)
 
     noise = torch.randn(2, 8, 16, 16)
     draw_next(Recorder(), torch.zeros(2, 4, 8, 16, 16), torch.zeros(2, 4, dtype=torch.int64), noise, SamplerConfig(nfe=2))

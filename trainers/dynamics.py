@@ -42,9 +42,6 @@ class DynamicsTaskConfig:
     """Steps predicted from the model's own predictions, with gradients through all of them."""
     flow: float = 0.0
     """Weight of the flow term at tau > 0; 0 trains the deterministic predictor alone."""
-    shifted: float = 0.3
-    """Weight of the squared error of the shifted last latent, where the model has one: without it the shift would have to be
-    learnt through what the U-Net makes of it."""
     certainty: float = 0.0
     """How far cells that the model expects to know weigh more in the unrolled loss: weight (expected error) ** -certainty
     (beta-NLL, Seitzer et al. 2022). Without it what nobody can know decides nearly all of the loss."""
@@ -88,7 +85,6 @@ class DynamicsTaskConfig:
         """Validate ranges; raises `ConfigError`."""
         check(1 <= self.unroll <= 64, f"unroll {self.unroll}: must be 1..64")
         check(self.flow >= 0, f"flow {self.flow}: must be >= 0")
-        check(self.shifted >= 0, f"shifted {self.shifted}: must be >= 0")
         check(0 <= self.certainty <= 1, f"certainty {self.certainty}: must be in 0..1")
         check(self.adversarial >= 0, f"adversarial {self.adversarial}: must be >= 0")
         check(self.sampled >= 0, f"sampled {self.sampled}: must be >= 0")
@@ -109,21 +105,16 @@ class DynamicsTaskConfig:
 
 
 def _grown(weights: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a model without gate, global noise or shift, for one that has them and begins as the same function.
+    """The weights of a model without a gate or global noise, for one that has them: an open gate, and noise without effect.
 
-    `LatentFlow` has what they need last among its inputs and outputs: an open gate; a shift that is not copied from, and noise
-    and a shifted latent that nobody looks at.
+    `LatentFlow` has the gate's weights last among its outputs, and those of the noise last among the inputs of `condition`.
     """
-    for name, mine in own.items():
-        if name.startswith("shift."):
-            weights.setdefault(name, mine)
     for name in ("out.weight", "out.bias"):
-        if name in weights and own[name].shape[1:] == weights[name].shape[1:] and len(own[name]) > len(weights[name]):
-            weights[name] = torch.cat([weights[name], own[name][len(weights[name]) :]])
-    for name in ("condition.0.weight", "stem.weight"):
-        more = own[name].shape[1] - weights[name].shape[1] if name in weights else 0
-        if more > 0:
-            weights[name] = F.pad(weights[name], (0, 0) * (weights[name].ndim - 2) + (0, more))
+        if name in weights and own[name].shape[1:] == weights[name].shape[1:] and len(own[name]) == len(weights[name]) + 1:
+            weights[name] = torch.cat([weights[name], own[name][-1:]])
+    name = "condition.0.weight"
+    if name in weights and (more := own[name].shape[1] - weights[name].shape[1]) > 0:
+        weights[name] = F.pad(weights[name], (0, more))
     return weights
 
 
@@ -149,7 +140,6 @@ class DynamicsTask:
         network = cast(LatentFlow, self.model).config
         check(network.latent_channels == self.data.latents.shape[1],
               f"latent_channels {network.latent_channels}: the latents have {self.data.latents.shape[1]}")
-        cast(LatentFlow, self.model).attach(self.autoencoder.requires_grad_(False))
         if config.init_from:
             weights = _grown(load_model(config.init_from)[0].state_dict(), self.model.state_dict())
             try:
@@ -177,8 +167,8 @@ class DynamicsTask:
         starts = np.flatnonzero(self.data.first & ~self.data.validation)
         self._starts = starts[starts + config.unroll < len(self.data.start)]
         self._starts = self._starts[self.data.start[self._starts + config.unroll] == self._starts]
-        probe = np.sort(np.random.default_rng(0).choice(len(self.data.latents), 256))
-        self._channels = channel_weights(self.autoencoder, torch.from_numpy(self.data.latents[probe]).float())
+        probe = np.random.default_rng(0).choice(len(self.data.latents), 256)
+        self._channels = channel_weights(self.autoencoder, torch.from_numpy(self.data.latents[np.sort(probe)]).float())
 
     def batch(self, rng: np.random.Generator, size: int) -> dict[str, Tensor]:
         """Latents float16 (B, K + U, C, H, W), actions int64 (B, K + U), importance uint8 (B, U, H, W), live bool (B, U).
@@ -241,10 +231,10 @@ class DynamicsTask:
         total, metrics, trail = torch.zeros((), device=device), {}, list(rolled.unbind(1))
         for u in range(config.unroll):
             now = actions[:, u : u + k]
-            mean, log_error, _ = model(None, zero, rolled, now, sigma)
+            mean, log_error = model(None, zero, rolled, now, sigma)
             e = _error(mean, latents[:, k + u].repeat(2, 1, 1, 1), channels)
             noise = torch.randn(mean.shape, generator=generator, device=device)
-            draw = model(interpolate(noise, mean.detach().float(), half), half, rolled, now, sigma).clean
+            draw, _ = model(interpolate(noise, mean.detach().float(), half), half, rolled, now, sigma)
             first, second = draw.float().chunk(2)
             score, spread = energy_score(first, second, latents[:, k + u], channels, cells[:, u] * live[:, u])
             estimate = _fit(log_error, e, live[:, u].repeat(2, 1, 1))
@@ -306,7 +296,7 @@ class DynamicsTask:
         for _ in range(config.flow_draws if config.flow > 0 else 0):
             target, tau = latents[:, k], uniform()
             noisy = interpolate(normal(target.shape), target, tau)
-            clean, log_error, _ = model(noisy, tau, context, actions[:, :k], sigma)
+            clean, log_error = model(noisy, tau, context, actions[:, :k], sigma)
             weight = (1 / (1 - tau).clamp_min(1e-6)).clamp_max(config.max_flow_weight)
             e = _error(clean, target, channels) * live[:, 0]
             flow = (e * cells[:, 0] * weight[:, None, None]).mean()
@@ -318,21 +308,16 @@ class DynamicsTask:
         sequence = [latents[drawn, k - 2], latents[drawn, k - 1]]  # what the critic sees before the first sample is real
         for u in range(config.unroll):
             target = latents[:, k + u]
-            clean, log_error, shifted = model(None, zero, rolled, actions[:, u : u + k], sigma)
+            clean, log_error = model(None, zero, rolled, actions[:, u : u + k], sigma)
             e = _error(clean, target, channels) * live[:, u]
             weighted = (e * cells[:, u] * known(log_error)).mean()
             total = total + (weighted + _fit(log_error, e, live[:, u])) / config.unroll
-            if shifted is not None:
-                moved = (_error(shifted, target, channels) * live[:, u]).mean()
-                total = total + config.shifted * moved / config.unroll
-                if u in (0, config.unroll - 1):
-                    metrics[f"shifted_{u + 1}"] = moved.detach()
             if u in (0, config.unroll - 1):
                 metrics |= {f"error_{u + 1}": e.detach().mean(), f"weighted_{u + 1}": weighted.detach()}
             if m:
                 halfway = torch.full((m,), 0.5, device=device)
                 x = interpolate(normal(clean[drawn].shape), clean[drawn].detach().float(), halfway)
-                sharp, log_error, _ = model(x, halfway, rolled[drawn], actions[drawn, u : u + k], sigma[drawn])
+                sharp, log_error = model(x, halfway, rolled[drawn], actions[drawn, u : u + k], sigma[drawn])
                 e = _error(sharp, target[drawn], channels) * live[drawn, u]
                 weighted = (e * cells[drawn, u] * known(log_error)).mean()
                 total = total + config.sampled * weighted / config.unroll

@@ -94,8 +94,8 @@ def finetune(config: FinetuneConfig) -> Path:
         spec = {k: v for k, v in model_spec(model).items() if k not in ("rewards", "terminated", "bias", "scale")}
         with atomic_file(file) as temporary:
             values = load_yaml(CONFIGS / f"{source}.yaml")
-            if name == "dynamics":  # older bundles lack them; what they add begins at zero
-                spec |= {key: values["model"][key] for key in ("global_noise", "shift")}
+            if name == "dynamics":  # older bundles lack it; its weights begin at zero
+                spec["global_noise"] = values["model"]["global_noise"]
             values["model"] = json.loads(json.dumps(spec))
             temporary.write_text(yaml.safe_dump(values))
         before = "before" if name == "dynamics" else "heads-before"

@@ -120,7 +120,7 @@ class HeadsTask:
         length = ends - begin
         order = np.argsort(length, kind="stable")  # dreams of one length together: none is dreamt on for the sake of others
         latents = np.zeros((count, k + drift, *self.data.latents.shape[1:]), np.float16)
-        dynamics = dynamics.attach(self.data.autoencoder).to(device, memory_format=torch.channels_last)
+        dynamics = dynamics.to(device, memory_format=torch.channels_last)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=pick_precision("auto", device) == "bf16"):
             for at in range(0, count, 128):
                 rows = order[at : at + 128]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from dreamenv.actions import NUM_ACTIONS
 from dreamenv.config import check
 from dreamenv.flow import SamplerConfig, sample
-from dreamenv.models.autoencoder import Autoencoder
-from dreamenv.models.blocks import DynamicFilters, GlobalShift, ResBlock, group_norm, sinusoidal, zero_init
+from dreamenv.models.blocks import DynamicFilters, ResBlock, group_norm, sinusoidal, zero_init
 from dreamenv.models.registry import register_model
 
 NULL_ACTION = NUM_ACTIONS  # an extra embedding: "action unknown", for guidance and dropped actions
@@ -39,8 +38,6 @@ class LatentFlowConfig:
     """Their kernel size, in cells."""
     global_noise: bool = False
     """Whether the conditioning of all cells sees the noise too, so that a draw can commit to one camera position everywhere."""
-    shift: int = 0
-    """Largest shift of the whole picture, in pixels: the U-Net sees the last latent shifted and may copy from it; 0 is off."""
     gate: bool = False
     """Whether each cell's change is multiplied by a gate in 0..1, so that what stands still can be copied exactly."""
 
@@ -56,21 +53,9 @@ class LatentFlowConfig:
         check(8 <= self.embedding <= 4096 and self.embedding % 4 == 0,
               f"embedding {self.embedding}: must be a multiple of 4 in 8..4096")
         check(0 <= self.filter_bank <= 512, f"filter_bank {self.filter_bank}: must be 0..512")
-        check(0 <= self.shift <= 64, f"shift {self.shift}: must be 0..64")
         for name in ("global_noise", "gate"):
             check(isinstance(getattr(self, name), bool), f"{name} {getattr(self, name)!r}: must be true or false")
         check(self.filter_size % 2 == 1 and 1 <= self.filter_size <= 15, f"filter_size {self.filter_size}: must be odd, 1..15")
-
-
-class Prediction(NamedTuple):
-    """What `LatentFlow` says."""
-
-    clean: Tensor
-    """The clean next latent (B, C, H, W)."""
-    log_error: Tensor
-    """The log of its expected squared error per cell, (B, H, W)."""
-    shifted: Tensor | None
-    """The last latent as it shifted it (B, C, H, W), if it does."""
 
 
 @register_model("latent_flow", LatentFlowConfig)
@@ -91,9 +76,7 @@ class LatentFlow(nn.Module):
         self.action_embedding = nn.Embedding(NUM_ACTIONS + 1, e // 2)
         seen = (k + 2) * (e // 2) + c * config.global_noise
         self.condition = nn.Sequential(nn.Linear(seen, 2 * e), nn.SiLU(), nn.Linear(2 * e, e), nn.SiLU())
-        self.shift = GlobalShift(c, k, e, config.shift) if config.shift else None
-        self._codec: tuple[Autoencoder, ...] = ()  # not a part of this network
-        self.stem = nn.Conv2d(c * (k + 1) + (c + 1) * bool(config.shift), widths[0], 3, padding=1)
+        self.stem = nn.Conv2d(c * (k + 1), widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         width = widths[0]
         for level, (w, n) in enumerate(zip(widths, config.blocks, strict=True)):
@@ -112,27 +95,13 @@ class LatentFlow(nn.Module):
                 width = widths[level]
             self.up.append(blocks)
         self.out_norm = group_norm(width)
-        self.out = zero_init(nn.Conv2d(width, c + 1 + config.gate + bool(config.shift), 3, padding=1))
+        self.out = zero_init(nn.Conv2d(width, c + 1 + config.gate, 3, padding=1))
         if config.gate:
-            nn.init.constant_(cast(Tensor, self.out.bias)[c + 1], 4.0)  # begins open
+            nn.init.constant_(cast(Tensor, self.out.bias)[c + 1 :], 4.0)  # begins open
         self.filters = DynamicFilters(c, width, config.filter_bank, config.filter_size) if config.filter_bank else None
 
-    def attach(self, autoencoder: Autoencoder) -> LatentFlow:
-        """Tell it what its latents are pictures of, which a model with a shift must know; returns itself."""
-        self._codec = (autoencoder,)
-        return self
-
-    def _shifted(self, last: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-        """The last latent shifted in pixels, and how much of each cell was in view before, (B, 1, H, W)."""
-        check(bool(self._codec), "shift: the autoencoder is not attached; call attach(autoencoder) first")
-        autoencoder = self._codec[0].to(last.device)
-        with torch.no_grad():
-            images = autoencoder.decode(last)
-        images, seen = GlobalShift.move(images, shares.to(images.dtype))
-        return autoencoder.encode(images).to(last.dtype), F.avg_pool2d(seen, autoencoder.config.patch).to(last.dtype)
-
     def forward(self, noisy: Tensor | None, tau: Tensor, context: Tensor, actions: Tensor,
-                context_noise: Tensor) -> Prediction:  # fmt: skip
+                context_noise: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Predict the next latent.
 
         Args:
@@ -141,6 +110,9 @@ class LatentFlow(nn.Module):
             context: (B, K, C, H, W), past latents, the current one last.
             actions: int64 (B, K), the K - 1 actions between them and the one taken now; `NULL_ACTION` is unknown.
             context_noise: (B,) standard deviation of the noise in the context.
+
+        Returns:
+            The clean latent (B, C, H, W), and the log of its expected squared error per cell (B, H, W).
         """
         b, k, c, h, w = context.shape
         last = context[:, -1]
@@ -150,11 +122,7 @@ class LatentFlow(nn.Module):
         if self.config.global_noise:
             scalars.append(4 * _alternating(gated))  # of unit variance half-way, where tau (1 - tau) is a quarter
         cond = self.condition(torch.cat([self.action_embedding(actions).flatten(1), *scalars], 1))
-        shifted, shown = None, [gated, context.reshape(b, k * c, h, w)]
-        if self.shift is not None:
-            shifted, seen = self._shifted(last, self.shift(context, cond))
-            shown += [shifted, seen]
-        x = self.stem(torch.cat(shown, 1))
+        x = self.stem(torch.cat([gated, context.reshape(b, k * c, h, w)], 1))
         skips = []
         for level, blocks in enumerate(cast(list[nn.ModuleList], self.down)):
             if level:
@@ -174,10 +142,8 @@ class LatentFlow(nn.Module):
         if self.filters is not None:
             change = change + self.filters(last, x)
         if self.config.gate:
-            change = change * out[:, c + 1, None].sigmoid()
-        if shifted is not None:
-            change = change + out[:, -1:] * (shifted - last)
-        return Prediction(last + change, out[:, c].float(), shifted)
+            change = change * out[:, c + 1 :].sigmoid()
+        return last + change, out[:, c].float()
 
 
 def _alternating(x: Tensor) -> Tensor:
@@ -207,8 +173,8 @@ def draw_next(model: nn.Module, context: Tensor, actions: Tensor, noise: Tensor 
     zero = torch.zeros(len(context), device=context.device)
 
     def network(x: Tensor | None, tau: float, given: Tensor) -> tuple[Tensor, Tensor]:
-        predicted = model(x, zero + tau, context, given, zero)
-        return predicted.clean.float(), predicted.log_error
+        clean, log_error = model(x, zero + tau, context, given, zero)
+        return clean.float(), log_error
 
     def predict(x: Tensor | None, tau: float) -> tuple[Tensor, Tensor]:
         clean, log_error = network(x, tau, actions)
