@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 from safetensors.torch import save as save_tensors
+from torch import nn
 
 from dreamenv.actions import NUM_ACTIONS
 from dreamenv.artifacts import atomic_folder, read_json, readable_folder, sha256_file, write_json
@@ -31,12 +32,16 @@ from dreamenv.models.heads import OutcomeHead
 from dreamenv.models.io import load_weights
 from dreamenv.models.latent_flow import LatentFlow
 from dreamenv.models.registry import build_model, model_spec
-from dreamenv.world_model import WorldModel
+from dreamenv.models.tile import TileAutoencoder
+from dreamenv.models.tile_flow import TileFlow
+from dreamenv.world_model import Dynamics, FrameCodec, WorldModel
 
 FORMAT_VERSION = 1
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 """Version -> function that turns that version's description into the next one's, in memory."""
-_NETWORKS = {"autoencoder": Autoencoder, "dynamics": LatentFlow, "head": OutcomeHead}
+_NETWORKS: dict[str, tuple[type[nn.Module], ...]] = {
+    "autoencoder": (Autoencoder, TileAutoencoder), "dynamics": (LatentFlow, TileFlow), "head": (OutcomeHead,),
+}  # fmt: skip
 _PARTS = (*(f"{n}.safetensors" for n in _NETWORKS), "starts.safetensors", "card.json")
 _REMEDY = "re-download or retrain"
 EMBEDDED = Path(__file__).parent / "bundles"
@@ -228,14 +233,15 @@ def _load(folder: Path, text: str, device: str, precision: str) -> Bundle:
     except (ConfigError, TypeError, ValueError) as error:
         raise BundleError(f"{path}: {error}; re-download or retrain") from None
     for name, network in networks.items():
-        if type(network) is not _NETWORKS[name]:
-            raise BundleError(f"{path}: models.{name} is a {type(network).__name__}, expected {_NETWORKS[name].__name__}")
+        if type(network) not in _NETWORKS[name]:
+            raise BundleError(f"{path}: models.{name} is a {type(network).__name__}, which is no {name}; retrain")
         load_weights(network, folder / f"{name}.safetensors", description["sha256"][f"{name}.safetensors"])
-    autoencoder, dynamics = cast(Autoencoder, networks["autoencoder"]), cast(LatentFlow, networks["dynamics"])
+    autoencoder, dynamics = cast(FrameCodec, networks["autoencoder"]), cast(Dynamics, networks["dynamics"])
     head = cast(OutcomeHead, networks["head"])
     c, h, _ = autoencoder.latent_shape
     if not (dynamics.config.latent_channels == head.config.latent_channels == c and head.config.latent_size == h
-            and head.config.context == dynamics.config.context):  # fmt: skip
+            and head.config.context == dynamics.config.context
+            and isinstance(autoencoder, TileAutoencoder) == isinstance(dynamics, TileFlow)):  # fmt: skip
         raise BundleError(f"{path}: autoencoder, dynamics and head disagree on the latent shape or context length")
     if len(game.action_meanings) != NUM_ACTIONS or game.max_steps < 1:
         raise BundleError(f"{path}: game needs {NUM_ACTIONS} action_meanings and max_steps >= 1; re-download or retrain")

@@ -133,6 +133,7 @@ class EpisodeRecorder:
         self._rows.append({
             "frames": frame, "actions": action, "rewards": reward, "terminated": ended == "the end",
             "truncated": bool(ended) and ended != "the end", "first": self._fresh, "level_seeds": level, "policies": 0,
+            "camera": (np.nan, np.nan),
         })  # fmt: skip
         self._fresh = bool(ended)
 

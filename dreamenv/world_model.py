@@ -11,7 +11,12 @@ from dreamenv.flow import SamplerConfig
 from dreamenv.models.autoencoder import Autoencoder, to_frames, to_images
 from dreamenv.models.heads import OutcomeHead
 from dreamenv.models.latent_flow import LatentFlow, draw_next
+from dreamenv.models.tile import TileAutoencoder
+from dreamenv.models.tile_flow import TileFlow
 from dreamenv.types import State, Transition
+
+FrameCodec = Autoencoder | TileAutoencoder
+Dynamics = LatentFlow | TileFlow
 
 
 class WorldModel:
@@ -24,7 +29,7 @@ class WorldModel:
             more digits than a pixel.
     """
 
-    def __init__(self, autoencoder: Autoencoder, dynamics: LatentFlow, head: OutcomeHead,
+    def __init__(self, autoencoder: FrameCodec, dynamics: Dynamics, head: OutcomeHead,
                  device: torch.device | str = "cpu", precision: str = "fp32") -> None:  # fmt: skip
         self.device = torch.device(device)
         self.precision = precision
@@ -63,11 +68,15 @@ class WorldModel:
         frames, actions = torch.as_tensor(frames), torch.as_tensor(actions).long()
         b, t = frames.shape[:2]
         frames, actions = frames[:, -self.context :], actions[:, max(t - self.context, 0) :]
-        latents = self.encode(frames.flatten(0, 1)).unflatten(0, (b, frames.shape[1]))
+        latents = self._follow(self.encode(frames.flatten(0, 1)).unflatten(0, (b, frames.shape[1])))
         missing = self.context - frames.shape[1]
         latents = torch.cat([latents[:, :1].expand(-1, missing, -1, -1, -1), latents], 1)
         padding = torch.full((b, missing), NOOP, dtype=torch.int64)
         return State(latents, torch.cat([padding, actions], 1).to(self.device))
+
+    @torch.inference_mode()
+    def _follow(self, latents: Tensor) -> Tensor:
+        return self.autoencoder.track(latents)
 
     @torch.inference_mode()
     def step(self, state: State, actions: np.ndarray | Tensor, noise: np.ndarray | Tensor | None,

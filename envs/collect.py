@@ -114,6 +114,7 @@ def collect_shard(config: CollectConfig, index: int, envs: Any = None) -> dict[s
         columns["actions"][:, t] = actions
         columns["level_seeds"][:, t] = infos["level_seed"]
         columns["policies"][:, t] = policy.component
+        columns["camera"][:, t] = envs.camera()
         frames, rewards, terminated, truncated, infos = envs.step(actions)
         columns["rewards"][:, t] = rewards
         columns["terminated"][:, t] = terminated

@@ -134,6 +134,7 @@ class RealProcgenVectorEnv(VectorEnv):
             "distribution_mode": distribution_mode,
         }  # fmt: skip
         self._envs = make_procgen(num=num_envs, rand_seed=0, num_threads=num_threads, **self._options)
+        self._buffer = self._envs._ffi.new(f"char[{_STATE_BYTES}]")
         self._helper: Any = None  # a lone instance for forced resets
         self._large: Any = None  # a lone instance that draws 512 px
         self._steps = np.zeros(num_envs, np.int64)
@@ -217,6 +218,22 @@ class RealProcgenVectorEnv(VectorEnv):
             infos["_final_info"] = done
         return self._frames.copy(), rewards.astype(np.float64), done & ~truncated, truncated, infos
 
+    def camera(self) -> np.ndarray:
+        """Return where the pictures' top left corners lie, in tiles, float32 (N, 2): x to the right, y downwards.
+
+        Read from the drawing state that the game saves. Tiles begin at whole numbers, so the fraction says how far the
+        picture cuts into the tile at its corner. A (N, 2) of nan for games other than coinrun, whose view does not scroll
+        so or is not measured.
+        """
+        if self.game.name != "coinrun":
+            return np.full((self.num_envs, 2), np.nan, np.float32)
+        out = np.empty((self.num_envs, 2), np.float32)
+        for i in range(self.num_envs):
+            length = self._envs.call_c_func("get_state", i, self._buffer, _STATE_BYTES)
+            unit, view, x, y = np.frombuffer(self._envs._ffi.buffer(self._buffer, length), "<f4", 4, length - _DRAWING)
+            out[i] = x / unit, -view - y / unit
+        return out
+
     def snapshot(self) -> bytes:
         """Return the whole batch's state as bytes that `restore` accepts, in another process too."""
         states = [np.frombuffer(self._get(i), np.uint8) for i in range(self.num_envs)]
@@ -288,10 +305,8 @@ class RealProcgenVectorEnv(VectorEnv):
         return np.array([x["level_seed"] for x in self._envs.get_info()], np.int64)
 
     def _get(self, i: int) -> bytes:
-        size = 2**20
-        buffer = self._envs._ffi.new(f"char[{size}]")
-        length = self._envs.call_c_func("get_state", int(i), buffer, size)
-        return bytes(self._envs._ffi.buffer(buffer, length))
+        length = self._envs.call_c_func("get_state", int(i), self._buffer, _STATE_BYTES)
+        return bytes(self._envs._ffi.buffer(self._buffer, length))
 
     def _set(self, i: int, state: bytes) -> None:
         self._envs.call_c_func("set_state", int(i), state, len(state))
@@ -312,6 +327,8 @@ class RealProcgenVectorEnv(VectorEnv):
         return self._helper.get_state()[0]
 
 
+_STATE_BYTES = 2**20  # more than any game's state
+_DRAWING = 16452  # bytes from coinrun's drawing state (unit, view_dim, x_off, y_off) to the end of what it saves
 _COUNTERS = ("steps", "levels", "finished", "pinned", "frames")
 
 

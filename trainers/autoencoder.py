@@ -71,8 +71,10 @@ class AutoencoderTask:
         sample, _ = self._gather(self._train[np.sort(rng.choice(len(self._train), min(4096, len(self._train))))])
         self._frequencies = torch.from_numpy(colour_frequencies(sample.numpy())).float()
         self._weights = colour_weights(self._frequencies, limit=config.rare_limit)
-        autoencoder = cast(Autoencoder, self.model)
-        self.explained = autoencoder.init_pca(to_images(sample[:: max(len(sample) // 1024, 1)]))
+        self._begin(to_images(sample[:: max(len(sample) // 1024, 1)]))
+
+    def _begin(self, images: Tensor) -> None:
+        self.explained = cast(Autoencoder, self.model).init_pca(images)
 
     def batch(self, rng: np.random.Generator, size: int) -> dict[str, Tensor]:
         """Frames and the frames before them, uint8 (B, 64, 64, 3)."""

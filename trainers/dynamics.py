@@ -19,9 +19,12 @@ from dreamenv.metrics import detail, psnr, spearman, squared_error
 from dreamenv.models.autoencoder import to_frames
 from dreamenv.models.heads import OutcomeHead
 from dreamenv.models.io import load_model
-from dreamenv.models.latent_flow import NULL_ACTION, LatentFlow, draw_next
+from dreamenv.models.latent_flow import NULL_ACTION, draw_next
 from dreamenv.models.registry import build_model
+from dreamenv.models.tile import crossed, moves, phases, shown, with_camera
+from dreamenv.models.tile_flow import TileFlow
 from dreamenv.report import save_grid, save_video, side_by_side
+from dreamenv.world_model import Dynamics
 from trainers.critic import Critic, fool, judge
 from trainers.heads import outcome_labels, trained_head
 from trainers.latents import LatentDataset, channel_weights
@@ -74,6 +77,8 @@ class DynamicsTaskConfig:
     equivalence (Grimm et al. 2020) and of Dreamer's reward gradients (Hafner et al. 2020)."""
     events: float = 0.25
     """Share of samples, where there is a head, that lead to a rare outcome or to within four steps of one."""
+    camera: float = 1.0
+    """Weight of the error of the camera's predicted move, in tiles; only `tile_flow` predicts one."""
     drop_actions: float = 0.05
     """Share of samples whose actions are hidden, for guidance."""
     pad: float = 0.1
@@ -97,6 +102,7 @@ class DynamicsTaskConfig:
         check(self.max_flow_weight >= 1, f"max_flow_weight {self.max_flow_weight}: must be >= 1")
         check(0 <= self.context_noise <= 2, f"context_noise {self.context_noise}: must be in 0..2")
         check(self.importance >= 0, f"importance {self.importance}: must be >= 0")
+        check(self.camera >= 0, f"camera {self.camera}: must be >= 0")
         check(self.outcome >= 0, f"outcome {self.outcome}: must be >= 0")
         check(not self.outcome or bool(self.head), f"outcome {self.outcome}: needs a head, trained on the same latents")
         for name in ("events", "drop_actions", "pad"):
@@ -137,7 +143,9 @@ class DynamicsTask:
         self.autoencoder = self.data.autoencoder
         torch.manual_seed(seed)
         self.model: nn.Module = build_model(model)
-        network = cast(LatentFlow, self.model).config
+        network = cast(Dynamics, self.model).config
+        check(isinstance(self.model, TileFlow) == bool(self.autoencoder.camera_channels),
+              f"model {model['type']}: tile_flow goes with the latents of a tile_autoencoder, latent_flow with others")
         check(network.latent_channels == self.data.latents.shape[1],
               f"latent_channels {network.latent_channels}: the latents have {self.data.latents.shape[1]}")
         if config.init_from:
@@ -200,7 +208,7 @@ class DynamicsTask:
         indices = np.where(cut, np.take_along_axis(indices, k - keep, 1), indices)
         actions = np.where(cut, NOOP, actions)
         return out | {
-            "latents": torch.from_numpy(self.data.latents[indices]),
+            "latents": self.data.gather(indices),
             "actions": torch.from_numpy(actions),
             "importance": torch.from_numpy(self.data.importance[indices[:, k:]]),
             "live": torch.from_numpy(live),
@@ -222,7 +230,8 @@ class DynamicsTask:
                     generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """Energy score of two dreams of each sample, score of their error estimates, and what the outcome head says in them."""
         config, k = self.config, self.context
-        latents, live = batch["latents"].float(), batch["live"].float()[:, :, None, None]
+        latents = batch["latents"].float()
+        live = self._live(batch, latents)
         device = latents.device
         channels, cells = self._channels.to(device)[:, None, None], self._cells(batch)
         context, sigma = self._noised(latents[:, :k], generator)
@@ -231,17 +240,19 @@ class DynamicsTask:
         total, metrics, trail = torch.zeros((), device=device), {}, list(rolled.unbind(1))
         for u in range(config.unroll):
             now = actions[:, u : u + k]
-            mean, log_error = model(None, zero, rolled, now, sigma)
+            known = self._known_move(latents, u, 2)
+            mean, log_error = model(None, zero, rolled, now, sigma, **known)
             e = _error(mean, latents[:, k + u].repeat(2, 1, 1, 1), channels)
             noise = torch.randn(mean.shape, generator=generator, device=device)
-            draw, _ = model(interpolate(noise, mean.detach().float(), half), half, rolled, now, sigma)
+            draw, _ = model(interpolate(noise, mean.detach().float(), half), half, rolled, now, sigma, **known)
             first, second = draw.float().chunk(2)
             score, spread = energy_score(first, second, latents[:, k + u], channels, cells[:, u] * live[:, u])
             estimate = _fit(log_error, e, live[:, u].repeat(2, 1, 1))
             total = total + (config.energy * score + config.drawn * estimate) / config.unroll
             if u in (0, config.unroll - 1):
                 metrics |= {f"energy_{u + 1}": score.detach(), f"spread_{u + 1}": spread.detach()}
-            rolled = torch.cat([rolled[:, 1:], draw.to(rolled.dtype)[:, None]], 1)
+            draw = self._arrived(draw.to(rolled.dtype), latents[:, k + u])
+            rolled = torch.cat([rolled[:, 1:], draw[:, None]], 1)
             trail.append(rolled[:, -1])
         if self.head is not None:
             both = {name: batch[name].repeat(2) for name in ("asked", "labels")}
@@ -253,8 +264,34 @@ class DynamicsTask:
     def _noised(self, context: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The context (B, K, C, H, W) with noise, and its standard deviation (B,), drawn anew for each sample."""
         sigma = torch.rand(len(context), generator=generator, device=context.device) * self.config.context_noise
-        noise = torch.randn(context.shape, generator=generator, device=context.device)
-        return context + noise * sigma[:, None, None, None, None], sigma
+        noise = torch.randn(context.shape, generator=generator, device=context.device) * sigma[:, None, None, None, None]
+        if camera := self.autoencoder.camera_channels:
+            noise[:, :, -camera:] = 0
+        return context + noise, sigma
+
+    def _live(self, batch: dict[str, Tensor], latents: Tensor) -> Tensor:
+        """What counts of the steps to predict, (B, U, 1 or H, 1 or W): those that exist, and of a tile the share in view."""
+        live = batch["live"].float()[:, :, None, None]
+        if not self.autoencoder.camera_channels:
+            return live
+        phase = phases(latents[:, self.context :])
+        return live * shown(phase.flatten(0, 1))[:, 0].unflatten(0, phase.shape[:2])
+
+    def _known_move(self, latents: Tensor, u: int, times: int = 1) -> dict[str, Tensor]:
+        """The camera's true move to step u, (B, 2), for models that predict in the window it leads to."""
+        if not self.autoencoder.camera_channels:
+            return {}
+        before, after = phases(latents[:, self.context + u - 1]), phases(latents[:, self.context + u])
+        exact = after - before + crossed(before, moves(latents[:, self.context + u]), after)
+        return {"move": exact.repeat(times, 1)}
+
+    def _arrived(self, clean: Tensor, target: Tensor) -> Tensor:
+        """A prediction made with the true move, its camera's channels those of the target."""
+        camera = self.autoencoder.camera_channels
+        if not camera:
+            return clean
+        times = len(clean) // len(target)
+        return with_camera(clean[:, :-camera], phases(target).repeat(times, 1), moves(target).repeat(times, 1))
 
     def _cells(self, batch: dict[str, Tensor]) -> Tensor:
         """The weight of each cell of the steps to predict, (B, U, H, W)."""
@@ -286,7 +323,7 @@ class DynamicsTask:
             weight = (-config.certainty * log_error.detach().clamp(-8, 2)).exp()
             return weight / weight.mean()
 
-        live = batch["live"].float()[:, :, None, None]
+        live = self._live(batch, latents)
         taken = actions
         actions = torch.where(uniform()[:, None] < config.drop_actions, NULL_ACTION, actions)
         context, sigma = self._noised(latents[:, :k], generator)
@@ -296,7 +333,7 @@ class DynamicsTask:
         for _ in range(config.flow_draws if config.flow > 0 else 0):
             target, tau = latents[:, k], uniform()
             noisy = interpolate(normal(target.shape), target, tau)
-            clean, log_error = model(noisy, tau, context, actions[:, :k], sigma)
+            clean, log_error = model(noisy, tau, context, actions[:, :k], sigma, **self._known_move(latents, 0))
             weight = (1 / (1 - tau).clamp_min(1e-6)).clamp_max(config.max_flow_weight)
             e = _error(clean, target, channels) * live[:, 0]
             flow = (e * cells[:, 0] * weight[:, None, None]).mean()
@@ -308,7 +345,12 @@ class DynamicsTask:
         sequence = [latents[drawn, k - 2], latents[drawn, k - 1]]  # what the critic sees before the first sample is real
         for u in range(config.unroll):
             target = latents[:, k + u]
-            clean, log_error = model(None, zero, rolled, actions[:, u : u + k], sigma)
+            known_move = self._known_move(latents, u)
+            clean, log_error = model(None, zero, rolled, actions[:, u : u + k], sigma, **known_move)
+            if known_move:
+                off = F.smooth_l1_loss(moves(clean), known_move["move"], beta=0.02, reduction="none").sum(1)
+                total = total + config.camera * (off * batch["live"][:, u]).mean() / config.unroll
+                metrics[f"camera_{u + 1}"] = off.detach().mean()
             e = _error(clean, target, channels) * live[:, u]
             weighted = (e * cells[:, u] * known(log_error)).mean()
             total = total + (weighted + _fit(log_error, e, live[:, u])) / config.unroll
@@ -317,7 +359,8 @@ class DynamicsTask:
             if m:
                 halfway = torch.full((m,), 0.5, device=device)
                 x = interpolate(normal(clean[drawn].shape), clean[drawn].detach().float(), halfway)
-                sharp, log_error = model(x, halfway, rolled[drawn], actions[drawn, u : u + k], sigma[drawn])
+                given = {name: value[drawn] for name, value in known_move.items()}
+                sharp, log_error = model(x, halfway, rolled[drawn], actions[drawn, u : u + k], sigma[drawn], **given)
                 e = _error(sharp, target[drawn], channels) * live[drawn, u]
                 weighted = (e * cells[drawn, u] * known(log_error)).mean()
                 total = total + config.sampled * weighted / config.unroll
@@ -325,7 +368,7 @@ class DynamicsTask:
                     metrics[f"sampled_{u + 1}"] = e.detach().mean()
                 clean = torch.cat([clean[: size - m], sharp])
                 sequence.append(sharp.float())
-            rolled = torch.cat([rolled[:, 1:], clean.to(rolled.dtype)[:, None]], 1)
+            rolled = torch.cat([rolled[:, 1:], self._arrived(clean.to(rolled.dtype), target)[:, None]], 1)
             trail.append(rolled[:, -1])
         if self.head is not None:
             outcome = self._answer(torch.stack(trail, 1), taken, batch)
@@ -356,24 +399,29 @@ class DynamicsTask:
         k, horizon, device = self.context, _HORIZON, next(model.parameters()).device
         chosen = self._val[np.random.default_rng(0).choice(len(self._val), min(128, len(self._val)), replace=False)]
         indices = chosen[:, None] + np.arange(k + horizon)
-        start = torch.from_numpy(self.data.latents[indices[:, :k]]).float().to(device)
+        start = self.data.gather(indices[:, :k]).float().to(device)
         actions = torch.from_numpy(self.data.actions[indices]).to(device)
         real = self.data.frames(indices[:, k:])
         autoencoder = self.autoencoder.to(device)
         figures, shown = {}, {"real": real[:4]}
         for nfe in (1, 2) if self.critic is not None or self.config.energy else (1,):
-            context, dream, expected = start, [], torch.zeros(())
+            context, dream, path, expected = start, [], [], torch.zeros(())
             generator = torch.Generator(device).manual_seed(0)
             for h in range(horizon):
                 noise = torch.randn(start[:, 0].shape, generator=generator, device=device)
                 clean, log_error = draw_next(model, context, actions[:, h : h + k], noise, SamplerConfig(nfe=nfe))
                 expected = log_error.exp().mean((1, 2)) if h == 0 else expected
                 context = torch.cat([context[:, 1:], clean[:, None]], 1)
+                path.append(moves(clean))
                 dream.append(to_frames(autoencoder.decode(clean)).cpu().numpy())
             frames = np.stack(dream, 1)
             errors = squared_error(frames, real)
             prefix = "" if nfe == 1 else "sampled_"
             figures |= {f"{prefix}psnr_{h}": float(psnr(errors[:, h - 1].mean())) for h in (1, 5, 10)}
+            if autoencoder.camera_channels and nfe == 1:
+                true = moves(self.data.gather(indices[:, k:])).cumsum(1)
+                off = (torch.stack(path, 1).cumsum(1).cpu() - true).norm(dim=2).mean(0)
+                figures |= {f"camera_{h}": float(off[h - 1]) for h in (1, 5, 10)}
             figures[f"{prefix}uncertainty"] = spearman(expected.cpu().numpy(), errors[:, 0].mean((1, 2)))
             if nfe > 1:
                 figures["sampled_detail_10"] = float(detail(frames[:, -1]).mean() / detail(real[:, -1]).mean())

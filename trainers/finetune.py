@@ -94,7 +94,7 @@ def finetune(config: FinetuneConfig) -> Path:
         spec = {k: v for k, v in model_spec(model).items() if k not in ("rewards", "terminated", "bias", "scale")}
         with atomic_file(file) as temporary:
             values = load_yaml(CONFIGS / f"{source}.yaml")
-            if name == "dynamics":  # older bundles lack it; its weights begin at zero
+            if name == "dynamics" and spec["type"] == "latent_flow":  # older bundles lack it; its weights begin at zero
                 spec["global_noise"] = values["model"]["global_noise"]
             values["model"] = json.loads(json.dumps(spec))
             temporary.write_text(yaml.safe_dump(values))

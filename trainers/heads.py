@@ -20,7 +20,9 @@ from dreamenv.models.heads import OutcomeHead
 from dreamenv.models.io import load_model
 from dreamenv.models.latent_flow import LatentFlow, draw_next
 from dreamenv.models.registry import build_model
+from dreamenv.models.tile_flow import TileFlow
 from dreamenv.noise import philox
+from dreamenv.world_model import Dynamics
 from trainers.latents import LatentDataset
 
 
@@ -107,7 +109,7 @@ class HeadsTask:
         rare = [steps[self.labels[steps] == c] for c in range(1, int(self.labels.max()) + 1)]
         return [*(c for c in rare if len(c)), steps]
 
-    def _imagine(self, dynamics: LatentFlow, steps: np.ndarray, count: int, rng: np.random.Generator,
+    def _imagine(self, dynamics: Dynamics, steps: np.ndarray, count: int, rng: np.random.Generator,
                  device: torch.device) -> _Dreams:  # fmt: skip
         """Dream from real contexts to `count` of the moments `steps`: the first three quarters to rare outcomes, evenly."""
         *rare, every = self._moments(steps)
@@ -160,7 +162,7 @@ class HeadsTask:
             depth = np.where(eventful, np.maximum(steps - back, 0), rng.integers(0, steps, endpoint=True))
             now[:rows] = dreams.begin[row] + depth
         indices, actions = self.data.contexts(now, self.context)
-        context = torch.from_numpy(self.data.latents[indices[rows:]])
+        context = self.data.gather(indices[rows:])
         if dreams is not None:
             context = torch.cat([dreams.contexts(row, depth, self.context), context])
         return {"context": context, "actions": torch.from_numpy(actions), "labels": torch.from_numpy(self.labels[now])}
@@ -171,6 +173,8 @@ class HeadsTask:
         context, labels = batch["context"].float(), batch["labels"]
         sigma = torch.rand(len(context), generator=generator, device=context.device) * self.config.context_noise
         noise = torch.randn(context.shape, generator=generator, device=context.device)
+        if camera := self.data.autoencoder.camera_channels:
+            noise[:, :, -camera:] = 0
         logits = model(context + noise * sigma[:, None, None, None, None], batch["actions"])
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
         return F.cross_entropy(logits, labels), {"accuracy": accuracy}
@@ -229,7 +233,7 @@ class HeadsTask:
 
     def _gather(self, now: np.ndarray) -> tuple[Tensor, Tensor]:
         indices, actions = self.data.contexts(now, self.context)
-        return torch.from_numpy(self.data.latents[indices]), torch.from_numpy(actions)
+        return self.data.gather(indices), torch.from_numpy(actions)
 
 
 @dataclass(frozen=True)
@@ -252,10 +256,10 @@ class _Dreams:
         return torch.from_numpy(self.latents[row[:, None], depth[:, None] + np.arange(context)])
 
 
-def _fitting_dynamics(folder: str, data: LatentDataset, context: int) -> LatentFlow:
+def _fitting_dynamics(folder: str, data: LatentDataset, context: int) -> Dynamics:
     dynamics, facts = load_model(folder)
-    if not isinstance(dynamics, LatentFlow) or facts.get("autoencoder_sha256") != data.facts["autoencoder_sha256"]:
-        raise ConfigError(f"dynamics {folder}: is no latent_flow trained on these latents")
+    if not isinstance(dynamics, LatentFlow | TileFlow) or facts.get("autoencoder_sha256") != data.facts["autoencoder_sha256"]:
+        raise ConfigError(f"dynamics {folder}: is no dynamics trained on these latents")
     check(dynamics.config.context == context,
           f"dynamics {folder}: has a context of {dynamics.config.context}, the head of {context}")
     return dynamics.eval().requires_grad_(False)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dreamenv.actions import NOOP
@@ -20,6 +19,8 @@ from dreamenv.errors import BundleError, DatasetError, DreamenvError
 from dreamenv.metrics import colour_frequencies
 from dreamenv.models.autoencoder import Autoencoder, to_images
 from dreamenv.models.io import load_model
+from dreamenv.models.tile import TileAutoencoder, phase_of
+from dreamenv.world_model import FrameCodec
 from trainers.losses import colour_bins, colour_weights
 
 
@@ -37,6 +38,14 @@ def training_data(folder: str | Path) -> Dataset:
     return dataset
 
 
+def check_camera(dataset: Dataset) -> None:
+    """Raise `DatasetError` if some step's camera position is not known."""
+    for shard in dataset.shards:
+        if not np.isfinite(shard.camera).all():
+            raise DatasetError(f"{dataset.folder}: {shard.name} has steps without a camera position, which a tile autoencoder "
+                               "needs; collect coinrun, or train another autoencoder")  # fmt: skip
+
+
 def encode_dataset(data: Path, autoencoder: Path, out: Path, device: str = "auto") -> Path:
     """Encode every frame; resumes shard by shard. Returns `out`.
 
@@ -46,6 +55,8 @@ def encode_dataset(data: Path, autoencoder: Path, out: Path, device: str = "auto
     """
     dataset = training_data(data)
     model, digest = load_autoencoder(autoencoder)
+    if model.camera_channels:
+        check_camera(dataset)
     out.mkdir(parents=True, exist_ok=True)
     marker = out / "identity.json"
     identity = {"autoencoder": digest}
@@ -59,7 +70,6 @@ def encode_dataset(data: Path, autoencoder: Path, out: Path, device: str = "auto
     rng = np.random.default_rng(0)
     sample = np.concatenate([s.frames[np.sort(rng.choice(len(s), min(len(s), 256), replace=False))] for s in dataset.shards])
     weights = colour_weights(torch.from_numpy(colour_frequencies(sample)).float())
-    patch = model.config.patch
     for shard, name in zip(dataset.shards, _names(dataset), strict=True):
         paths = [out / f"{kind}-{name}.npy" for kind in ("latents", "importance")]
         if all(p.exists() for p in paths):
@@ -69,9 +79,16 @@ def encode_dataset(data: Path, autoencoder: Path, out: Path, device: str = "auto
         with torch.no_grad(), torch.autocast(target.type, torch.bfloat16, enabled=False):
             for at in range(0, len(shard), 256):
                 frames = torch.from_numpy(np.array(shard.frames[at : at + 256])).to(target)
-                latents[at : at + 256] = model.encode(to_images(frames)).half().cpu().numpy()
-                cells = F.avg_pool2d(weights.to(target)[colour_bins(frames)][:, None], patch)[:, 0]
+                images = to_images(frames).contiguous(memory_format=torch.channels_last)
+                if isinstance(model, TileAutoencoder):
+                    encoded = model.encode(images, phase_of(torch.from_numpy(np.array(shard.camera[at : at + 256])).to(target)))
+                else:
+                    encoded = model.encode(images)
+                latents[at : at + 256] = encoded.half().cpu().numpy()
+                cells = model.pool(weights.to(target)[colour_bins(frames)], encoded)
                 importance[at : at + 256] = (cells * 16).round().clamp(0, 255).byte().cpu().numpy()
+        if model.camera_channels:
+            latents[:, -2:] = camera_moves(shard.camera, shard.first)[..., None, None]
         for path, array in zip(paths, (latents, importance), strict=True):
             with atomic_file(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, array, allow_pickle=False)
@@ -80,10 +97,15 @@ def encode_dataset(data: Path, autoencoder: Path, out: Path, device: str = "auto
     return out
 
 
-def load_autoencoder(folder: str | Path) -> tuple[Autoencoder, str]:
+def camera_moves(camera: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """How far each picture's camera is from that of the one before, (S, 2) in tiles; 0 at the start of an episode."""
+    return np.where(np.asarray(first)[:, None], 0, np.diff(camera, axis=0, prepend=camera[:1]))
+
+
+def load_autoencoder(folder: str | Path) -> tuple[FrameCodec, str]:
     """Return a trained autoencoder and the sha256 of its weights; raises `BundleError` if it is none."""
     model, _ = load_model(folder)
-    if not isinstance(model, Autoencoder):
+    if not isinstance(model, Autoencoder | TileAutoencoder):
         raise BundleError(f"{folder}: is a {type(model).__name__}, expected an autoencoder")
     return model, read_json(readable_folder(folder) / "model.json", BundleError, "train it again")["sha256"]
 
@@ -153,6 +175,13 @@ class LatentDataset:
         """Start indices int64 (W,) of windows of `length` observations in one part of the split."""
         return Windows([self.first], length, [self.validation == validation]).start
 
+    def gather(self, indices: np.ndarray) -> Tensor:
+        """Latents float16 (B, T, C, H, W) at flat indices (B, T), in the order of time; the camera rests where one repeats."""
+        out = self.latents[indices]
+        if self.autoencoder.camera_channels:
+            out[:, 1:, -2:] *= (indices[:, 1:] != indices[:, :-1])[:, :, None, None, None]
+        return torch.from_numpy(out)
+
     def contexts(self, now: np.ndarray, length: int, after: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Indices and actions of contexts that end at `now` (B,), padded at the start of an episode.
 
@@ -175,18 +204,19 @@ class LatentDataset:
         return out.reshape(*indices.shape, *out.shape[1:])
 
 
-def channel_weights(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
-    """How much squared pixel error a unit error in each latent channel causes, (C,), normalised to mean 1."""
+def channel_weights(autoencoder: FrameCodec, latents: Tensor) -> Tensor:
+    """How much squared pixel error a unit error in each latent channel causes, (C,), of mean 1; 0 for the camera's."""
+    camera = autoencoder.camera_channels
     with torch.no_grad():
         base = autoencoder.decode(latents)
         effect = []
-        for c in range(latents.shape[1]):
+        for c in range(latents.shape[1] - camera):
             moved = latents.clone()
             moved[:, c] += 0.2 * torch.sign(torch.randn(latents.shape[0], *latents.shape[2:],
                                                         generator=torch.Generator().manual_seed(c)))  # fmt: skip
             effect.append((autoencoder.decode(moved) - base).square().mean())
     weights = torch.stack(effect)
-    return weights / weights.mean()
+    return torch.cat([weights / weights.mean(), torch.zeros(camera)])
 
 
 if __name__ == "__main__":

@@ -21,18 +21,22 @@ from dreamenv.bundle import GameFacts, Limits, Starts, load_bundle, save_bundle
 from dreamenv.config import check, from_dict, to_dict
 from dreamenv.data import Dataset
 from dreamenv.errors import ConfigError, DreamenvError
-from dreamenv.models.autoencoder import Autoencoder
 from dreamenv.models.heads import OutcomeHead
 from dreamenv.models.io import load_model
-from dreamenv.models.latent_flow import LatentFlow
 from dreamenv.stages import begin, run_command, stage
-from dreamenv.world_model import WorldModel
+from dreamenv.world_model import Dynamics, FrameCodec, WorldModel
 from trainers.heads import dreams_for
 
 CONFIGS = Path(__file__).parent / "configs"
 _SHARES = {"autoencoder": 0.10, "predictor": 0.12, "unrolled": 0.30, "flow": 0.22, "outcomes": 0.04, "settled": 0.21,
            "heads": 0.01}  # fmt: skip
 """How the minutes are divided between the trained stages."""
+_TILE_SHARES = {"autoencoder": 0.28, "predictor": 0.10, "unrolled": 0.28, "flow": 0.10, "outcomes": 0.04, "settled": 0.19,
+                "heads": 0.01}  # fmt: skip
+_TILE_FLOW = {"type": "tile_flow", "channels": [64, 96, 96], "blocks": [1, 2, 1]}
+_TILE_HEAD = {"type": "outcome_head", "width": 48, "latent_channels": 28}
+_TILE_MODELS = {"autoencoder": {"type": "tile_autoencoder"}, "outcomes": _TILE_HEAD, "heads": _TILE_HEAD}
+"""Architectures of the stages whose latents lie on the level's grid of tiles; `_TILE_FLOW` where nothing is said."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class PipelineConfig:
     """Steps of every trained stage instead of minutes: a run that can be repeated bit for bit."""
     starts: int = 60
     """Start contexts in the bundle."""
+    tiles: bool = False
+    """Latents on the level's own grid of tiles (`dreamenv.models.tile`), for coinrun, whose camera is known."""
     set: tuple[str, ...] = ()
     """Overrides for every trained stage, e.g. loop.batch_size=256; prefix one stage as unrolled:loop.lr=0.001."""
 
@@ -70,6 +76,7 @@ class PipelineConfig:
             prefixed = bool(separator) and "=" not in stage
             check(not prefixed or stage in _SHARES, f"set {item!r}: there is no stage {stage!r}, only {', '.join(_SHARES)}")
             check("=" in (assignment if prefixed else item), f"set {item!r}: expected [stage:]section.key=value")
+        check(not self.tiles or self.game == "coinrun", f"tiles: the camera of {self.game} is not known, only that of coinrun")
         check(0 <= self.seed < 2**63, f"seed {self.seed}: must be in 0..2^63-1")
         check(self.steps >= 1, f"steps {self.steps}: must be >= 1")
         check(self.starts >= 1, f"starts {self.starts}: must be >= 1")
@@ -128,8 +135,10 @@ def _train(config: PipelineConfig, name: str, task: dict[str, Any]) -> None:
         elif prefix == name:
             more.append(rest)
     budget = (["--steps", str(config.stage_steps)] if config.stage_steps else
-              ["--minutes", str(config.minutes * _SHARES[name])])  # fmt: skip
+              ["--minutes", str(config.minutes * (_TILE_SHARES if config.tiles else _SHARES)[name])])  # fmt: skip
     values = {f"task.{k}": v for k, v in task.items()} | {"loop.seed": config.seed}
+    if config.tiles:
+        values["model"] = _TILE_MODELS.get(name, _TILE_FLOW)
     train_stage(CONFIGS / f"{name}.yaml", config.out / name, values, budget, more)
 
 
@@ -154,7 +163,7 @@ def make_bundle(out: Path, data: Path, starts: int, dynamics: str = "settled") -
     collected = dataset.facts
     game = GameFacts(collected["game"], collected["distribution_mode"], collected["max_steps"],
                      tuple(collected["action_meanings"]))  # fmt: skip
-    model = WorldModel(cast(Autoencoder, autoencoder), cast(LatentFlow, flow), cast(OutcomeHead, head))
+    model = WorldModel(cast(FrameCodec, autoencoder), cast(Dynamics, flow), cast(OutcomeHead, head))
     limits = from_dict(Limits, {k: facts[k] for k in ("latent_max", "latent_rms_max")})
     provenance = {"data": collected, "steps": dataset.manifest["steps"], "dynamics_stage": dynamics,
                   "trained_steps": {"autoencoder": ae_facts["step"], dynamics: facts["step"], "heads": head_facts["step"]},

@@ -20,7 +20,9 @@ from trainers.loop import Loop, LoopConfig
 
 _TASKS = {
     "autoencoder": ("trainers.autoencoder", "AutoencoderTask"),
+    "tile_autoencoder": ("trainers.tile_autoencoder", "TileAutoencoderTask"),
     "latent_flow": ("trainers.dynamics", "DynamicsTask"),
+    "tile_flow": ("trainers.dynamics", "DynamicsTask"),
     "outcome_head": ("trainers.heads", "HeadsTask"),
 }
 

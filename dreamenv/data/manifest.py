@@ -8,7 +8,7 @@ from typing import Any
 from dreamenv.artifacts import read_json
 from dreamenv.errors import DatasetError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _REMEDY = "collect the dataset again"
 
 

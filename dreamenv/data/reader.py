@@ -27,6 +27,7 @@ class Shard:
     first: np.ndarray
     level_seeds: np.ndarray
     policies: np.ndarray
+    camera: np.ndarray
 
     def __len__(self) -> int:
         """Steps in the shard."""

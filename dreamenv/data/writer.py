@@ -11,6 +11,7 @@ One shard holds E environments x T steps, environment-major and flat, so time ru
 | first.npy | bool (S,) | an episode or a segment starts here: t - 1 is not its past |
 | level_seeds.npy | int32 (S,) | the level being played |
 | policies.npy | uint8 (S,) | which component of the policy mix acted |
+| camera.npy | float32 (S, 2) | the picture's top left corner in tiles, x right, y down; nan where it is not known |
 
 A terminal transition keeps its reward and flags; there is no next frame, because Procgen never shows one.
 """
@@ -36,6 +37,7 @@ COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
     "first": ("bool", ()),
     "level_seeds": ("int32", ()),
     "policies": ("uint8", ()),
+    "camera": ("float32", (2,)),
 }
 
 

@@ -50,6 +50,8 @@ class Autoencoder(nn.Module):
     zero mean and unit variance per channel. Source: project design; PCA as in Hotelling 1933.
     """
 
+    camera_channels = 0  # its latents say nothing of the camera
+
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
@@ -90,6 +92,14 @@ class Autoencoder(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, H, W) -> images (B, 3, 64, 64), about [0, 1] and not clamped."""
         return F.pixel_shuffle(self.linear_out(latents) + self.residual_out(latents), self.config.patch)
+
+    def track(self, latents: Tensor) -> Tensor:
+        """Latents (B, T, C, H, W) of pictures in a row, as they are: there is no camera in them to follow."""
+        return latents
+
+    def pool(self, values: Tensor, latents: Tensor) -> Tensor:
+        """Means over each cell of pictures' values (B, 64, 64) -> (B, H, W)."""
+        return F.avg_pool2d(values[:, None], self.config.patch)[:, 0]
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Images -> (reconstruction, latents); `noise` (B, C, H, W) is added before decoding."""

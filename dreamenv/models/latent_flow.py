@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamenv.actions import NUM_ACTIONS
 from dreamenv.config import check
 from dreamenv.flow import SamplerConfig, sample
-from dreamenv.models.blocks import DynamicFilters, ResBlock, group_norm, sinusoidal, zero_init
+from dreamenv.models.blocks import DynamicFilters, UNet, sinusoidal
 from dreamenv.models.registry import register_model
 
 NULL_ACTION = NUM_ACTIONS  # an extra embedding: "action unknown", for guidance and dropped actions
@@ -59,46 +58,26 @@ class LatentFlowConfig:
 
 
 @register_model("latent_flow", LatentFlowConfig)
-class LatentFlow(nn.Module):
+class LatentFlow(UNet):
     """Predicts the clean next latent, and how wrong it expects to be, from a noisy one and the context.
 
     At tau = 0 the noisy latent is pure noise and carries nothing; it is gated out (multiplied by tau), so the
     deterministic predictor of SEED phase 2 *is* this network at tau = 0, and one function evaluation needs no noise.
 
-    Source: flow matching (Lipman et al. 2023) with x-prediction; U-Net (Ronneberger et al. 2015); context noise with
+    Source: flow matching (Lipman et al. 2023) with x-prediction; context noise with
     its level as an input (GameNGen, Valevski et al. 2024); noise that conditions the whole picture (FGN, Alet et al. 2025).
     """
 
     def __init__(self, config: LatentFlowConfig) -> None:
-        super().__init__()
-        self.config = config
         c, k, e, widths = config.latent_channels, config.context, config.embedding, config.channels
+        super().__init__(c * (k + 1), c + 1 + config.gate, widths, config.blocks, e)
+        self.config = config
         self.action_embedding = nn.Embedding(NUM_ACTIONS + 1, e // 2)
         seen = (k + 2) * (e // 2) + c * config.global_noise
         self.condition = nn.Sequential(nn.Linear(seen, 2 * e), nn.SiLU(), nn.Linear(2 * e, e), nn.SiLU())
-        self.stem = nn.Conv2d(c * (k + 1), widths[0], 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        width = widths[0]
-        for level, (w, n) in enumerate(zip(widths, config.blocks, strict=True)):
-            blocks = nn.ModuleList()
-            for _ in range(n):
-                blocks.append(ResBlock(width, w, e))
-                width = w
-            self.down.append(blocks)
-            if level == len(widths) - 1:
-                break
-        for level in range(len(widths) - 2, -1, -1):
-            blocks = nn.ModuleList()
-            width = width + widths[level]
-            for _ in range(config.blocks[level]):
-                blocks.append(ResBlock(width, widths[level], e))
-                width = widths[level]
-            self.up.append(blocks)
-        self.out_norm = group_norm(width)
-        self.out = zero_init(nn.Conv2d(width, c + 1 + config.gate, 3, padding=1))
         if config.gate:
             nn.init.constant_(cast(Tensor, self.out.bias)[c + 1 :], 4.0)  # begins open
-        self.filters = DynamicFilters(c, width, config.filter_bank, config.filter_size) if config.filter_bank else None
+        self.filters = DynamicFilters(c, widths[0], config.filter_bank, config.filter_size) if config.filter_bank else None
 
     def forward(self, noisy: Tensor | None, tau: Tensor, context: Tensor, actions: Tensor,
                 context_noise: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -120,23 +99,9 @@ class LatentFlow(nn.Module):
         half = self.config.embedding // 2
         scalars = [sinusoidal(tau, half).to(last.dtype), sinusoidal(context_noise, half).to(last.dtype)]
         if self.config.global_noise:
-            scalars.append(4 * _alternating(gated))  # of unit variance half-way, where tau (1 - tau) is a quarter
+            scalars.append(4 * alternating(gated))  # of unit variance half-way, where tau (1 - tau) is a quarter
         cond = self.condition(torch.cat([self.action_embedding(actions).flatten(1), *scalars], 1))
-        x = self.stem(torch.cat([gated, context.reshape(b, k * c, h, w)], 1))
-        skips = []
-        for level, blocks in enumerate(cast(list[nn.ModuleList], self.down)):
-            if level:
-                x = F.avg_pool2d(x, 2)
-            for block in blocks:
-                x = block(x, cond)
-            skips.append(x)
-        skips.pop()
-        for blocks in cast(list[nn.ModuleList], self.up):
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-            x = torch.cat([x, skips.pop()], 1)
-            for block in blocks:
-                x = block(x, cond)
-        x = F.silu(self.out_norm(x))
+        x = self.features(torch.cat([gated, context.reshape(b, k * c, h, w)], 1), cond)
         out = self.out(x)
         change = out[:, :c]
         if self.filters is not None:
@@ -146,7 +111,7 @@ class LatentFlow(nn.Module):
         return last + change, out[:, c].float()
 
 
-def _alternating(x: Tensor) -> Tensor:
+def alternating(x: Tensor) -> Tensor:
     """Alternating sum of each channel of (B, C, H, W) -> (B, C), scaled so that white noise keeps its variance.
 
     Pictures, which change slowly from cell to cell, give little: it reads the noise and hardly what it was mixed with.
@@ -161,7 +126,7 @@ def draw_next(model: nn.Module, context: Tensor, actions: Tensor, noise: Tensor 
     """Draw the next latent, guided by the action if the sampler says so.
 
     Args:
-        model: a `LatentFlow`.
+        model: a `LatentFlow` or `TileFlow`.
         context: (B, K, C, H, W), the current latent last.
         actions: int64 (B, K), the one taken now last.
         noise: standard normal (B, C, H, W); may be None where `sampler.stochastic` is False.
@@ -172,15 +137,16 @@ def draw_next(model: nn.Module, context: Tensor, actions: Tensor, noise: Tensor 
     """
     zero = torch.zeros(len(context), device=context.device)
 
-    def network(x: Tensor | None, tau: float, given: Tensor) -> tuple[Tensor, Tensor]:
-        clean, log_error = model(x, zero + tau, context, given, zero)
+    def network(x: Tensor | None, tau: float, given: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        options = {} if beside is None else cast(UNet, model).beside(beside)
+        clean, log_error = model(x, zero + tau, context, given, zero, **options)
         return clean.float(), log_error
 
     def predict(x: Tensor | None, tau: float) -> tuple[Tensor, Tensor]:
         clean, log_error = network(x, tau, actions)
         if sampler.guidance_scale != 1:
-            unaware, _ = network(x, tau, torch.full_like(actions, NULL_ACTION))
-            clean = unaware + sampler.guidance_scale * (clean - unaware)
+            unaware, _ = network(x, tau, torch.full_like(actions, NULL_ACTION), clean)
+            clean = cast(UNet, model).guided(clean, unaware, sampler.guidance_scale)
         return clean, log_error
 
     return sample(predict, noise, sampler)

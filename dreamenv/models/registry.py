@@ -29,7 +29,9 @@ def model_types() -> list[str]:
     """Return the registered names."""
     import dreamenv.models.autoencoder
     import dreamenv.models.heads
-    import dreamenv.models.latent_flow  # noqa: F401 - importing registers
+    import dreamenv.models.latent_flow
+    import dreamenv.models.tile
+    import dreamenv.models.tile_flow  # noqa: F401 - importing registers
 
     return sorted(_MODELS)
 

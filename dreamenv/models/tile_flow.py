@@ -1,0 +1,147 @@
+"""Dynamics of latents on the grid of tiles: where the camera goes, then what changes in the tiles that it shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dreamenv.actions import NUM_ACTIONS
+from dreamenv.config import check
+from dreamenv.models.blocks import UNet, sinusoidal, zero_init
+from dreamenv.models.latent_flow import alternating
+from dreamenv.models.registry import register_model
+from dreamenv.models.tile import CAMERA, WINDOW, crossed, move_window, moves, phases, shown, waves, with_camera
+
+_CROP = slice(WINDOW // 2 - 3, WINDOW // 2 + 4)  # tiles around the player, who stays in the middle of the picture
+
+
+@dataclass(frozen=True)
+class TileFlowConfig:
+    """Shape of the dynamics on tiles."""
+
+    latent_channels: int = 28
+    """C of the latents, the camera's four included."""
+    context: int = 4
+    """K past latents the model sees, with the K - 1 actions between them and the current one."""
+    channels: tuple[int, ...] = (64, 96, 112)
+    """Width per resolution level; each level halves the grid."""
+    blocks: tuple[int, ...] = (1, 2, 1)
+    """Residual blocks per level, on the way down and (but for the last level) up."""
+    embedding: int = 128
+    """Width of the conditioning vector."""
+    motion: int = 160
+    """Width of the network that predicts the camera's move."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises `ConfigError`."""
+        check(CAMERA < self.latent_channels <= 256, f"latent_channels {self.latent_channels}: must be {CAMERA + 1}..256")
+        check(2 <= self.context <= 64, f"context {self.context}: must be 2..64")
+        check(1 <= len(self.channels) <= 5, f"channels {self.channels}: must have 1..5 levels")
+        check(len(self.blocks) == len(self.channels),
+              f"blocks {self.blocks}: must have one entry per level, {len(self.channels)}")
+        check(8 <= min(self.channels) and max(self.channels) <= 2048, f"channels {self.channels}: must be 8..2048 each")
+        check(1 <= min(self.blocks) and max(self.blocks) <= 64, f"blocks {self.blocks}: must be 1..64 each")
+        check(8 <= self.embedding <= 4096 and self.embedding % 4 == 0,
+              f"embedding {self.embedding}: must be a multiple of 4 in 8..4096")
+        check(8 <= self.motion <= 4096, f"motion {self.motion}: must be 8..4096")
+
+
+class CameraMotion(nn.Module):
+    """Predicts the camera's next move from the tiles around the player, the moves so far and the actions."""
+
+    def __init__(self, codes: int, context: int, width: int) -> None:
+        super().__init__()
+        self.look = nn.Sequential(nn.Conv2d(3 * codes, 48, 3), nn.SiLU(), nn.Conv2d(48, 48, 3), nn.SiLU(), nn.Flatten())
+        seen = 48 * 9 + context * (NUM_ACTIONS + 1) + 2 * (context - 1) + 6
+        self.answer = nn.Sequential(nn.Linear(seen, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+                                    zero_init(nn.Linear(width, 2)))  # fmt: skip
+
+    def forward(self, recent: Tensor, phase: Tensor, before: Tensor, actions: Tensor) -> Tensor:
+        """Predict the next move (B, 2).
+
+        Args:
+            recent: codes of the last three pictures in one window, (B, 3 c, H, W).
+            phase: the last one's phase, (B, 2).
+            before: the moves between the pictures, (B, K - 1, 2).
+            actions: int64 (B, K).
+        """
+        angle = 2 * torch.pi * phase
+        facts = [F.one_hot(actions, NUM_ACTIONS + 1).flatten(1).float(), before.flatten(1), phase, angle.cos(), angle.sin()]
+        answer = self.answer(torch.cat([self.look(recent[:, :, _CROP, _CROP]), *facts], 1))
+        return before[:, -1] + answer.float()
+
+
+@register_model("tile_flow", TileFlowConfig)
+class TileFlow(UNet):
+    """Like `LatentFlow`, for latents on the grid of tiles (`dreamenv.models.tile`).
+
+    First the camera's next move is predicted. Then every past latent is seen from the window it leads to, where what stands
+    still keeps its place and its code, and the U-Net says how far each tile changes from the latest code known of it.
+    """
+
+    def __init__(self, config: TileFlowConfig) -> None:
+        c, k, e = config.latent_channels - CAMERA, config.context, config.embedding
+        super().__init__((k + 2) * c + k + 9, 2 * c + 1, config.channels, config.blocks, e)
+        self.config = config
+        self.action_embedding = nn.Embedding(NUM_ACTIONS + 1, e // 2)
+        seen = (k + 2) * (e // 2) + c + 2 * k
+        self.condition = nn.Sequential(nn.Linear(seen, 2 * e), nn.SiLU(), nn.Linear(2 * e, e), nn.SiLU())
+        self.motion = CameraMotion(c, k, config.motion)
+
+    def beside(self, clean: Tensor) -> dict[str, Tensor]:
+        """The move of `clean`, so that another prediction is of the same window."""
+        return {"move": moves(clean)}
+
+    def guided(self, clean: Tensor, unaware: Tensor, scale: float) -> Tensor:
+        """As for any flow, but the camera goes where `clean` says, for both are of that window."""
+        codes = super().guided(clean, unaware, scale)[:, :-CAMERA]
+        return torch.cat([codes, clean[:, -CAMERA:]], 1)
+
+    def forward(self, noisy: Tensor | None, tau: Tensor, context: Tensor, actions: Tensor, context_noise: Tensor,
+                move: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Predict the next latent.
+
+        Args:
+            noisy: (B, C, H, W), the point at `tau` on the path from noise to the next latent, its camera ignored; None means
+                tau = 0.
+            tau: (B,) in [0, 1).
+            context: (B, K, C, H, W), past latents, the current one last.
+            actions: int64 (B, K), the K - 1 actions between them and the one taken now; `NULL_ACTION` is unknown.
+            context_noise: (B,) standard deviation of the noise in the context's codes.
+            move: (B, 2), the camera's move, if it is known: the codes are then those of the window it leads to. The camera's
+                channels always hold the model's own prediction, so the phase may lie outside of [0, 1) then.
+
+        Returns:
+            The clean latent (B, C, H, W), and the log of its expected squared error per tile (B, H, W).
+        """
+        b, k, c = context.shape[0], context.shape[1], context.shape[2] - CAMERA
+        phase, before = phases(context), moves(context)[:, 1:]
+        steps = crossed(phase[:, :-1], before, phase[:, 1:])  # of the window, from each picture to the next
+        behind = torch.cat([steps.flip(1).cumsum(1).flip(1), torch.zeros_like(steps[:, :1])], 1)
+        seen = torch.cat([context[:, :, :c].float(), shown(phase.flatten(0, 1)).unflatten(0, (b, k))], 2)
+        recent = move_window(seen[:, -3:].flatten(0, 1), behind[:, -3:].flatten(0, 1)).unflatten(0, (b, -1))[:, :, :c]
+        if k == 2:
+            recent = torch.cat([recent[:, :1], recent], 1)
+        predicted = self.motion(recent.flatten(1, 2), phase[:, -1], before, actions)
+        taken = predicted if move is None else move
+        at = phase[:, -1] + taken
+        window = (at + 1e-6).floor().detach()  # a phase of 0 may come out a hair below it
+        arrived = (at - window).clamp_min(0)
+        view = shown(arrived)
+        seen = move_window(seen.flatten(0, 1), (behind + window[:, None]).flatten(0, 1)).unflatten(0, (b, k))
+        codes, share = seen[:, :, :c], seen[:, :, c]
+        latest = share + 0.01 * torch.arange(k, device=share.device)[:, None, None]  # the later of two that show as much
+        best = latest.argmax(1)[:, None, None].expand(-1, 1, c, -1, -1)
+        base = codes.gather(1, best)[:, 0]
+        half = self.config.embedding // 2
+        gated = torch.zeros_like(base) if noisy is None else noisy[:, :c].float() * tau[:, None, None, None]
+        scalars = [sinusoidal(tau, half), sinusoidal(context_noise, half), 4 * alternating(gated), before.flatten(1), taken]
+        cond = self.condition(torch.cat([self.action_embedding(actions).flatten(1), *scalars], 1))
+        maps = torch.cat([gated, base, codes.flatten(1, 2), share, view, waves(arrived)], 1)
+        out = self.out(self.features(maps.contiguous(memory_format=torch.channels_last), cond)).float()
+        change = out[:, :c] * (out[:, c : 2 * c] + 1).sigmoid()
+        clean = (base + change) * (view > 0)
+        return with_camera(clean, phase[:, -1] + predicted - window, predicted), out[:, 2 * c]

@@ -1,0 +1,324 @@
+"""Latents on the grid of tiles: against the game's own camera, a made-up level whose codes are known, and as far as a dream."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dreamenv.bundle import GameFacts, Limits, Starts, load_bundle, save_bundle
+from dreamenv.data import Dataset
+from dreamenv.data.writer import DatasetWriter
+from dreamenv.errors import BundleError, ConfigError, DatasetError
+from dreamenv.flow import SamplerConfig
+from dreamenv.models.autoencoder import Autoencoder, AutoencoderConfig
+from dreamenv.models.heads import OutcomeHead
+from dreamenv.models.io import load_model
+from dreamenv.models.latent_flow import draw_next
+from dreamenv.models.tile import (
+    SCALE,
+    VIEW,
+    WINDOW,
+    TileAutoencoder,
+    TileAutoencoderConfig,
+    crossed,
+    move_window,
+    moves,
+    phase_of,
+    phases,
+    shown,
+    with_camera,
+)
+from dreamenv.models.tile_flow import TileFlow, TileFlowConfig
+from dreamenv.world_model import WorldModel
+from envs.collect import CollectConfig, collect
+from envs.procgen import RealProcgenVectorEnv
+from trainers.latents import LatentDataset, encode_dataset
+from trainers.train import train
+
+AUTOENCODER = {"type": "tile_autoencoder", "codes": 6, "width": 16, "blocks": 1, "orders": 5}
+FLOW = {"type": "tile_flow", "latent_channels": 10, "channels": [16, 32], "blocks": [1, 1], "embedding": 32, "motion": 16}
+
+
+def seen_from(level: Tensor, pose: Tensor) -> Tensor:
+    """The latents (B, c + 4, H, W) of a made-up level (c, Y, X) for cameras at `pose` (B, 2), without moves."""
+    begin = pose.floor().long() - 1
+    codes = torch.stack([level[:, y : y + WINDOW, x : x + WINDOW] for x, y in begin])
+    phase = phase_of(pose)
+    return with_camera(codes * (shown(phase) > 0), phase, torch.zeros_like(phase))
+
+
+def walk(level: Tensor, start: Tensor, steps: Tensor) -> Tensor:
+    """Latents (B, T, C, H, W), moves included, of cameras that start at (B, 2) and make `steps` (B, T - 1, 2)."""
+    poses = torch.cat([start[:, None], start[:, None] + steps.cumsum(1)], 1)
+    latents = torch.stack([seen_from(level, pose) for pose in poses.unbind(1)], 1)
+    latents[:, 1:, -2:] = steps[..., None, None]
+    return latents
+
+
+@pytest.fixture(scope="module")
+def level() -> Tensor:
+    return torch.randn(6, 60, 60, generator=torch.Generator().manual_seed(0))
+
+
+def test_camera_tells_how_the_picture_moved() -> None:
+    envs = RealProcgenVectorEnv(8, start_level=0, num_levels=100)
+    rng = np.random.default_rng(0)
+    frames, _ = envs.reset(seed=1)
+    camera, held = envs.camera(), rng.integers(15, size=8)
+    followed, stayed, mirrored = [], [], []
+    for t in range(60):
+        held = np.where(rng.random(8) < 0.2, rng.choice([5, 7, 8], 8), held)
+        following, _, terminated, truncated, _ = envs.step(held)
+        now = envs.camera()
+        for i in np.flatnonzero(~(terminated | truncated)):
+            dx, dy = np.round((now[i] - camera[i]) * SCALE).astype(int)
+            if abs(dx) + abs(dy) >= 2 and max(abs(dx), abs(dy)) < 20 and t > 3:
+                inner = following[i, 20:44, 20:44].astype(float)
+                followed.append(np.abs(inner - frames[i, 20 + dy : 44 + dy, 20 + dx : 44 + dx]).mean())
+                stayed.append(np.abs(inner - frames[i, 20:44, 20:44]).mean())
+                mirrored.append(np.abs(inner - frames[i, 20 - dy : 44 - dy, 20 - dx : 44 - dx]).mean())
+        frames, camera = following, now
+    assert len(followed) > 50 and np.mean(followed) < 0.8 * np.mean(stayed)
+    assert np.mean(followed) < 0.6 * np.mean(mirrored)
+    envs.close()
+    other = RealProcgenVectorEnv(1, "maze", num_levels=10)
+    other.reset(seed=0)
+    assert np.isnan(other.camera()).all() and other.camera().shape == (1, 2)
+    other.close()
+
+
+def test_a_picture_shows_thirteen_tiles_each_way_at_any_phase() -> None:
+    share = shown(torch.rand(50, 2))
+    assert torch.allclose(share.sum((1, 2, 3)), torch.full((50,), float(VIEW**2)), atol=1e-3)
+    assert shown(torch.zeros(1, 2))[0, 0, 1:14, 1:14].min() == 1
+
+
+def test_a_window_that_moves_keeps_what_it_knew() -> None:
+    values = torch.randn(4, 3, WINDOW, WINDOW)
+    by = torch.tensor([[0, 0], [2, -1], [-3, 4], [20, 0]])
+    moved = move_window(values, by)
+    assert torch.equal(moved[0], values[0])
+    assert torch.equal(moved[1, :, 1:, :-2], values[1, :, :-1, 2:])
+    assert not moved[1, :, 0].any() and not moved[1, :, :, -2:].any()
+    assert torch.equal(moved[2, :, :-4, 3:], values[2, :, 4:, :-3])
+    assert not moved[3].any()
+
+
+def test_phases_stay_below_one_in_half_precision() -> None:
+    assert (phase_of(torch.tensor([0.99999, 3.9999, -1e-6])).half() < 1).all()
+    assert torch.equal(phase_of(torch.tensor([2.25, -0.25])), torch.tensor([0.25, 0.75]))
+
+
+def test_tracking_finds_the_moves_of_a_level_in_which_things_move(level: Tensor) -> None:
+    generator = torch.Generator().manual_seed(1)
+    steps = (torch.rand(32, 3, 2, generator=generator) - 0.5) * torch.tensor([1.0, 3.0])
+    latents = walk(level, torch.rand(32, 2, generator=generator) * 3 + 20, steps)
+    given = latents.clone()
+    given[:, :, -2:] = 0.7  # must not be believed
+    given[:, :, :6] += 0.1 * torch.randn(given[:, :, :6].shape, generator=generator)
+    given[:, 1:, :6, 6:10, 6:10] += 3 * torch.randn(32, 3, 6, 4, 4, generator=generator)  # a crowd in the middle
+    autoencoder = TileAutoencoder(TileAutoencoderConfig(codes=6, width=16, blocks=1))
+    tracked = autoencoder.track(given)
+    assert torch.allclose(moves(tracked)[:, 1:], steps, atol=2e-3)
+    assert not moves(tracked)[:, 0].any() and torch.equal(tracked[:, :, :-2], given[:, :, :-2])
+
+
+def untrained_flow() -> TileFlow:
+    torch.manual_seed(0)
+    return TileFlow(TileFlowConfig(latent_channels=10, channels=(16, 32), blocks=(1, 1), embedding=32, motion=16)).eval()
+
+
+def test_what_stands_still_is_copied_exactly_from_any_picture_of_the_context(level: Tensor) -> None:
+    generator = torch.Generator().manual_seed(2)
+    steps = (torch.rand(16, 4, 2, generator=generator) - 0.5) * 3
+    steps[:8, 2], steps[:8, 3] = steps[:8, 2].abs(), -steps[:8, 2].abs()  # there and back
+    latents = walk(level, torch.rand(16, 2, generator=generator) * 3 + 20, steps)
+    model, zero = untrained_flow(), torch.zeros(16)
+    before, after = phases(latents[:, 3]), phases(latents[:, 4])
+    move = after - before + crossed(before, steps[:, 3], after)
+    clean, _ = model(None, zero, latents[:, :4], torch.zeros(16, 4, dtype=torch.int64), zero, move=move)
+    target, window = latents[:, 4], (before + move + 1e-6).floor()
+    known = move_window(shown(phases(latents[:, 3])), window) > 0.99
+    seen = known.expand(-1, 6, -1, -1) & (shown(after) > 0)
+    assert seen.float().mean() > 0.4 and torch.equal(clean[:, :6][seen], target[:, :6][seen])
+    back = (shown(after) > 0)[:8].expand(-1, 6, -1, -1)  # where the camera was a step before, all is known
+    earlier = shown(phases(latents[:8, 2])) > 0.99
+    two = window[:8] + crossed(phases(latents[:8, 2]), steps[:8, 2], before[:8])
+    again = back & (move_window(earlier.float(), two) > 0.99)
+    assert torch.equal(clean[:8, :6][again], target[:8, :6][again])
+    assert not clean[:, :6][(shown(after) == 0).expand(-1, 6, -1, -1)].any()
+
+
+def test_the_camera_goes_where_it_was_going_before_anything_is_learnt(level: Tensor) -> None:
+    steps = torch.full((4, 3, 2), 0.3) * torch.tensor([1.0, -0.5])
+    latents = walk(level, torch.full((4, 2), 20.25), steps)
+    zero = torch.zeros(4)
+    clean, _ = untrained_flow()(None, zero, latents, torch.zeros(4, 4, dtype=torch.int64), zero)
+    assert torch.allclose(moves(clean), steps[:, -1])
+    expected = phase_of(torch.full((4, 2), 20.25) + steps.sum(1) + steps[:, -1])
+    assert torch.allclose(phases(clean), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", [
+    SamplerConfig(guidance_scale=3.0), SamplerConfig(nfe=3, solver="heun", guidance_scale=2.0),
+])  # fmt: skip
+def test_guidance_and_samplers_keep_one_window(level: Tensor, sampler: SamplerConfig) -> None:
+    latents = walk(level, torch.full((2, 2), 20.9), torch.full((2, 3, 2), 0.3))
+    model = untrained_flow()
+    for parameter in model.motion.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # another action, another move
+    actions = torch.zeros(2, 4, dtype=torch.int64)
+    noise = torch.randn(2, 10, WINDOW, WINDOW, generator=torch.Generator().manual_seed(0))
+    guided, _ = draw_next(model, latents, actions, noise, sampler)
+    plain, _ = draw_next(model, latents, actions, noise, replace(sampler, guidance_scale=1.0))
+    assert torch.allclose(guided, plain, atol=1e-5)  # an untrained U-Net changes nothing: there is nothing to extrapolate
+
+
+def test_decoding_depends_on_the_phase_and_pooling_inverts_it() -> None:
+    torch.manual_seed(0)
+    autoencoder = TileAutoencoder(TileAutoencoderConfig(codes=6, width=16, blocks=1))
+    phase = torch.tensor([[0.0, 0.0], [0.5, 0.25]])
+    latents = with_camera(torch.randn(1, 6, WINDOW, WINDOW).expand(2, -1, -1, -1), phase, torch.zeros(2, 2))
+    images = autoencoder.decode(latents)
+    assert images.shape == (2, 3, 64, 64) and not torch.allclose(images[0], images[1], atol=1e-2)
+    tiles = torch.randn(2, 1, WINDOW, WINDOW)
+    pooled = autoencoder.pool(autoencoder.spread_out(tiles, phase), latents)
+    inside = shown(phase)[:, 0] > 0.5
+    assert torch.allclose(pooled[inside], tiles[:, 0][inside], atol=1e-5) and not pooled[shown(phase)[:, 0] == 0].any()
+
+
+@pytest.mark.parametrize(("config", "values", "message"), [
+    (TileAutoencoderConfig, {"codes": 0}, "codes 0"),
+    (TileAutoencoderConfig, {"orders": 99}, "orders 99"),
+    (TileFlowConfig, {"latent_channels": 4}, "latent_channels 4"),
+    (TileFlowConfig, {"context": 1}, "context 1"),
+    (TileFlowConfig, {"motion": 2}, "motion 2"),
+])  # fmt: skip
+def test_bad_shapes_are_refused(config: Any, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(**values)
+
+
+def loop(steps: int, batch: int) -> dict[str, Any]:
+    return {"steps": steps, "batch_size": batch, "lr": 2e-3, "precision": "fp32", "device": "cpu", "log_every": 10, "ema": 0.9}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dataset, a tile autoencoder, its latents, dynamics and a head, each trained for a few steps."""
+    out = tmp_path_factory.mktemp("tile")
+    data = str(out / "data")
+    collect(CollectConfig(steps=4096, out=data, num_envs=16, num_levels=40, policy="biased"), progress=False)
+    task = {"data": data, "val_ratio": 0.2}
+    train({"model": AUTOENCODER, "task": task, "loop": loop(120, 16)}, out / "ae")
+    encode_dataset(Path(data), out / "ae" / "model", out / "latents", "cpu")
+    task = {"latents": str(out / "latents"), "val_ratio": 0.2}
+    train({"model": FLOW, "task": task | {"unroll": 2, "flow": 0.5}, "loop": loop(60, 16)}, out / "flow")
+    head = {"type": "outcome_head", "latent_channels": 10, "width": 16}
+    dreaming = {"dynamics": str(out / "flow" / "model"), "dreams": 16, "drift": 4}
+    train({"model": head, "task": task | dreaming, "loop": loop(10, 16)}, out / "head")
+    return out
+
+
+def test_training_reads_phases_and_draws_pictures(trained: Path) -> None:
+    data = LatentDataset(trained / "latents", 0.2)
+    autoencoder = cast(TileAutoencoder, data.autoencoder)
+    rng = np.random.default_rng(0)
+    chosen = np.flatnonzero(data.validation)[rng.choice(int(data.validation.sum()), 64, replace=False)]
+    frames = torch.from_numpy(data.frames(chosen))
+    images = frames.movedim(-1, 1).float() / 255
+    with torch.no_grad():
+        error = (autoencoder.decode(torch.from_numpy(data.latents[chosen]).float()) - images).square().mean()
+        flat = (images.mean((0, 2, 3), keepdim=True) - images).square().mean()
+    assert error < 0.4 * flat
+    camera = torch.from_numpy(np.concatenate([s.camera for s in data.dataset.shards])[chosen])
+    off = (autoencoder.read_phase(images) - phase_of(camera) + 0.5) % 1 - 0.5
+    assert off.abs().median() < 0.15  # by chance 0.25
+    assert torch.allclose(phases(torch.from_numpy(data.latents[chosen])), phase_of(camera), atol=1e-3)
+
+
+def test_latents_hold_the_moves_and_padding_stands_still(trained: Path) -> None:
+    data = LatentDataset(trained / "latents", 0.2)
+    camera = np.concatenate([s.camera for s in data.dataset.shards])
+    now = np.flatnonzero(~data.first)[:200]
+    found = moves(data.gather(now[:, None]))[:, 0].numpy()
+    np.testing.assert_allclose(found, camera[now] - camera[now - 1], atol=1e-3)
+    moving = now[np.abs(camera[now] - camera[now - 1]).max(1) > 0.1][:3]
+    repeated = data.gather(np.repeat(moving[:, None], 3, 1))
+    assert moves(repeated)[:, 0].abs().max() > 0.09 and not moves(repeated)[:, 1:].any()
+
+
+def test_dynamics_follow_the_camera(trained: Path) -> None:
+    rows = (trained / "flow" / "metrics.csv").read_text().splitlines()
+    values: dict[str, list[float]] = {}
+    for row in rows[1:]:
+        _, name, value = row.split(",")
+        values.setdefault(name, []).append(float(value))
+    data = LatentDataset(trained / "latents", 0.2)
+    resting = moves(torch.from_numpy(data.latents[data.validation])).norm(dim=1).mean()
+    assert values["val_camera_1"][-1] < 0.7 * resting and values["val_camera_1"][-1] < values["val_camera_10"][-1]
+    assert 0 < values["error_2"][-1] < 0.8 * values["error_2"][0]
+
+
+def test_energy_score_and_outcomes_train_on_tiles_too(trained: Path, tmp_path: Path) -> None:
+    task = {"latents": str(trained / "latents"), "val_ratio": 0.2, "unroll": 2, "energy": 0.4,
+            "head": str(trained / "head" / "model"), "outcome": 0.01}  # fmt: skip
+    figures = train({"model": FLOW, "task": task, "loop": loop(2, 6)}, tmp_path / "settled")
+    assert np.isfinite(list(figures.values())).all() and "sampled_psnr_10" in figures
+
+
+def make_tile_bundle(trained: Path, folder: Path) -> Path:
+    networks = [load_model(trained / name / "model")[0] for name in ("ae", "flow", "head")]
+    model = WorldModel(cast(TileAutoencoder, networks[0]), cast(TileFlow, networks[1]), cast(OutcomeHead, networks[2]))
+    shard = Dataset(trained / "data").shards[0]
+    starts = Starts(np.array(shard.frames[:10]).reshape(5, 2, 64, 64, 3), np.array(shard.actions[:10:2])[:, None],
+                    np.arange(5, dtype=np.int32))  # fmt: skip
+    return save_bundle(folder, model, GameFacts("coinrun", "easy", 100, ("x",) * 15), Limits(50.0, 20.0), starts, {})
+
+
+def test_a_bundle_of_tiles_dreams_and_repeats_itself(trained: Path, tmp_path: Path) -> None:
+    bundle = make_tile_bundle(trained, tmp_path / "bundle")
+    runs = []
+    for nfe in (1, 2):
+        for _ in range(2):
+            envs = gym.make_vec("DreamProcgen-v0", num_envs=3, bundle=str(bundle), sampler={"nfe": nfe})
+            frames, _ = envs.reset(seed=3)
+            for action in (7, 7, 8, 5):
+                frames, *_ = envs.step(np.full(3, action))
+            envs.close()
+            runs.append(frames)
+    assert runs[0].shape == (3, 64, 64, 3) and np.array_equal(runs[0], runs[1]) and np.array_equal(runs[2], runs[3])
+
+
+def test_tile_and_other_networks_do_not_mix(trained: Path, tmp_path: Path) -> None:
+    bundle = make_tile_bundle(trained, tmp_path / "bundle")
+    model = load_bundle(bundle, "cpu").world_model
+    other = Autoencoder(AutoencoderConfig(latent_channels=10, width=16, blocks=1))
+    other.init_pca(torch.rand(16, 3, 64, 64))
+    mixed = WorldModel(other, model.dynamics, model.head)
+    starts = Starts(np.zeros((1, 1, 64, 64, 3), np.uint8), np.zeros((1, 0), np.uint8), np.zeros(1, np.int32))
+    with pytest.raises(BundleError, match="disagree"):
+        load_bundle(save_bundle(tmp_path / "mixed", mixed, GameFacts("coinrun", "easy", 100, ("x",) * 15), Limits(50.0, 20.0),
+                                starts, {}), "cpu")  # fmt: skip
+    wrong = {"model": {"type": "latent_flow", "latent_channels": 10, "channels": [16], "blocks": [1]},
+             "task": {"latents": str(trained / "latents"), "val_ratio": 0.2}, "loop": loop(1, 2)}  # fmt: skip
+    with pytest.raises(ConfigError, match="tile_flow goes with"):
+        train(wrong, tmp_path / "wrong")
+
+
+def test_data_without_a_camera_is_refused(trained: Path, tmp_path: Path) -> None:
+    shard = Dataset(trained / "data").shards[0]
+    columns = {name: np.array(getattr(shard, name)) for name in shard.__dataclass_fields__ if name != "name"}
+    columns["camera"] = np.full_like(columns["camera"], np.nan)
+    facts = Dataset(trained / "data").facts | {"num_shards": 1}
+    writer = DatasetWriter(tmp_path / "blind", facts)
+    writer.commit(writer.write_shard(0, columns))
+    with pytest.raises(DatasetError, match="without a camera position"):
+        encode_dataset(tmp_path / "blind", trained / "ae" / "model", tmp_path / "latents", "cpu")
