@@ -8,6 +8,7 @@ import io
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import gymnasium as gym
@@ -134,7 +135,8 @@ class RealProcgenVectorEnv(VectorEnv):
             "distribution_mode": distribution_mode,
         }  # fmt: skip
         self._envs = make_procgen(num=num_envs, rand_seed=0, num_threads=num_threads, **self._options)
-        self._buffer = self._envs._ffi.new(f"char[{_STATE_BYTES}]")
+        self._buffers = [self._envs._ffi.new(f"char[{_STATE_BYTES}]") for _ in range(2)]
+        self._readers: ThreadPoolExecutor | None = None
         self._helper: Any = None  # a lone instance for forced resets
         self._large: Any = None  # a lone instance that draws 512 px
         self._steps = np.zeros(num_envs, np.int64)
@@ -228,10 +230,16 @@ class RealProcgenVectorEnv(VectorEnv):
         if self.game.name != "coinrun":
             return np.full((self.num_envs, 2), np.nan, np.float32)
         out = np.empty((self.num_envs, 2), np.float32)
-        for i in range(self.num_envs):
-            length = self._envs.call_c_func("get_state", i, self._buffer, _STATE_BYTES)
-            unit, view, x, y = np.frombuffer(self._envs._ffi.buffer(self._buffer, length), "<f4", 4, length - _DRAWING)
-            out[i] = x / unit, -view - y / unit
+
+        def read(k: int) -> None:
+            for i in range(k, self.num_envs, len(self._buffers)):
+                state = self._saved(i, self._buffers[k])
+                unit, view, x, y = np.frombuffer(state, "<f4", 4, len(state) - _DRAWING)
+                out[i] = x / unit, -view - y / unit
+
+        if self._readers is None:
+            self._readers = ThreadPoolExecutor(len(self._buffers))  # saving does not hold Python's lock
+        list(self._readers.map(read, range(len(self._buffers))))
         return out
 
     def snapshot(self) -> bytes:
@@ -283,6 +291,8 @@ class RealProcgenVectorEnv(VectorEnv):
         for env in (self._envs, self._helper, self._large):
             if env is not None:
                 env.close()
+        if self._readers is not None:
+            self._readers.shutdown()
 
     def _check_level(self, options: dict[str, Any]) -> np.ndarray | None:
         level, n = options.get("level"), self.num_envs
@@ -305,8 +315,11 @@ class RealProcgenVectorEnv(VectorEnv):
         return np.array([x["level_seed"] for x in self._envs.get_info()], np.int64)
 
     def _get(self, i: int) -> bytes:
-        length = self._envs.call_c_func("get_state", int(i), self._buffer, _STATE_BYTES)
-        return bytes(self._envs._ffi.buffer(self._buffer, length))
+        return bytes(self._saved(i, self._buffers[0]))
+
+    def _saved(self, i: int, buffer: Any) -> Any:
+        length = self._envs.call_c_func("get_state", int(i), buffer, _STATE_BYTES)
+        return self._envs._ffi.buffer(buffer, length)
 
     def _set(self, i: int, state: bytes) -> None:
         self._envs.call_c_func("set_state", int(i), state, len(state))

@@ -79,6 +79,9 @@ class DynamicsTaskConfig:
     """Share of samples, where there is a head, that lead to a rare outcome or to within four steps of one."""
     camera: float = 1.0
     """Weight of the error of the camera's predicted move, in tiles; only `tile_flow` predicts one."""
+    camera_only: bool = False
+    """Train only the camera's motion, over `unroll` steps that each begin where the one before arrived; the rest stays so.
+    Errors of a move add up twice, in the speed and in the place, and single steps from true moves do not show that."""
     drop_actions: float = 0.05
     """Share of samples whose actions are hidden, for guidance."""
     pad: float = 0.1
@@ -103,6 +106,7 @@ class DynamicsTaskConfig:
         check(0 <= self.context_noise <= 2, f"context_noise {self.context_noise}: must be in 0..2")
         check(self.importance >= 0, f"importance {self.importance}: must be >= 0")
         check(self.camera >= 0, f"camera {self.camera}: must be >= 0")
+        check(isinstance(self.camera_only, bool), f"camera_only {self.camera_only!r}: must be true or false")
         check(self.outcome >= 0, f"outcome {self.outcome}: must be >= 0")
         check(not self.outcome or bool(self.head), f"outcome {self.outcome}: needs a head, trained on the same latents")
         for name in ("events", "drop_actions", "pad"):
@@ -217,6 +221,8 @@ class DynamicsTask:
     def loss(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator,
              progress: float) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """The terms of the dreams that go on from means and, with an energy score, of those that go on from draws."""
+        if self.config.camera_only:
+            return self._follow(model, batch, generator)
         if not self.config.energy:
             return self._from_means(model, batch, generator, progress)
         size = len(batch["actions"])
@@ -225,6 +231,25 @@ class DynamicsTask:
         total, metrics = self._from_means(model, {name: value[:n] for name, value in batch.items()}, generator, progress)
         score, others = self._from_draws(model, {name: value[n:] for name, value in batch.items()}, generator)
         return total + score, metrics | others
+
+    def _follow(self, model: nn.Module, batch: dict[str, Tensor],
+                generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """How far from its true path the camera gets on its own moves, seeing what really surrounds it."""
+        check(isinstance(model, TileFlow), "camera_only: is for one process that trains a tile_flow")
+        latents, k = batch["latents"].float(), self.context
+        noised, _ = self._noised(latents, generator)
+        before, away = moves(latents[:, :k])[:, 1:], torch.zeros_like(moves(latents[:, 0]))
+        total, metrics = torch.zeros((), device=latents.device), {}
+        for u in range(self.config.unroll):
+            now = noised[:, u : u + k]
+            move = cast(TileFlow, model).next_move(now, batch["actions"][:, u : u + k], phases(now)[:, -1] + away, before)
+            away = away + move - self._known_move(latents, u)["move"]
+            before = torch.cat([before[:, 1:], move[:, None]], 1)
+            off = F.smooth_l1_loss(away, torch.zeros_like(away), beta=0.02, reduction="none").sum(1)
+            total = total + self.config.camera * (off * batch["live"][:, u]).mean() / self.config.unroll
+            if u in (0, 4, self.config.unroll - 1):
+                metrics[f"away_{u + 1}"] = away.detach().norm(dim=1).mean()
+        return total, metrics
 
     def _from_draws(self, model: nn.Module, batch: dict[str, Tensor],
                     generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
@@ -347,7 +372,7 @@ class DynamicsTask:
             target = latents[:, k + u]
             known_move = self._known_move(latents, u)
             clean, log_error = model(None, zero, rolled, actions[:, u : u + k], sigma, **known_move)
-            if known_move:
+            if known_move and config.camera:
                 off = F.smooth_l1_loss(moves(clean), known_move["move"], beta=0.02, reduction="none").sum(1)
                 total = total + config.camera * (off * batch["live"][:, u]).mean() / config.unroll
                 metrics[f"camera_{u + 1}"] = off.detach().mean()

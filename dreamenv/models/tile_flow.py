@@ -70,8 +70,15 @@ class CameraMotion(nn.Module):
         """
         angle = 2 * torch.pi * phase
         facts = [F.one_hot(actions, NUM_ACTIONS + 1).flatten(1).float(), before.flatten(1), phase, angle.cos(), angle.sin()]
-        answer = self.answer(torch.cat([self.look(recent[:, :, _CROP, _CROP]), *facts], 1))
-        return before[:, -1] + answer.float()
+        with torch.autocast(recent.device.type, enabled=False):  # what is lost here adds up twice, in speed and in place
+            return before[:, -1] + self.answer(torch.cat([self.look(recent[:, :, _CROP, _CROP]), *facts], 1))
+
+
+def _behind(context: Tensor) -> Tensor:
+    """How many tiles the last window of a context (B, K, C, H, W) is ahead of each, (B, K, 2)."""
+    phase = phases(context)
+    steps = crossed(phase[:, :-1], moves(context)[:, 1:], phase[:, 1:])
+    return torch.cat([steps.flip(1).cumsum(1).flip(1), torch.zeros_like(steps[:, :1])], 1)
 
 
 @register_model("tile_flow", TileFlowConfig)
@@ -100,6 +107,20 @@ class TileFlow(UNet):
         codes = super().guided(clean, unaware, scale)[:, :-CAMERA]
         return torch.cat([codes, clean[:, -CAMERA:]], 1)
 
+    def next_move(self, context: Tensor, actions: Tensor, phase: Tensor, before: Tensor) -> Tensor:
+        """Predict the camera's next move (B, 2).
+
+        Args:
+            context: (B, K, C, H, W), past latents.
+            actions: int64 (B, K).
+            phase: (B, 2), the current phase; what the context says of it only serves to lay its windows over one another.
+            before: (B, K - 1, 2), the moves between the pictures, likewise.
+        """
+        c = context.shape[2] - CAMERA
+        last = [max(context.shape[1] - 3 + i, 0) for i in range(3)]
+        recent = move_window(context[:, last, :c].flatten(0, 1), _behind(context)[:, last].flatten(0, 1))
+        return self.motion(recent.unflatten(0, (-1, 3)).flatten(1, 2), phase, before, actions)
+
     def forward(self, noisy: Tensor | None, tau: Tensor, context: Tensor, actions: Tensor, context_noise: Tensor,
                 move: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Predict the next latent.
@@ -119,13 +140,9 @@ class TileFlow(UNet):
         """
         b, k, c = context.shape[0], context.shape[1], context.shape[2] - CAMERA
         phase, before = phases(context), moves(context)[:, 1:]
-        steps = crossed(phase[:, :-1], before, phase[:, 1:])  # of the window, from each picture to the next
-        behind = torch.cat([steps.flip(1).cumsum(1).flip(1), torch.zeros_like(steps[:, :1])], 1)
+        behind = _behind(context)
         seen = torch.cat([context[:, :, :c].float(), shown(phase.flatten(0, 1)).unflatten(0, (b, k))], 2)
-        recent = move_window(seen[:, -3:].flatten(0, 1), behind[:, -3:].flatten(0, 1)).unflatten(0, (b, -1))[:, :, :c]
-        if k == 2:
-            recent = torch.cat([recent[:, :1], recent], 1)
-        predicted = self.motion(recent.flatten(1, 2), phase[:, -1], before, actions)
+        predicted = self.next_move(context, actions, phase[:, -1], before)
         taken = predicted if move is None else move
         at = phase[:, -1] + taken
         window = (at + 1e-6).floor().detach()  # a phase of 0 may come out a hair below it
