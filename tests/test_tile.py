@@ -40,6 +40,7 @@ from dreamenv.world_model import WorldModel
 from envs.collect import CollectConfig, collect
 from envs.procgen import RealProcgenVectorEnv
 from trainers.latents import LatentDataset, encode_dataset
+from trainers.pipeline import PipelineConfig, run_pipeline
 from trainers.train import train
 
 AUTOENCODER = {"type": "tile_autoencoder", "codes": 6, "width": 16, "blocks": 1, "orders": 5}
@@ -267,6 +268,20 @@ def test_dynamics_follow_the_camera(trained: Path) -> None:
     assert 0 < values["error_2"][-1] < 0.8 * values["error_2"][0]
 
 
+def test_following_the_camera_trains_its_motion_alone(trained: Path, tmp_path: Path) -> None:
+    task = {"latents": str(trained / "latents"), "val_ratio": 0.2, "unroll": 5, "camera_only": True, "drop_actions": 0.0,
+            "init_from": str(trained / "flow" / "model")}  # fmt: skip
+    train({"model": FLOW, "task": task, "loop": loop(80, 32)}, tmp_path / "camera")
+    before, after = (load_model(folder / "model")[0].state_dict() for folder in (trained / "flow", tmp_path / "camera"))
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"motion"}
+    off = []
+    for folder in (trained / "flow", tmp_path / "camera"):
+        rows = [row.split(",") for row in (folder / "metrics.csv").read_text().splitlines()]
+        off.append(next(float(value) for _, name, value in rows if name == "val_camera_5"))
+    assert off[1] < off[0]
+
+
 def test_energy_score_and_outcomes_train_on_tiles_too(trained: Path, tmp_path: Path) -> None:
     task = {"latents": str(trained / "latents"), "val_ratio": 0.2, "unroll": 2, "energy": 0.4,
             "head": str(trained / "head" / "model"), "outcome": 0.01}  # fmt: skip
@@ -295,6 +310,16 @@ def test_a_bundle_of_tiles_dreams_and_repeats_itself(trained: Path, tmp_path: Pa
             envs.close()
             runs.append(frames)
     assert runs[0].shape == (3, 64, 64, 3) and np.array_equal(runs[0], runs[1]) and np.array_equal(runs[2], runs[3])
+
+
+def test_pipeline_makes_a_bundle_of_tiles(tmp_path: Path) -> None:
+    config = PipelineConfig(out=tmp_path / "run", steps=3000, stage_steps=2, starts=2, tiles=True, set=("loop.batch_size=4",))
+    model = load_bundle(run_pipeline(config), "cpu").world_model
+    assert isinstance(model.autoencoder, TileAutoencoder) and isinstance(model.dynamics, TileFlow)
+    done = {p.stem for p in (tmp_path / "run" / "stages").iterdir()}
+    assert {"camera", "settled", "heads", "bundle"} <= done
+    with pytest.raises(ConfigError, match="maze"):
+        PipelineConfig(game="maze", tiles=True)
 
 
 def test_tile_and_other_networks_do_not_mix(trained: Path, tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ class DynamicsTask:
              progress: float) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """The terms of the dreams that go on from means and, with an energy score, of those that go on from draws."""
         if self.config.camera_only:
-            return self._follow(model, batch, generator)
+            return self._follow(model, batch, generator, progress)
         if not self.config.energy:
             return self._from_means(model, batch, generator, progress)
         size = len(batch["actions"])
@@ -232,22 +232,26 @@ class DynamicsTask:
         score, others = self._from_draws(model, {name: value[n:] for name, value in batch.items()}, generator)
         return total + score, metrics | others
 
-    def _follow(self, model: nn.Module, batch: dict[str, Tensor],
-                generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        """How far from its true path the camera gets on its own moves, seeing what really surrounds it."""
+    def _follow(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator,
+                progress: float) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """How far from its true path the camera gets on its own moves, seeing what really surrounds it.
+
+        One step at first, then a third of `unroll`, then all: through many steps of a beginner's moves gradients say little.
+        """
         check(isinstance(model, TileFlow), "camera_only: is for one process that trains a tile_flow")
         latents, k = batch["latents"].float(), self.context
-        noised, _ = self._noised(latents, generator)
+        noised = latents + self._noised(torch.zeros_like(latents[:, :1]), generator)[0]
         before, away = moves(latents[:, :k])[:, 1:], torch.zeros_like(moves(latents[:, 0]))
         total, metrics = torch.zeros((), device=latents.device), {}
-        for u in range(self.config.unroll):
+        reach = 1 if progress < 0.2 else -(-self.config.unroll // 3) if progress < 0.45 else self.config.unroll
+        for u in range(reach):
             now = noised[:, u : u + k]
             move = cast(TileFlow, model).next_move(now, batch["actions"][:, u : u + k], phases(now)[:, -1] + away, before)
             away = away + move - self._known_move(latents, u)["move"]
             before = torch.cat([before[:, 1:], move[:, None]], 1)
             off = F.smooth_l1_loss(away, torch.zeros_like(away), beta=0.02, reduction="none").sum(1)
-            total = total + self.config.camera * (off * batch["live"][:, u]).mean() / self.config.unroll
-            if u in (0, 4, self.config.unroll - 1):
+            total = total + self.config.camera * (off * batch["live"][:, u]).mean() / reach
+            if u in (0, reach - 1):
                 metrics[f"away_{u + 1}"] = away.detach().norm(dim=1).mean()
         return total, metrics
 

@@ -1,7 +1,8 @@
 """From the real game to a bundle in one go, resumable at every stage.
 
 `python -m trainers.pipeline --game coinrun --minutes 90 --out runs/coinrun`:
-collect -> autoencoder -> encode -> predictor -> unrolled -> flow -> outcomes -> settled -> heads -> bundle, on CPU or GPU.
+collect -> autoencoder -> encode -> predictor -> unrolled -> flow -> outcomes -> settled -> heads -> bundle, on CPU or GPU
+(with `--tiles` also the camera's motion, after unrolled).
 Run the same line again after a kill: finished stages are skipped, the interrupted one goes on from its checkpoint.
 """
 
@@ -31,9 +32,9 @@ CONFIGS = Path(__file__).parent / "configs"
 _SHARES = {"autoencoder": 0.10, "predictor": 0.12, "unrolled": 0.30, "flow": 0.22, "outcomes": 0.04, "settled": 0.21,
            "heads": 0.01}  # fmt: skip
 """How the minutes are divided between the trained stages."""
-_TILE_SHARES = {"autoencoder": 0.28, "predictor": 0.10, "unrolled": 0.28, "flow": 0.10, "outcomes": 0.04, "settled": 0.19,
-                "heads": 0.01}  # fmt: skip
-_TILE_FLOW = {"type": "tile_flow", "channels": [64, 96, 96], "blocks": [1, 2, 1]}
+_TILE_SHARES = {"autoencoder": 0.35, "predictor": 0.09, "unrolled": 0.18, "camera": 0.17, "flow": 0.04, "outcomes": 0.04,
+                "settled": 0.12, "heads": 0.01}  # fmt: skip
+_TILE_FLOW = {"type": "tile_flow"}
 _TILE_HEAD = {"type": "outcome_head", "width": 48, "latent_channels": 28}
 _TILE_MODELS = {"autoencoder": {"type": "tile_autoencoder"}, "outcomes": _TILE_HEAD, "heads": _TILE_HEAD}
 """Architectures of the stages whose latents lie on the level's grid of tiles; `_TILE_FLOW` where nothing is said."""
@@ -74,7 +75,8 @@ class PipelineConfig:
         for item in self.set:
             stage, separator, assignment = item.partition(":")
             prefixed = bool(separator) and "=" not in stage
-            check(not prefixed or stage in _SHARES, f"set {item!r}: there is no stage {stage!r}, only {', '.join(_SHARES)}")
+            check(not prefixed or stage in _TILE_SHARES,
+                  f"set {item!r}: there is no stage {stage!r}, only {', '.join(_TILE_SHARES)}")
             check("=" in (assignment if prefixed else item), f"set {item!r}: expected [stage:]section.key=value")
         check(not self.tiles or self.game == "coinrun", f"tiles: the camera of {self.game} is not known, only that of coinrun")
         check(0 <= self.seed < 2**63, f"seed {self.seed}: must be in 0..2^63-1")
@@ -101,11 +103,15 @@ def run_pipeline(config: PipelineConfig) -> Path:
     task: dict[str, Any] = {"latents": str(latents)}
     stage(out, "predictor", lambda: _train(config, "predictor", task))
     stage(out, "unrolled", lambda: _train(config, "unrolled", task | {"init_from": str(out / "predictor" / "model")}))
-    stage(out, "flow", lambda: _train(config, "flow", task | {"init_from": str(out / "unrolled" / "model")}))
+    last, keep = "unrolled", {}
+    if config.tiles:
+        stage(out, "camera", lambda: _train(config, "camera", task | {"init_from": str(out / "unrolled" / "model")}))
+        last, keep = "camera", {"camera": 0.0}  # its motion stays as it is
+    stage(out, "flow", lambda: _train(config, "flow", task | keep | {"init_from": str(out / last / "model")}))
     outcomes, settled = str(out / "outcomes" / "model"), str(out / "settled" / "model")
     stage(out, "outcomes", lambda: _train(config, "outcomes", task))
     answering = {"init_from": str(out / "flow" / "model"), "head": outcomes}
-    stage(out, "settled", lambda: _train(config, "settled", task | answering))
+    stage(out, "settled", lambda: _train(config, "settled", task | keep | answering))
     dreaming = {"init_from": outcomes, "dynamics": settled, "dreams": dreams_for(config.stage_steps)}
     stage(out, "heads", lambda: _train(config, "heads", task | dreaming))
     stage(out, "bundle", lambda: make_bundle(out, data, config.starts))

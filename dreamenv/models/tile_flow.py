@@ -13,9 +13,10 @@ from dreamenv.config import check
 from dreamenv.models.blocks import UNet, sinusoidal, zero_init
 from dreamenv.models.latent_flow import alternating
 from dreamenv.models.registry import register_model
-from dreamenv.models.tile import CAMERA, WINDOW, crossed, move_window, moves, phases, shown, waves, with_camera
+from dreamenv.models.tile import CAMERA, VIEW, crossed, move_window, moves, phases, shown, waves, with_camera
 
-_CROP = slice(WINDOW // 2 - 3, WINDOW // 2 + 4)  # tiles around the player, who stays in the middle of the picture
+_PLAYER = 1 + VIEW // 2  # the tile in which the picture's middle, the player's place, lies at phases below a half
+_CROP = slice(_PLAYER - 3, _PLAYER + 4)
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class TileFlowConfig:
     """C of the latents, the camera's four included."""
     context: int = 4
     """K past latents the model sees, with the K - 1 actions between them and the current one."""
-    channels: tuple[int, ...] = (64, 96, 112)
+    channels: tuple[int, ...] = (64, 96, 96)
     """Width per resolution level; each level halves the grid."""
     blocks: tuple[int, ...] = (1, 2, 1)
     """Residual blocks per level, on the way down and (but for the last level) up."""
@@ -55,21 +56,21 @@ class CameraMotion(nn.Module):
     def __init__(self, codes: int, context: int, width: int) -> None:
         super().__init__()
         self.look = nn.Sequential(nn.Conv2d(3 * codes, 48, 3), nn.SiLU(), nn.Conv2d(48, 48, 3), nn.SiLU(), nn.Flatten())
-        seen = 48 * 9 + context * (NUM_ACTIONS + 1) + 2 * (context - 1) + 6
+        seen = 48 * 9 + context * (NUM_ACTIONS + 1) + 2 * (context - 1) + 10
         self.answer = nn.Sequential(nn.Linear(seen, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-                                    zero_init(nn.Linear(width, 2)))  # fmt: skip
+                                    nn.Linear(width, width), nn.SiLU(), zero_init(nn.Linear(width, 2)))  # fmt: skip
 
-    def forward(self, recent: Tensor, phase: Tensor, before: Tensor, actions: Tensor) -> Tensor:
+    def forward(self, recent: Tensor, place: Tensor, before: Tensor, actions: Tensor) -> Tensor:
         """Predict the next move (B, 2).
 
         Args:
-            recent: codes of the last three pictures in one window, (B, 3 c, H, W).
-            phase: the last one's phase, (B, 2).
+            recent: codes of the last three pictures in one window, whose tile `_PLAYER` the player is in, (B, 3 c, H, W).
+            place: where in that tile, (B, 2).
             before: the moves between the pictures, (B, K - 1, 2).
             actions: int64 (B, K).
         """
-        angle = 2 * torch.pi * phase
-        facts = [F.one_hot(actions, NUM_ACTIONS + 1).flatten(1).float(), before.flatten(1), phase, angle.cos(), angle.sin()]
+        angle = 2 * torch.pi * torch.cat([place, 2 * place], 1)
+        facts = [F.one_hot(actions, NUM_ACTIONS + 1).flatten(1).float(), before.flatten(1), place, angle.cos(), angle.sin()]
         with torch.autocast(recent.device.type, enabled=False):  # what is lost here adds up twice, in speed and in place
             return before[:, -1] + self.answer(torch.cat([self.look(recent[:, :, _CROP, _CROP]), *facts], 1))
 
@@ -118,8 +119,9 @@ class TileFlow(UNet):
         """
         c = context.shape[2] - CAMERA
         last = [max(context.shape[1] - 3 + i, 0) for i in range(3)]
-        recent = move_window(context[:, last, :c].flatten(0, 1), _behind(context)[:, last].flatten(0, 1))
-        return self.motion(recent.unflatten(0, (-1, 3)).flatten(1, 2), phase, before, actions)
+        tile = (phase + 0.5).floor().detach()
+        recent = move_window(context[:, last, :c].flatten(0, 1), (_behind(context)[:, last] + tile[:, None]).flatten(0, 1))
+        return self.motion(recent.unflatten(0, (-1, 3)).flatten(1, 2), phase + 0.5 - tile, before, actions)
 
     def forward(self, noisy: Tensor | None, tau: Tensor, context: Tensor, actions: Tensor, context_noise: Tensor,
                 move: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
