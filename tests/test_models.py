@@ -21,7 +21,7 @@ from dreamenv.metrics import (
 )
 from dreamenv.models.autoencoder import Autoencoder, AutoencoderConfig, to_frames, to_images
 from dreamenv.models.blocks import DynamicFilters
-from dreamenv.models.latent_flow import LatentFlow, LatentFlowConfig, _alternating
+from dreamenv.models.latent_flow import LatentFlow, LatentFlowConfig, alternating
 from dreamenv.noise import branch_stream, draw_step, reset_generator
 from tests.conftest import toy_world_model
 from trainers.dynamics import _grown
@@ -236,5 +236,5 @@ def test_global_noise_reaches_every_cell_and_begins_without_effect() -> None:
     nn.init.normal_(model.condition[0].weight[:, -4:])  # pyright: ignore
     assert felt_far_away() > 5 * little
     assert torch.equal(model(noise, zero, context, actions, zero)[0], before[1]), "at tau = 0 there is no noise"
-    assert _alternating(torch.randn(2000, 4, 16, 16)).std() == pytest.approx(1, abs=0.05)
-    assert _alternating(torch.ones(1, 4, 16, 16)).abs().max() == 0
+    assert alternating(torch.randn(2000, 4, 16, 16)).std() == pytest.approx(1, abs=0.05)
+    assert alternating(torch.ones(1, 4, 16, 16)).abs().max() == 0

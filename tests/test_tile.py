@@ -313,7 +313,10 @@ def test_a_bundle_of_tiles_dreams_and_repeats_itself(trained: Path, tmp_path: Pa
 
 
 def test_pipeline_makes_a_bundle_of_tiles(tmp_path: Path) -> None:
-    config = PipelineConfig(out=tmp_path / "run", steps=3000, stage_steps=2, starts=2, tiles=True, set=("loop.batch_size=4",))
+    stages = ("predictor", "unrolled", "camera", "flow", "settled")
+    small = (*(f"{name}:model.channels=[16, 16, 16]" for name in stages), "autoencoder:model.width=16",
+             "heads:task.dreams=8", "heads:task.drift=4", "loop.batch_size=4")  # fmt: skip
+    config = PipelineConfig(out=tmp_path / "run", steps=3000, stage_steps=2, starts=2, tiles=True, set=small)
     model = load_bundle(run_pipeline(config), "cpu").world_model
     assert isinstance(model.autoencoder, TileAutoencoder) and isinstance(model.dynamics, TileFlow)
     done = {p.stem for p in (tmp_path / "run" / "stages").iterdir()}

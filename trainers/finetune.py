@@ -103,6 +103,8 @@ def finetune(config: FinetuneConfig) -> Path:
         if name == "dynamics":
             changed |= {"loop.batch_size": config.batch_size, "task.outcome": config.outcome,
                         "task.head": str(out / "heads-before" / "model")}  # fmt: skip
+            if spec["type"] == "tile_flow":
+                changed["task.camera"] = 0.0  # its motion has learnt over its own path; single steps would spoil that
         else:
             changed |= {"task.dynamics": str(out / "dynamics" / "model"),
                         "task.dreams": dreams_for(config.steps)}  # fmt: skip

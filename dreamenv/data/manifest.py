@@ -22,7 +22,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(path, DatasetError, "collect one with: python -m envs.collect")
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
-        raise DatasetError(f"{path}: format_version {version!r}; this release reads {FORMAT_VERSION}")
+        raise DatasetError(f"{path}: format_version {version!r}; this release reads {FORMAT_VERSION}; {_REMEDY}")
     facts, shards = manifest.get("facts"), manifest.get("shards")
     if not isinstance(facts, dict) or not isinstance(shards, list) or not isinstance(facts.get("num_shards"), int):
         raise DatasetError(f"{path}: facts, facts.num_shards or shards is missing or of another type; {_REMEDY}")
