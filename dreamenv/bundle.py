@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -120,7 +122,8 @@ def save_bundle(folder: str | Path, world_model: WorldModel, game: GameFacts, li
         for name, network in networks.items():
             tensors = {k: v.detach().cpu().half().contiguous() for k, v in network.state_dict().items()}
             (temporary / f"{name}.safetensors").write_bytes(save_tensors(tensors))
-        arrays = {"frames": starts.frames, "actions": starts.actions, "level_seeds": starts.level_seeds}
+        packed = np.frombuffer(zlib.compress(np.ascontiguousarray(starts.frames).tobytes(), 9), np.uint8)
+        arrays = {"frames": packed, "actions": starts.actions, "level_seeds": starts.level_seeds}
         (temporary / "starts.safetensors").write_bytes(save_arrays(arrays))
         write_json(temporary / "card.json", card or {})
         description = {
@@ -274,7 +277,11 @@ def _load_starts(folder: Path) -> Starts:
     try:
         arrays = load_arrays(path.read_bytes())
         frames, actions, levels = (arrays[k] for k in ("frames", "actions", "level_seeds"))
-    except (SafetensorError, KeyError) as error:
+        if frames.ndim == 1 and frames.dtype == np.uint8 and actions.ndim == 2:  # packed; older bundles have them as they are
+            shape = (actions.shape[0], actions.shape[1] + 1, 64, 64, 3)
+            frames = np.frombuffer(zlib.decompressobj().decompress(frames.tobytes(), math.prod(shape) + 1), np.uint8)
+            frames = frames.reshape(shape)
+    except (SafetensorError, KeyError, ValueError, zlib.error) as error:
         raise BundleError(f"{path}: is malformed ({error}); re-download or retrain") from None
     s, t = frames.shape[:2] if frames.ndim == 5 else (0, 0)
     if (s < 1 or t < 1 or frames.shape[2:] != (64, 64, 3) or frames.dtype != np.uint8 or levels.shape != (s,)

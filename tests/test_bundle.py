@@ -95,6 +95,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "starts cut": edit_part("starts.safetensors", lambda b: b[:64]),
     "starts without frames": edit_tensors("starts.safetensors", lambda t: t.pop("frames")),
     "starts of another dtype": edit_tensors("starts.safetensors", lambda t: t.update(frames=t["frames"].astype(float))),
+    "starts with pixels missing": edit_tensors("starts.safetensors", lambda t: t.update(frames=t["frames"][:-20].copy())),
+    "starts not packed": edit_tensors("starts.safetensors", lambda t: t["frames"].fill(1)),
     "starts with a bad action": edit_tensors("starts.safetensors", lambda t: t["actions"].fill(15)),
     "card flipped": edit_part("card.json", lambda b: b + b" ", fix_hash=False),
     "card not JSON": edit_part("card.json", lambda b: b"{"),

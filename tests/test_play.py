@@ -210,7 +210,9 @@ def test_a_followed_dream_is_recorded_from_what_it_went_on_from(session: Session
     shard = Dataset(folder).shards[0]
     model, real = session.bundle.world_model, real_frames(5, [RIGHT] * 3)
     assert shard.first.tolist() == [True, True, True, False]
-    assert all(np.array_equal(shard.frames[i], model.decode(model.encode(real[i][None]))[0].numpy()) for i in range(3))
+    for i in range(3):
+        alone = model.decode(model.encode(real[i][None]))[0].numpy()  # in another batch, which rounds otherwise
+        assert np.abs(shard.frames[i].astype(int) - alone).max() <= 1
     assert Dataset(folder).facts["world"] == "dream"
 
 
@@ -219,7 +221,8 @@ def test_synchronising_and_following(session: Session) -> None:
         session.step(RIGHT)
     session.synchronise()
     model, real = session.bundle.world_model, session.moment.real
-    assert np.array_equal(session.moment.dream, model.decode(model.encode(real[None]))[0].numpy())
+    alone = model.decode(model.encode(real[None]))[0].numpy()  # in another batch than the session's, which rounds otherwise
+    assert np.abs(session.moment.dream.astype(int) - alone).max() <= 1
     assert session.moment.psnr is None
     frames = real_frames(5, [RIGHT] * 7)
     session.follow(True)

@@ -16,12 +16,15 @@ from dreamenv.artifacts import atomic_file, read_json, readable_folder, write_js
 from dreamenv.bundle import pick_device
 from dreamenv.data import HELD_OUT_FROM, Dataset, Windows, split_levels
 from dreamenv.errors import BundleError, DatasetError, DreamenvError
+from dreamenv.memory import keep_freed_memory
 from dreamenv.metrics import colour_frequencies
 from dreamenv.models.autoencoder import Autoencoder, to_images
 from dreamenv.models.io import load_model
 from dreamenv.models.tile import TileAutoencoder, phase_of
 from dreamenv.world_model import FrameCodec
 from trainers.losses import colour_bins, colour_weights
+
+_BATCH = 64  # frames encoded at once
 
 
 def training_data(folder: str | Path) -> Dataset:
@@ -57,6 +60,7 @@ def encode_dataset(data: Path, autoencoder: Path, out: Path, device: str = "auto
     model, digest = load_autoencoder(autoencoder)
     if model.camera_channels:
         check_camera(dataset)
+    keep_freed_memory()
     out.mkdir(parents=True, exist_ok=True)
     marker = out / "identity.json"
     identity = {"autoencoder": digest}
@@ -77,16 +81,17 @@ def encode_dataset(data: Path, autoencoder: Path, out: Path, device: str = "auto
         latents = np.empty((len(shard), *model.latent_shape), np.float16)
         importance = np.empty((len(shard), *model.latent_shape[1:]), np.uint8)
         with torch.no_grad(), torch.autocast(target.type, torch.bfloat16, enabled=False):
-            for at in range(0, len(shard), 256):
-                frames = torch.from_numpy(np.array(shard.frames[at : at + 256])).to(target)
+            for at in range(0, len(shard), _BATCH):
+                frames = torch.from_numpy(np.array(shard.frames[at : at + _BATCH])).to(target)
                 images = to_images(frames).contiguous(memory_format=torch.channels_last)
                 if isinstance(model, TileAutoencoder):
-                    encoded = model.encode(images, phase_of(torch.from_numpy(np.array(shard.camera[at : at + 256])).to(target)))
+                    camera = torch.from_numpy(np.array(shard.camera[at : at + _BATCH])).to(target)
+                    encoded = model.encode(images, phase_of(camera))
                 else:
                     encoded = model.encode(images)
-                latents[at : at + 256] = encoded.half().cpu().numpy()
+                latents[at : at + _BATCH] = encoded.half().cpu().numpy()
                 cells = model.pool(weights.to(target)[colour_bins(frames)], encoded)
-                importance[at : at + 256] = (cells * 16).round().clamp(0, 255).byte().cpu().numpy()
+                importance[at : at + _BATCH] = (cells * 16).round().clamp(0, 255).byte().cpu().numpy()
         if model.camera_channels:
             latents[:, -2:] = camera_moves(shard.camera, shard.first)[..., None, None]
         for path, array in zip(paths, (latents, importance), strict=True):

@@ -8,6 +8,7 @@ the window: the phase (how far the picture cuts into its first tile, x and y, in
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ SCALE = 64 / VIEW
 """Pixels of a tile."""
 CAMERA = 4
 """Channels that hold phase and move."""
+_REFINED = tuple(pixels / SCALE for pixels in (0.1, 0.05, 0.05, 0.03))  # steps in which a phase that was read is refined
 _REACH = 2  # tiles that the camera moves in one step, at most
 
 
@@ -81,6 +83,11 @@ def move_window(values: Tensor, by: Tensor) -> Tensor:
         tile = torch.arange(WINDOW, device=values.device)
         columns, rows = _one_hot(tile + by[:, :1]), _one_hot(tile + by[:, 1:])
         return pick(values.float(), rows, columns).transpose(1, 2)
+
+
+def _overlap(x: int, y: int) -> tuple[slice, slice]:
+    """Rows and columns of a window that another one, `x` tiles further right and `y` further down, has too."""
+    return slice(max(y, 0), WINDOW + min(y, 0)), slice(max(x, 0), WINDOW + min(x, 0))
 
 
 def waves(phase: Tensor) -> Tensor:
@@ -186,9 +193,34 @@ class TileAutoencoder(nn.Module):
         return self.config.codes + CAMERA, WINDOW, WINDOW
 
     def read_phase(self, images: Tensor) -> Tensor:
-        """Images (B, 3, 64, 64) in [0, 1] -> phases (B, 2)."""
+        """Images (B, 3, 64, 64) in [0, 1] -> phases (B, 2).
+
+        What the reader says is refined by Newton's method on the reconstruction's squared error, an axis at a time by the
+        parabola through three phases; a step that does not lower the error is not taken.
+        """
         x, y, sx, sy = self.reader(images).float().unbind(1)
-        return phase_of(torch.stack([torch.atan2(sx, x), torch.atan2(sy, y)], 1) / (2 * math.pi))
+        phase = phase_of(torch.stack([torch.atan2(sx, x), torch.atan2(sy, y)], 1) / (2 * math.pi))
+        error = self._misfit(images, phase)
+        for step in _REFINED:
+            trial = phase.clone()
+            for axis in range(2):
+                aside = torch.zeros_like(phase)
+                aside[:, axis] = step
+                below, above = self._misfit(images, phase - aside), self._misfit(images, phase + aside)
+                curvature = below + above - 2 * error
+                newton = (below - above) / (2 * curvature.clamp_min(1e-12))
+                away = torch.where(curvature > 0, newton, (below - above).sign()).clamp(-1.5, 1.5)
+                trial[:, axis] += step * away
+            trial = phase_of(trial)
+            trial_error = self._misfit(images, trial)
+            better = trial_error < error
+            phase, error = torch.where(better[:, None], trial, phase), torch.where(better, trial_error, error)
+        return phase
+
+    def _misfit(self, images: Tensor, phase: Tensor) -> Tensor:
+        """Mean squared error (B,) of the reconstruction from phases (B, 2), each taken modulo one."""
+        off = self.decode(self.encode(images, phase_of(phase))).clamp(0, 1) - images
+        return off.float().square().mean((1, 2, 3))
 
     def encode(self, images: Tensor, phase: Tensor | None = None) -> Tensor:
         """Images (B, 3, 64, 64) in [0, 1] -> latents (B, C, 16, 16) with a move of zero; without `phase` (B, 2) it is read."""
@@ -222,24 +254,24 @@ class TileAutoencoder(nn.Module):
         """
         out = latents.clone()
         out[:, :, -2:] = 0
-        b = len(latents)
-        reach = torch.arange(-_REACH, _REACH + 1, device=latents.device)
-        by = torch.cartesian_prod(reach, reach).float()
-        c = self.config.codes
-        for t in range(1, latents.shape[1]):
-            before, after = phases(latents[:, t - 1]), phases(latents[:, t])
-            whole = (shown(before) > 0.99).float()
-            known = torch.cat([latents[:, t - 1, :c].float() * whole, whole], 1)
-            costs = []
-            for shift in by:
-                moved = move_window(known, shift.expand(b, 2))
-                both = moved[:, c] * (shown(after)[:, 0] > 0.99)
-                difference = (moved[:, :c] - latents[:, t, :c]).square().mean(1)
-                cost = (difference + 1e-3).log()
-                far = (after - before + shift).abs().amax(1) > _REACH
-                costs.append((cost * both).sum((1, 2)) / both.sum((1, 2)).clamp_min(1) + 100 * far)
-            shift = by[torch.stack(costs, 1).argmin(1)]
-            out[:, t, -2:] = (after - before + shift).to(out.dtype)[..., None, None]
+        b, t, c = len(latents), latents.shape[1], self.config.codes
+        if t == 1:
+            return out
+        phase = phases(latents)
+        whole = (shown(phase.flatten(0, 1))[:, 0] > 0.99).unflatten(0, (b, t)).float()
+        between = phase[:, 1:] - phase[:, :-1]
+        reach = range(-_REACH, _REACH + 1)
+        best, found = torch.full((b, t - 1), torch.inf, device=latents.device), torch.zeros_like(between)
+        for x, y in itertools.product(reach, reach):
+            then, now = (..., *_overlap(x, y)), (..., *_overlap(-x, -y))
+            difference = (latents[:, :-1, :c][then] - latents[:, 1:, :c][now]).float().square().mean(2)
+            both = whole[:, :-1][then] * whole[:, 1:][now]
+            cost = ((difference + 1e-3).log() * both).sum((2, 3)) / both.sum((2, 3)).clamp_min(1)
+            shift = torch.tensor([x, y], device=latents.device)
+            better = (cost < best) & ((between + shift).abs().amax(2) <= _REACH)
+            best = torch.where(better, cost, best)
+            found = torch.where(better[..., None], shift.to(found.dtype), found)
+        out[:, 1:, -2:] = (between + found).to(out.dtype)[..., None, None]
         return out
 
     def spread_out(self, values: Tensor, phase: Tensor) -> Tensor:
