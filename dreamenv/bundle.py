@@ -279,8 +279,8 @@ def _load_starts(folder: Path) -> Starts:
         frames, actions, levels = (arrays[k] for k in ("frames", "actions", "level_seeds"))
         if frames.ndim == 1 and frames.dtype == np.uint8 and actions.ndim == 2:  # packed; older bundles have them as they are
             shape = (actions.shape[0], actions.shape[1] + 1, 64, 64, 3)
-            frames = np.frombuffer(zlib.decompressobj().decompress(frames.tobytes(), math.prod(shape) + 1), np.uint8)
-            frames = frames.reshape(shape)
+            unpacked = zlib.decompressobj().decompress(frames.tobytes(), math.prod(shape) + 1)
+            frames = np.frombuffer(bytearray(unpacked), np.uint8).reshape(shape)
     except (SafetensorError, KeyError, ValueError, zlib.error) as error:
         raise BundleError(f"{path}: is malformed ({error}); re-download or retrain") from None
     s, t = frames.shape[:2] if frames.ndim == 5 else (0, 0)

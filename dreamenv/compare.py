@@ -104,7 +104,8 @@ class Comparison:
         figures: flat and JSON-able; the card.
         table: rows of the open loop, one per (what, step).
         curves: name -> PSNR per step, float (H,).
-        clips: the real clips; rows: what is compared with them, each uint8 (N, H, 64, 64, 3), the dream among them.
+        clips: the real clips; dream: that of each, uint8 (N, H, 64, 64, 3).
+        rows: what is compared with the clips at the steps of `HORIZONS`, each uint8 (N, steps, 64, 64, 3).
         outcomes: name -> scores, on real and on drifted contexts.
         branches: real branches and the dreamt ones, uint8 (N, A, H, 64, 64, 3).
         episodes: policy -> (real, dreamt) episodes; endless: see `dreamenv.closed_loop.endless`.
@@ -114,6 +115,7 @@ class Comparison:
     table: list[dict[str, Any]]
     curves: dict[str, np.ndarray]
     clips: Clips
+    dream: np.ndarray
     rows: dict[str, np.ndarray]
     outcomes: dict[str, OutcomeScores] = field(default_factory=dict)
     branches: tuple[Branches, np.ndarray] | None = None
@@ -139,31 +141,32 @@ def compare_open_loop(model: WorldModel, clips: Clips, frequencies: np.ndarray, 
     k = clips.context
     real, before, last = clips.frames[:, k:], clips.frames[:, k - 1 : -1], clips.frames[:, k - 1 : k]
     dream, uncertainty = open_loop(model, clips, sampler, seed)
-    ceiling = np.stack([model.decode(model.encode(frames)).numpy() for frames in real])
-    rows = {"dream": dream, "copy last frame": np.broadcast_to(last, real.shape), "autoencoder ceiling": ceiling}
+    steps = _steps(clips)
+    truth = real[:, steps - 1]
+    ceiling = np.stack([model.decode(model.encode(frames)).numpy() for frames in truth])
+    whole = {"dream": dream, "copy last frame": np.broadcast_to(last, real.shape)}
     if sampler.nfe > 1:
-        rows["deterministic predictor"] = open_loop(model, clips, SamplerConfig(nfe=1), seed)[0]
-    rare, moving = rare_pixels(real, frequencies), moving_pixels(real, before)
-    table, curves = [], {}
-    for name, frames in rows.items():
-        error = squared_error(frames, real)
-        curves[name] = np.asarray(psnr(error.mean((0, 2, 3))))
-        for h in (h for h in HORIZONS if h <= clips.horizon):
-            table.append({"what": name, "step": h} | _row(frames, real, error, rare, moving, h - 1))
+        whole["deterministic predictor"] = open_loop(model, clips, SamplerConfig(nfe=1), seed)[0]
     error = squared_error(dream, real)
+    floor = squared_error(ceiling, truth)
+    curves = {name: np.asarray(psnr(squared_error(frames, real).mean((0, 2, 3)))) for name, frames in whole.items()}
+    curves["autoencoder ceiling"] = np.full(clips.horizon, psnr(floor.mean()))
+    rows = {name: frames[:, steps - 1] for name, frames in whole.items()} | {"autoencoder ceiling": ceiling}
+    rare, moving = rare_pixels(truth, frequencies), moving_pixels(truth, before[:, steps - 1])
+    table = [{"what": name, "step": int(step)} | _row(frames[:, i], truth[:, i], rare[:, i], moving[:, i])
+             for name, frames in rows.items() for i, step in enumerate(steps)]  # fmt: skip
     per_clip = error.mean((2, 3))
     figures: dict[str, Any] = {
         "clips": len(real), "context": k, **to_dict(sampler),
         "uncertainty_error_spearman": spearman(uncertainty[:, 0], per_clip[:, 0]),
     }  # fmt: skip
-    floor = squared_error(ceiling, real)
     figures |= {"autoencoder_psnr": float(psnr(floor.mean())), "autoencoder_psnr_rare": _masked_psnr(floor, rare),
-                "autoencoder_ssim": float(ssim(ceiling[:, ::10], real[:, ::10]).mean())}  # fmt: skip
+                "autoencoder_ssim": float(ssim(ceiling, truth).mean())}  # fmt: skip
     for row in table:
         figures |= {_figure(row, name): v for name, v in row.items() if name not in ("what", "step")}
     if sampler.stochastic and samples > 1:
         figures |= _spread(model, clips, dream, sampler, seed, samples)
-    return Comparison(figures, table, curves, clips, rows)
+    return Comparison(figures, table, curves, clips, dream, rows)
 
 
 def _figure(row: dict[str, Any], name: str) -> str:
@@ -183,25 +186,32 @@ def add_perceptual(result: Comparison, clips: int = 128, later: int = 10) -> Non
         later: frames of every so many steps go into the Fréchet distance, over all clips.
     """
     real = result.clips.frames[:, result.clips.context :]
-    truth = {h: features(real[:clips, h - 1])[0] for h in sorted({row["step"] for row in result.table})}
+    at = _steps(result.clips).tolist()
+    truth = {step: features(real[:clips, step - 1])[0] for step in at}
     for row in result.table:
-        frames = result.rows[row["what"]][:clips, row["step"] - 1]
+        frames = result.rows[row["what"]][:clips, at.index(row["step"])]
         row["perceptual"] = float(feature_distance(features(frames)[0], truth[row["step"]]).mean())
         result.figures[_figure(row, "perceptual")] = row["perceptual"]
     steps = np.arange(later - 1, result.clips.horizon, later)
     if len(steps) * len(real) > 1:
-        worlds = (x[:, steps].reshape(-1, 64, 64, 3) for x in (real, result.rows["dream"]))
+        worlds = (x[:, steps].reshape(-1, 64, 64, 3) for x in (real, result.dream))
         result.figures["frechet"] = frechet_distance(*(features(frames)[1] for frames in worlds))
 
 
-def _row(frames: np.ndarray, real: np.ndarray, error: np.ndarray, rare: np.ndarray, moving: np.ndarray,
-         at: int) -> dict[str, Any]:  # fmt: skip
-    each = np.asarray(psnr(error[:, at].mean((1, 2)))).clip(max=60)
+def _steps(clips: Clips) -> np.ndarray:
+    """Those of `HORIZONS` that the clips reach."""
+    return np.array([h for h in HORIZONS if h <= clips.horizon])
+
+
+def _row(frames: np.ndarray, real: np.ndarray, rare: np.ndarray, moving: np.ndarray) -> dict[str, Any]:
+    """Figures of frames uint8 (N, 64, 64, 3) beside the real ones; masks (N, 64, 64)."""
+    error = squared_error(frames, real)
+    each = np.asarray(psnr(error.mean((1, 2)))).clip(max=60)
     return {
-        "mse": float(error[:, at].mean()), "psnr": float(psnr(error[:, at].mean())), "psnr_mean": float(each.mean()),
-        "ssim": float(ssim(frames[:, at], real[:, at]).mean()),
-        "psnr_moving": _masked_psnr(error[:, at], moving[:, at]), "psnr_rare": _masked_psnr(error[:, at], rare[:, at]),
-        "detail": float(detail(frames[:, at]).mean() / max(detail(real[:, at]).mean(), 1e-9)),
+        "mse": float(error.mean()), "psnr": float(psnr(error.mean())), "psnr_mean": float(each.mean()),
+        "ssim": float(ssim(frames, real).mean()),
+        "psnr_moving": _masked_psnr(error, moving), "psnr_rare": _masked_psnr(error, rare),
+        "detail": float(detail(frames).mean() / max(detail(real).mean(), 1e-9)),
     }  # fmt: skip
 
 
@@ -311,7 +321,7 @@ def compare(bundle: Bundle, config: CompareConfig, sampler: SamplerConfig,
         result.outcomes["drifted"] = outcome_scores(model, play, sampler, config.drift, max(config.negatives // 10, 1), seed)
         figures |= outcome_figures(model, result.outcomes["drifted"], "drifted_") | {"drift": config.drift}
     progress("controllability")
-    delta = delta_psnr(model, clips, result.rows["dream"][:, :DELTA_STEP], sampler, seed)
+    delta = delta_psnr(model, clips, result.dream[:, :DELTA_STEP], sampler, seed)
     figures |= {f"delta_psnr_{h}": float(delta[h - 1]) for h in (1, DELTA_STEP)}
     figures |= _random_player(bundle, config, sampler)
     for kind in ("action", "frame"):

@@ -50,9 +50,9 @@ def save_comparison(out: Path, bundle: Bundle, config: CompareConfig, result: Co
     shown = list(dict.fromkeys(i for pair in zip(lively[:4], range(4), strict=False) for i in pair))
     steps = np.array([s for s in _SHOWN if s <= horizon])
     real = result.clips.frames[:, k:]
-    save_grid(out / "film_strip.png", [x[i][steps - 1] for i in shown for x in (real, result.rows["dream"])])
+    save_grid(out / "film_strip.png", [x[i][steps - 1] for i in shown for x in (real, result.dream)])
     start = result.clips.frames[:, :k]
-    worlds = {"real": real, "dream": result.rows["dream"]}
+    worlds = {"real": real, "dream": result.dream}
     films = [side_by_side({n: np.concatenate([start[i], x[i]]) for n, x in worlds.items()}, 3) for i in shown[:4]]
     save_video(out / "side_by_side.mp4", np.concatenate([np.concatenate(films[:2], 2), np.concatenate(films[2:4], 2)], 1)
                if len(films) == 4 else films[0])  # fmt: skip

@@ -10,6 +10,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.utils.env_checker import check_env
 
 import dreamenv
@@ -18,10 +19,12 @@ from dreamenv.bundle import Bundle, bundled_agent, load_bundle, resolve_bundle
 from dreamenv.compare import compare_open_loop, outcome_figures
 from dreamenv.flow import SamplerConfig
 from dreamenv.metrics import colour_frequencies
+from dreamenv.models.tile import SCALE, TileAutoencoder, phase_of
 from dreamenv.rollout import cut_clips, outcome_scores, play_real
 from dreamenv.table import fidelity_table
 from dreamenv.types import Segment
 from dreamenv.vector import DreamVectorEnv
+from envs import RealProcgenVectorEnv
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,23 @@ def test_it_is_faithful_on_held_out_levels(bundle: Bundle, play: Segment) -> Non
     assert figures["reward_10_events"] > 20 and figures["reward_10_ap"] > 0.7
     assert figures["death_events"] > 15 and figures["death_ap"] > 0.5
     assert figures["end_calibration_error"] < 0.05
+
+
+def test_phases_are_read_to_a_part_of_a_pixel_and_refined(bundle: Bundle) -> None:
+    autoencoder = bundle.world_model.autoencoder
+    assert isinstance(autoencoder, TileAutoencoder)
+    envs = RealProcgenVectorEnv(24, start_level=20_000, num_levels=500)
+    frames, _ = envs.reset(seed=5)
+    for action in (7, 7, 8, 7, 5, 7, 8):
+        frames, *_ = envs.step(np.full(24, action))
+    true = phase_of(torch.from_numpy(envs.camera())).float()
+    envs.close()
+    images = torch.from_numpy(frames).movedim(-1, 1).float() / 255
+    with torch.inference_mode():
+        read = autoencoder.read_phase(images)
+        fine = autoencoder.refine_phase(images, read)
+    off = [(((x - true + 0.5) % 1 - 0.5) * SCALE).abs() for x in (read, fine)]
+    assert off[0].median() < 0.05 and off[1].mean() < 0.8 * off[0].mean()
 
 
 def test_coins_and_deaths_outlive_eight_dreamt_steps(bundle: Bundle, play: Segment) -> None:

@@ -113,10 +113,10 @@ def test_the_real_game_as_its_own_dream_is_perfect(recorded: Any) -> None:
         assert figures[f"ssim_{h}"] == pytest.approx(1) and figures[f"detail_{h}"] == pytest.approx(1)
         assert figures[f"copy_psnr_{h}"] < 40 and figures[f"copy_ssim_{h}"] < 0.99
     model = double(recorded)
-    assert delta_psnr(model, clips, result.rows["dream"], SamplerConfig(nfe=1))[3] > 50
+    assert delta_psnr(model, clips, result.dream, SamplerConfig(nfe=1))[3] > 50
     shifts = action_shifts(model, clips, SamplerConfig(nfe=1))
     assert shifts[0] == 100 and max(shifts[-1], shifts[1]) < 50
-    shifts = frame_shifts(clips, result.rows["dream"])
+    shifts = frame_shifts(clips, result.dream)
     assert shifts[0] == 100 and max(shifts[-1], shifts[1]) < 50
 
 

@@ -245,6 +245,16 @@ def test_training_reads_phases_and_draws_pictures(trained: Path) -> None:
     assert torch.allclose(phases(torch.from_numpy(data.latents[chosen])), phase_of(camera), atol=1e-3)
 
 
+def test_the_phase_reader_trains_alone(trained: Path, tmp_path: Path) -> None:
+    task = {"data": str(trained / "data"), "val_ratio": 0.2, "learns": "reader"}
+    with pytest.raises(ConfigError, match="needs init_from"):
+        train({"model": AUTOENCODER, "task": task, "loop": loop(2, 16)}, tmp_path / "none")
+    task["init_from"] = str(trained / "ae" / "model")
+    train({"model": AUTOENCODER, "task": task, "loop": loop(20, 16)}, tmp_path / "reader")
+    before, after = (load_model(folder / "model")[0].state_dict() for folder in (trained / "ae", tmp_path / "reader"))
+    assert {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])} == {"reader"}
+
+
 def test_latents_hold_the_moves_and_padding_stands_still(trained: Path) -> None:
     data = LatentDataset(trained / "latents", 0.2)
     camera = np.concatenate([s.camera for s in data.dataset.shards])

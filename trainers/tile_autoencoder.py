@@ -21,6 +21,7 @@ from trainers.autoencoder import AutoencoderTask, AutoencoderTaskConfig
 from trainers.latents import check_camera
 from trainers.losses import colour_bins, motion_mask, variance_penalty
 
+_PARTS = ("all", "decoder", "reader")
 _LIMIT = 0.01  # squared error from which on a pixel is taken for one that changed
 
 
@@ -30,8 +31,8 @@ class TileAutoencoderTaskConfig(AutoencoderTaskConfig):
 
     init_from: str = ""
     """Model folder to start from; empty starts anew."""
-    keep_codes: bool = False
-    """Whether the encoder stays as it is, so that latents keep their meaning: the decoder and the phase reader learn."""
+    learns: str = "all"
+    """What is trained: "all"; "decoder", and the phase reader, while latents keep their meaning; "reader", only that."""
     later: int = 16
     """Most steps between the two pictures of a sample."""
     carried: float = 1.0
@@ -42,8 +43,8 @@ class TileAutoencoderTaskConfig(AutoencoderTaskConfig):
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
         super().__post_init__()
-        check(isinstance(self.keep_codes, bool), f"keep_codes {self.keep_codes!r}: must be true or false")
-        check(not self.keep_codes or bool(self.init_from), "keep_codes: needs init_from, a trained autoencoder")
+        check(self.learns in _PARTS, f"learns {self.learns!r}: must be one of {', '.join(_PARTS)}")
+        check(self.learns == "all" or bool(self.init_from), f"learns {self.learns!r}: needs init_from, a trained autoencoder")
         check(1 <= self.later <= 1000, f"later {self.later}: must be 1..1000")
         check(self.carried >= 0, f"carried {self.carried}: must be >= 0")
         check(self.agreement >= 0, f"agreement {self.agreement}: must be >= 0")
@@ -63,7 +64,9 @@ class TileAutoencoderTask(AutoencoderTask):
             except RuntimeError as error:
                 reason = str(error).splitlines()[-1].strip()
                 raise ConfigError(f"init_from {config.init_from}: holds another architecture ({reason})") from None
-        cast(TileAutoencoder, self.model).tiles_in.requires_grad_(not config.keep_codes)
+        model_ = cast(TileAutoencoder, self.model)
+        model_.tiles_in.requires_grad_(config.learns == "all")
+        model_.tiles_out.requires_grad_(config.learns != "reader")
         self._begins = [np.maximum.accumulate(np.where(s.first, np.arange(len(s)), 0)) for s in self.dataset.shards]
 
     def _begin(self, images: Tensor) -> None:
@@ -89,6 +92,9 @@ class TileAutoencoderTask(AutoencoderTask):
         phase, earlier_phase = (phase_of(c) for c in cameras)
         by = cameras[0].floor() - cameras[1].floor()
         images = to_images(frames).contiguous(memory_format=torch.channels_last)
+        if config.learns == "reader":
+            reading = _misread(cast(TileAutoencoder, model).reader(images), phase)
+            return reading, {"reading": reading.detach()}
         earlier = to_images(batch["earlier"]).contiguous(memory_format=torch.channels_last)
         size = (2 * len(frames), *cast(TileAutoencoder, self.model).latent_shape)
         noise = torch.randn(size, generator=generator, device=frames.device)[:, :-4] * config.latent_noise
@@ -106,8 +112,7 @@ class TileAutoencoderTask(AutoencoderTask):
         agreement = (difference / (1 + difference) * both).sum() / both.sum().clamp_min(1) / codes.shape[1]
         visible = codes.float().movedim(1, -1)[(shown(phase) > 0.99)[:, 0]]
         regulariser = variance_penalty(visible[:, :, None, None])
-        angle = 2 * torch.pi * phase
-        reading = (answers.float() - torch.cat([angle.cos(), angle.sin()], 1)).square().mean()
+        reading = _misread(answers, phase)
         total = total + config.agreement * agreement + config.var_reg * regulariser + 0.1 * reading
         return total, {"psnr": -10 * error.detach().mean().log10(), "reading": reading.detach(),
                        "agreement": agreement.detach(), "var_reg": regulariser.detach()}  # fmt: skip
@@ -159,6 +164,12 @@ class TileAutoencoderTask(AutoencoderTask):
     def facts(self) -> dict[str, Any]:
         """The dataset it was trained on."""
         return {"data": self.dataset.facts}
+
+
+def _misread(answers: Tensor, phase: Tensor) -> Tensor:
+    """Mean squared error of the phase reader's answers (B, 4) for phases (B, 2)."""
+    angle = 2 * torch.pi * phase
+    return (answers.float() - torch.cat([angle.cos(), angle.sin()], 1)).square().mean()
 
 
 def _squared(output: Tensor, frames: Tensor) -> Tensor:
