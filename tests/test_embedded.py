@@ -24,7 +24,7 @@ from dreamenv.rollout import cut_clips, outcome_scores, play_real
 from dreamenv.table import fidelity_table
 from dreamenv.types import Segment
 from dreamenv.vector import DreamVectorEnv
-from envs import RealProcgenVectorEnv
+from envs.procgen import RealProcgenVectorEnv
 
 
 @pytest.fixture(scope="module")
