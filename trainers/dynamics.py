@@ -82,6 +82,8 @@ class DynamicsTaskConfig:
     camera_only: bool = False
     """Train only the camera's motion, over `unroll` steps that each begin where the one before arrived; the rest stays so.
     Errors of a move add up twice, in the speed and in the place, and single steps from true moves do not show that."""
+    misread: float = 0.006
+    """Largest standard deviation of the error, in tiles, with which such a path begins, as the phase reader makes it."""
     drop_actions: float = 0.05
     """Share of samples whose actions are hidden, for guidance."""
     pad: float = 0.1
@@ -109,6 +111,7 @@ class DynamicsTaskConfig:
         check(isinstance(self.camera_only, bool), f"camera_only {self.camera_only!r}: must be true or false")
         check(self.outcome >= 0, f"outcome {self.outcome}: must be >= 0")
         check(not self.outcome or bool(self.head), f"outcome {self.outcome}: needs a head, trained on the same latents")
+        check(self.misread >= 0, f"misread {self.misread}: must be >= 0")
         for name in ("events", "drop_actions", "pad"):
             check(0 <= getattr(self, name) < 1, f"{name} {getattr(self, name)}: must be in [0, 1)")
         check(0 < self.val_ratio < 1, f"val_ratio {self.val_ratio}: must be in (0, 1)")
@@ -236,17 +239,28 @@ class DynamicsTask:
                 progress: float) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """How far from its true path the camera gets on its own moves, seeing what really surrounds it.
 
-        One step at first, then a third of `unroll`, then all: through many steps of a beginner's moves gradients say little.
+        It begins where the phase reader may have misread it. One step at first, then a third of `unroll`, then all: through many
+        steps of a beginner's moves gradients say little.
         """
         check(isinstance(model, TileFlow), "camera_only: is for one process that trains a tile_flow")
-        latents, k = batch["latents"].float(), self.context
-        noised = latents + self._noised(torch.zeros_like(latents[:, :1]), generator)[0]
-        before, away = moves(latents[:, :k])[:, 1:], torch.zeros_like(moves(latents[:, 0]))
-        total, metrics = torch.zeros((), device=latents.device), {}
-        reach = 1 if progress < 0.2 else -(-self.config.unroll // 3) if progress < 0.45 else self.config.unroll
+        motion, latents, k = cast(TileFlow, model), batch["latents"], self.context
+        device, size = latents.device, len(latents)
+
+        def normal(*shape: int, most: float) -> Tensor:
+            """Noise (B, ...), of a standard deviation up to `most` that differs between samples."""
+            level = torch.rand(size, *(1 for _ in shape), generator=generator, device=device) * most
+            return torch.randn(size, *shape, generator=generator, device=device) * level
+
+        misread = normal(k, 2, most=self.config.misread)
+        away, before = misread[:, -1], moves(latents[:, 1:k]) + misread.diff(dim=1)
+        total, metrics = torch.zeros((), device=device), {}
+        reach = 1 if progress < 0.05 else -(-self.config.unroll // 3) if progress < 0.15 else self.config.unroll
         for u in range(reach):
-            now = noised[:, u : u + k]
-            move = cast(TileFlow, model).next_move(now, batch["actions"][:, u : u + k], phases(now)[:, -1] + away, before)
+            now, phase = latents[:, u : u + k], phases(latents[:, u + k - 1]) + away
+            tile = (phase + 0.5).floor().detach()
+            around = motion.surroundings(now, tile)
+            around = around + normal(*around.shape[1:], most=self.config.context_noise)
+            move = motion.motion(around, phase + 0.5 - tile, before, batch["actions"][:, u : u + k])
             away = away + move - self._known_move(latents, u)["move"]
             before = torch.cat([before[:, 1:], move[:, None]], 1)
             off = F.smooth_l1_loss(away, torch.zeros_like(away), beta=0.02, reduction="none").sum(1)

@@ -13,10 +13,11 @@ from dreamenv.config import check
 from dreamenv.models.blocks import UNet, sinusoidal, zero_init
 from dreamenv.models.latent_flow import alternating
 from dreamenv.models.registry import register_model
-from dreamenv.models.tile import CAMERA, VIEW, crossed, move_window, moves, phases, shown, waves, with_camera
+from dreamenv.models.tile import CAMERA, VIEW, WINDOW, crossed, move_window, moves, phases, shown, waves, with_camera
 
 _PLAYER = 1 + VIEW // 2  # the tile in which the picture's middle, the player's place, lies at phases below a half
-_CROP = slice(_PLAYER - 3, _PLAYER + 4)
+_AROUND = 3  # tiles on each side of the player's that decide where it can go
+_FINE = (4, 8, 16)  # waves a tile of the place's finer features: a foot a hundredth of a tile above the ground does not stand
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class CameraMotion(nn.Module):
     def __init__(self, codes: int, context: int, width: int) -> None:
         super().__init__()
         self.look = nn.Sequential(nn.Conv2d(3 * codes, 48, 3), nn.SiLU(), nn.Conv2d(48, 48, 3), nn.SiLU(), nn.Flatten())
-        seen = 48 * 9 + context * (NUM_ACTIONS + 1) + 2 * (context - 1) + 10
+        seen = 48 * 9 + context * (NUM_ACTIONS + 1) + 2 * (context - 1) + 10 + 4 * len(_FINE)
         self.answer = nn.Sequential(nn.Linear(seen, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
                                     nn.Linear(width, width), nn.SiLU(), zero_init(nn.Linear(width, 2)))  # fmt: skip
 
@@ -64,15 +65,27 @@ class CameraMotion(nn.Module):
         """Predict the next move (B, 2).
 
         Args:
-            recent: codes of the last three pictures in one window, whose tile `_PLAYER` the player is in, (B, 3 c, H, W).
+            recent: codes of the last three pictures around the tile that the player is in, (B, 3 c, 7, 7).
             place: where in that tile, (B, 2).
             before: the moves between the pictures, (B, K - 1, 2).
             actions: int64 (B, K).
         """
         angle = 2 * torch.pi * torch.cat([place, 2 * place], 1)
-        facts = [F.one_hot(actions, NUM_ACTIONS + 1).flatten(1).float(), before.flatten(1), place, angle.cos(), angle.sin()]
+        fine = 2 * torch.pi * torch.cat([n * place for n in _FINE], 1).detach()  # through many steps their slopes explode
+        facts = [F.one_hot(actions, NUM_ACTIONS + 1).flatten(1).float(), before.flatten(1), place,
+                 angle.cos(), angle.sin(), fine.cos(), fine.sin()]  # fmt: skip
         with torch.autocast(recent.device.type, enabled=False):  # what is lost here adds up twice, in speed and in place
-            return before[:, -1] + self.answer(torch.cat([self.look(recent[:, :, _CROP, _CROP]), *facts], 1))
+            return before[:, -1] + self.answer(torch.cat([self.look(recent), *facts], 1))
+
+
+def _cut(codes: Tensor, at: Tensor, size: int) -> Tensor:
+    """Codes (B, c, H, W) -> float32 (B, c, size, size) from tile `at` (B, 2) on, right and down; zeros beyond the window."""
+    tile = torch.arange(size, device=codes.device)
+    x, y = (at[:, i, None].long() + tile for i in range(2))
+    inside = ((y >= 0) & (y < WINDOW))[:, :, None] & ((x >= 0) & (x < WINDOW))[:, None]
+    index = y.clamp(0, WINDOW - 1)[:, :, None] * WINDOW + x.clamp(0, WINDOW - 1)[:, None]
+    found = codes.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, codes.shape[1], -1))
+    return found.unflatten(2, (size, size)).float() * inside[:, None]
 
 
 def _behind(context: Tensor) -> Tensor:
@@ -117,11 +130,20 @@ class TileFlow(UNet):
             phase: (B, 2), the current phase; what the context says of it only serves to lay its windows over one another.
             before: (B, K - 1, 2), the moves between the pictures, likewise.
         """
-        c = context.shape[2] - CAMERA
-        last = [max(context.shape[1] - 3 + i, 0) for i in range(3)]
         tile = (phase + 0.5).floor().detach()
-        recent = move_window(context[:, last, :c].flatten(0, 1), (_behind(context)[:, last] + tile[:, None]).flatten(0, 1))
-        return self.motion(recent.unflatten(0, (-1, 3)).flatten(1, 2), phase + 0.5 - tile, before, actions)
+        return self.motion(self.surroundings(context, tile), phase + 0.5 - tile, before, actions)
+
+    def surroundings(self, context: Tensor, tile: Tensor) -> Tensor:
+        """Cut out what lies around the player, codes float32 (B, 3 c, 7, 7) of the last three pictures.
+
+        Args:
+            context: (B, K, C, H, W), past latents.
+            tile: (B, 2), how far the player's tile is from the one that the last picture's middle is in at phases below a half.
+        """
+        c, last = context.shape[2] - CAMERA, [max(context.shape[1] - 3 + i, 0) for i in range(3)]
+        at = _behind(context)[:, last] + tile[:, None] + (_PLAYER - _AROUND)
+        recent = _cut(context[:, last, :c].flatten(0, 1), at.flatten(0, 1), 2 * _AROUND + 1)
+        return recent.unflatten(0, (-1, 3)).flatten(1, 2)
 
     def forward(self, noisy: Tensor | None, tau: Tensor, context: Tensor, actions: Tensor, context_noise: Tensor,
                 move: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
