@@ -194,8 +194,7 @@ def endless(bundle: Bundle, clips: Clips, steps: int = 5000, num_envs: int = 8, 
         gone = bundle.limits.exceeded(state.latents[:, -1])
         if gone.any():
             lost |= gone.cpu().numpy()
-            state = State(torch.where(gone[:, None, None, None, None], start.latents, state.latents),
-                          torch.where(gone[:, None], start.actions, state.actions))  # fmt: skip
+            state = State.where(gone, start, state)
         frames = model.decode(state.latents[:, -1]).numpy()
         if t in shown or t == steps or t % max(steps // 100, 1) == 0:
             rows.append((t, *statistics(state.latents[:, -1], frames)))

@@ -14,7 +14,7 @@ from safetensors.numpy import load, save
 from dreamenv.errors import SnapshotError
 
 _MAGIC = b"DREAMSNP"
-_VERSION = 1
+_VERSION = 2  # 2: dreams have a memory
 _HEADER = struct.Struct("<8sI32s")
 
 

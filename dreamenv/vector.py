@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -108,8 +109,9 @@ class DreamVectorEnv(VectorEnv):
 
         model = bundle.world_model
         k, (c, h, w) = model.context, model.latent_shape
-        self._state = State(torch.zeros(num_envs, k, c, h, w, device=model.device),
-                            torch.zeros(num_envs, k - 1, dtype=torch.int64, device=model.device))  # fmt: skip
+        latents = torch.zeros(num_envs, k, c, h, w, device=model.device)
+        actions = torch.zeros(num_envs, k - 1, dtype=torch.int64, device=model.device)
+        self._state = State(latents, actions, model.dynamics.recall(latents))
         self._frames = np.zeros((num_envs, 64, 64, 3), np.uint8)
         self._seeds = np.zeros(num_envs, np.uint64)
         self._streams = np.zeros(num_envs, np.uint64)
@@ -191,10 +193,8 @@ class DreamVectorEnv(VectorEnv):
         latents = imagined.state.latents[:, -1]
         diverged = self.bundle.limits.exceeded(latents).cpu().numpy()
         if diverged.any():  # keep the last sound latent, so that no frame is ever drawn from an unsound one
-            bad = torch.as_tensor(diverged, device=latents.device)[:, None, None, None]
-            sound = torch.where(bad, self._state.latents[:, -1], latents)
-            imagined = Transition(State(torch.cat([imagined.state.latents[:, :-1], sound[:, None]], 1),
-                                        imagined.state.actions), imagined.log_probabilities, imagined.uncertainty)  # fmt: skip
+            bad = torch.as_tensor(diverged, device=latents.device)
+            imagined = replace(imagined, state=State.where(bad, self._state, imagined.state))
             uncertainty = np.where(diverged, np.inf, uncertainty)
         doubtful = np.zeros(self.num_envs, bool) if self.truncate_above is None else uncertainty > self.truncate_above
 
@@ -242,7 +242,7 @@ class DreamVectorEnv(VectorEnv):
         """
         if not self._started:
             raise ResetError("snapshot() before reset(): call reset() first")
-        arrays = {"latents": self._state.latents.cpu().numpy(), "actions": self._state.actions.cpu().numpy()}
+        arrays = {f.name: getattr(self._state, f.name).cpu().numpy() for f in fields(State)}
         arrays |= {name: getattr(self, f"_{name}") for name in _COUNTERS}
         return pack("dream", {"bundle": self.bundle.identity, "num_envs": self.num_envs}, arrays)
 
@@ -257,7 +257,7 @@ class DreamVectorEnv(VectorEnv):
             raise SnapshotError(f"snapshot of {len(arrays['frames'])} environments cannot be restored into "
                                 f"{self.num_envs}; make as many, or use branch()")  # fmt: skip
         device = self.bundle.world_model.device
-        self._state = State(torch.from_numpy(arrays["latents"]).to(device), torch.from_numpy(arrays["actions"]).to(device))
+        self._state = State(*(torch.from_numpy(arrays[f.name]).to(device) for f in fields(State)))
         for name in _COUNTERS:
             setattr(self, f"_{name}", arrays[name].copy())
         self._started = True
@@ -323,7 +323,8 @@ class DreamVectorEnv(VectorEnv):
 
     def _place(self, i: int, start: int, state: State, frame: np.ndarray) -> None:
         with torch.inference_mode():  # in place: every step makes new tensors, so nobody else holds these
-            self._state.latents[i], self._state.actions[i] = state.latents[0], state.actions[0]
+            for f in fields(State):
+                getattr(self._state, f.name)[i] = getattr(state, f.name)[0]
         self._frames[i] = frame
         self._starts[i], self._steps[i], self._finished[i] = start, 0, False
 

@@ -79,11 +79,15 @@ class WorldModel:
         missing = self.context - frames.shape[1]
         latents = torch.cat([latents[:, :1].expand(-1, missing, -1, -1, -1), latents], 1)
         padding = torch.full((b, missing), NOOP, dtype=torch.int64)
-        return State(latents, torch.cat([padding, actions], 1).to(self.device))
+        return State(latents, torch.cat([padding, actions], 1).to(self.device), self._recall(latents))
 
     @torch.inference_mode()
     def _follow(self, latents: Tensor) -> Tensor:
         return self.autoencoder.track(latents)
+
+    @torch.inference_mode()
+    def _recall(self, latents: Tensor) -> Tensor:
+        return self.dynamics.recall(latents)
 
     @torch.inference_mode()
     def step(self, state: State, actions: np.ndarray | Tensor, noise: np.ndarray | Tensor | None,
@@ -99,10 +103,11 @@ class WorldModel:
         taken = self._taken(state, actions)
         noise = None if noise is None else torch.as_tensor(noise, device=self.device)
         with self._autocast():
-            clean, log_error = draw_next(self.dynamics, state.latents, taken, noise, sampler)
+            clean, log_error = draw_next(self.dynamics, state.latents, taken, noise, sampler, state.memory)
         latents = torch.cat([state.latents[:, 1:], clean[:, None]], 1)
+        memory = self.dynamics.remember(state.memory, state.latents[:, -1], clean)
         uncertainty = log_error.exp().mean((1, 2)).sqrt()
-        return Transition(State(latents, taken[:, 1:]), self._outcomes(state.latents, taken), uncertainty)
+        return Transition(State(latents, taken[:, 1:], memory), self._outcomes(state.latents, taken), uncertainty)
 
     @torch.inference_mode()
     def outcomes(self, state: State, actions: np.ndarray | Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -342,7 +343,7 @@ def test_a_diverged_dream_is_truncated_and_shows_its_last_sound_frame(toy_bundle
     sound, *_ = envs.step(np.array([7, 7]))
     latents = envs._state.latents.clone()
     latents[0, 0] = poison  # a context that drives the prediction out of range; the last latent stays sound
-    envs._state = type(envs._state)(latents, envs._state.actions)
+    envs._state = replace(envs._state, latents=latents)
     frames, rewards, terminated, truncated, infos = envs.step(np.array([7, 7]))
     if infos["diverged"][0]:
         assert truncated[0] or terminated[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dreamenv.bundle import GameFacts, Limits, Starts, load_bundle, save_bundle
@@ -22,6 +24,7 @@ from dreamenv.models.heads import OutcomeHead
 from dreamenv.models.io import load_model
 from dreamenv.models.latent_flow import draw_next
 from dreamenv.models.tile import (
+    MEMORY,
     SCALE,
     VIEW,
     WINDOW,
@@ -32,6 +35,7 @@ from dreamenv.models.tile import (
     moves,
     phase_of,
     phases,
+    remember,
     shown,
     with_camera,
 )
@@ -157,6 +161,46 @@ def test_what_stands_still_is_copied_exactly_from_any_picture_of_the_context(lev
     assert not clean[:, :6][(shown(after) == 0).expand(-1, 6, -1, -1)].any()
 
 
+def test_memory_holds_all_that_was_seen_within_its_reach(level: Tensor) -> None:
+    generator = torch.Generator().manual_seed(3)
+    steps = (torch.rand(8, 20, 2, generator=generator) - 0.5) * 3
+    latents, poses = walk(level, torch.full((8, 2), 25.3), steps), 25.3 + F.pad(steps.cumsum(1), (0, 0, 1, 0))
+    windows = poses.floor()
+    memory = remember(None, latents[:, 0], torch.zeros(8, 2))
+    for t in range(1, 21):
+        memory = remember(memory, latents[:, t], windows[:, t] - windows[:, t - 1])
+    truth = torch.stack([level[:, y - 9 : y + 23, x - 9 : x + 23] for x, y in windows[:, -1].long()])
+    whole = torch.zeros(8, MEMORY, MEMORY, dtype=torch.bool)  # tiles that some picture showed whole, counted one by one
+    for b, t in itertools.product(range(8), range(21)):
+        first = (poses[b, t] - 1e-4).ceil() - windows[b, -1] + 9  # the level's tile x is the memory's tile x - window + 9
+        last = (poses[b, t] + VIEW + 1e-4).floor() - windows[b, -1] + 9
+        (x, y), (right, down) = (p.clamp(0, MEMORY).int().tolist() for p in (first, last))
+        whole[b, y:down, x:right] = True
+    assert 0.2 < whole.float().mean() < 0.95  # a row is lost for good
+    assert torch.equal(memory[:, :6].movedim(1, -1)[whole], truth.movedim(1, -1)[whole])
+    assert (memory[:, 6][whole] > 0.99).all() and not memory[:, :6].movedim(1, -1)[memory[:, 6] == 0].any()
+
+
+def test_a_dream_comes_back_to_ground_that_it_left_long_ago(level: Tensor) -> None:
+    """Up by nine tiles in six steps and down again: the ground was out of the picture for longer than the context."""
+    jump = torch.tensor([[0.0, -1.5]] * 6 + [[0.0, 1.5]] * 6)[None]
+    latents = walk(level, torch.full((1, 2), 25.25), jump)
+    model, zero = untrained_flow(), torch.zeros(1)
+    context = torch.cat([latents[:, :1]] * 4, 1)
+    memory, clean = model.recall(context), latents[:, 0]
+    actions = torch.zeros(1, 4, dtype=torch.int64)
+    for t in range(12):
+        move = jump[:, t]
+        kept, _ = model(None, zero, context, actions, zero, move=move, memory=memory)
+        short, _ = model(None, zero, context, actions, zero, move=move)
+        kept, short = (with_camera(c[:, :6], phases(latents[:, t + 1]), move) for c in (kept, short))
+        memory, clean = model.remember(memory, clean, kept), kept
+        context = torch.cat([context[:, 1:], kept[:, None]], 1)
+    seen = (shown(phases(latents[:, 0])) > 0.99).expand(-1, 6, -1, -1)
+    assert torch.equal(kept[:, :6][seen], latents[:, 0, :6][seen])
+    assert (short[:, :6][seen] == latents[:, 0, :6][seen]).float().mean() < 0.95  # a row is lost for good
+
+
 def test_the_camera_goes_where_it_was_going_before_anything_is_learnt(level: Tensor) -> None:
     steps = torch.full((4, 3, 2), 0.3) * torch.tensor([1.0, -0.5])
     latents = walk(level, torch.full((4, 2), 20.25), steps)
@@ -280,7 +324,7 @@ def test_dynamics_follow_the_camera(trained: Path) -> None:
 
 def test_following_the_camera_trains_its_motion_alone(trained: Path, tmp_path: Path) -> None:
     task = {"latents": str(trained / "latents"), "val_ratio": 0.2, "unroll": 5, "camera_only": True, "drop_actions": 0.0,
-            "init_from": str(trained / "flow" / "model")}  # fmt: skip
+            "dreams": 200, "init_from": str(trained / "flow" / "model")}  # fmt: skip
     train({"model": FLOW, "task": task, "loop": loop(80, 32)}, tmp_path / "camera")
     before, after = (load_model(folder / "model")[0].state_dict() for folder in (trained / "flow", tmp_path / "camera"))
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}

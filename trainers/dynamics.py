@@ -21,10 +21,11 @@ from dreamenv.models.heads import OutcomeHead
 from dreamenv.models.io import load_model
 from dreamenv.models.latent_flow import NULL_ACTION, draw_next
 from dreamenv.models.registry import build_model
-from dreamenv.models.tile import crossed, moves, phases, shown, with_camera
-from dreamenv.models.tile_flow import TileFlow
+from dreamenv.models.tile import arrived, crossed, exact_move, moves, phases, remember, shown
+from dreamenv.models.tile_flow import TileFlow, recall
 from dreamenv.report import save_grid, save_video, side_by_side
 from dreamenv.world_model import Dynamics
+from trainers.camera import CameraPath
 from trainers.critic import Critic, fool, judge
 from trainers.heads import outcome_labels, trained_head
 from trainers.latents import LatentDataset, channel_weights
@@ -82,12 +83,21 @@ class DynamicsTaskConfig:
     camera_only: bool = False
     """Train only the camera's motion, over `unroll` steps that each begin where the one before arrived; the rest stays so.
     Errors of a move add up twice, in the speed and in the place, and single steps from true moves do not show that."""
+    dreams: int = 0
+    """Dreams that half of each batch then comes from, dreamt once before training along true paths: what surrounds the player
+    should be taken for what it is although it is dreamt. 0 goes without."""
     misread: float = 0.006
     """Largest standard deviation of the error, in tiles, with which such a path begins, as the phase reader makes it."""
     drop_actions: float = 0.05
     """Share of samples whose actions are hidden, for guidance."""
     pad: float = 0.1
     """Share of samples whose context is shortened and padded, as after a reset."""
+    past: int = 3
+    """Earlier pictures that fill the memory of dynamics on tiles, up to `gap` steps from one to the next."""
+    gap: int = 16
+    """Most steps between two of them."""
+    forget: float = 0.25
+    """Share of samples without them, as at the start of a dream."""
     val_ratio: float = 0.02
     """Share of levels kept for validation."""
 
@@ -111,8 +121,12 @@ class DynamicsTaskConfig:
         check(isinstance(self.camera_only, bool), f"camera_only {self.camera_only!r}: must be true or false")
         check(self.outcome >= 0, f"outcome {self.outcome}: must be >= 0")
         check(not self.outcome or bool(self.head), f"outcome {self.outcome}: needs a head, trained on the same latents")
+        check(self.dreams >= 0, f"dreams {self.dreams}: must be >= 0")
+        check(not self.dreams or self.camera_only, f"dreams {self.dreams}: are for camera_only; set one of them to its default")
         check(self.misread >= 0, f"misread {self.misread}: must be >= 0")
-        for name in ("events", "drop_actions", "pad"):
+        check(0 <= self.past <= 64, f"past {self.past}: must be in 0..64")
+        check(1 <= self.gap <= 1000, f"gap {self.gap}: must be in 1..1000")
+        for name in ("events", "drop_actions", "pad", "forget"):
             check(0 <= getattr(self, name) < 1, f"{name} {getattr(self, name)}: must be in [0, 1)")
         check(0 < self.val_ratio < 1, f"val_ratio {self.val_ratio}: must be in (0, 1)")
 
@@ -185,14 +199,22 @@ class DynamicsTask:
         probe = np.random.default_rng(0).choice(len(self.data.latents), 256)
         self._channels = channel_weights(self.autoencoder, torch.from_numpy(self.data.latents[np.sort(probe)]).float())
 
+        self._path = CameraPath(self, seed) if config.camera_only else None
+
+    def moments(self, rng: np.random.Generator, size: int) -> np.ndarray:
+        """Draw training steps int64 (B,) with a whole context before them and `unroll` steps after."""
+        return self._train[rng.integers(len(self._train), size=size)] + self.context - 1
+
     def batch(self, rng: np.random.Generator, size: int) -> dict[str, Tensor]:
         """Latents float16 (B, K + U, C, H, W), actions int64 (B, K + U), importance uint8 (B, U, H, W), live bool (B, U).
 
+        Of tiles also `past` float16 (B, P, C, H, W), earlier latents, and `past_by` float32 (B, P, 2): by how many tiles the
+        window after each of them, in the end the context's first, is ahead of its own.
         `live` tells which of the steps to predict exist: a sample may run past its episode's end if that is a rare outcome.
         With a head also `asked` int64 (B,), after how many dreamt steps it is, 1..U, and `labels` int64 (B,), the answer.
         """
         k, u, config = self.context, self.config.unroll, self.config
-        now = self._train[rng.integers(len(self._train), size=size)] + k - 1
+        now = self.moments(rng, size)
         at_start = rng.random(size) < config.pad / 2
         if len(self._starts):
             now = np.where(at_start, self._starts[rng.integers(len(self._starts), size=size)], now)
@@ -212,20 +234,30 @@ class DynamicsTask:
         shortened = rng.random(size) < config.pad / 2  # a context cut short in mid-episode
         keep = np.where(shortened, rng.integers(1, k, size=size, endpoint=True), k)[:, None]
         cut = np.arange(k + u)[None, :] < k - keep
+        kept = ~shortened & (rng.random(size) >= config.forget)
         indices = np.where(cut, np.take_along_axis(indices, k - keep, 1), indices)
         actions = np.where(cut, NOOP, actions)
-        return out | {
+        if self.autoencoder.camera_channels and config.past and not config.camera_only:
+            gaps = rng.integers(1, config.gap, size=(size, config.past), endpoint=True) * kept[:, None]
+            begin = indices[:, :1]
+            past = np.maximum(begin - gaps.cumsum(1)[:, ::-1], self.data.start[begin])
+            past = np.concatenate([past, begin], 1)
+            corner = np.floor(self.data.camera[past])
+            out |= {"past": self.data.gather(past[:, :-1]), "past_by": torch.from_numpy(corner[:, 1:] - corner[:, :-1])}
+        out |= {
             "latents": self.data.gather(indices),
             "actions": torch.from_numpy(actions),
             "importance": torch.from_numpy(self.data.importance[indices[:, k:]]),
             "live": torch.from_numpy(live),
         }
+        return out if self._path is None else self._path.mixed(out, rng)
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator,
              progress: float) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """The terms of the dreams that go on from means and, with an energy score, of those that go on from draws."""
-        if self.config.camera_only:
-            return self._follow(model, batch, generator, progress)
+        if self._path is not None:
+            check(isinstance(model, TileFlow), "camera_only: is for one process that trains a tile_flow")
+            return self._path.loss(cast(TileFlow, model), batch, generator, progress)
         if not self.config.energy:
             return self._from_means(model, batch, generator, progress)
         size = len(batch["actions"])
@@ -234,40 +266,6 @@ class DynamicsTask:
         total, metrics = self._from_means(model, {name: value[:n] for name, value in batch.items()}, generator, progress)
         score, others = self._from_draws(model, {name: value[n:] for name, value in batch.items()}, generator)
         return total + score, metrics | others
-
-    def _follow(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator,
-                progress: float) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        """How far from its true path the camera gets on its own moves, seeing what really surrounds it.
-
-        It begins where the phase reader may have misread it. One step at first, then a third of `unroll`, then all: through many
-        steps of a beginner's moves gradients say little.
-        """
-        check(isinstance(model, TileFlow), "camera_only: is for one process that trains a tile_flow")
-        motion, latents, k = cast(TileFlow, model), batch["latents"], self.context
-        device, size = latents.device, len(latents)
-
-        def normal(*shape: int, most: float) -> Tensor:
-            """Noise (B, ...), of a standard deviation up to `most` that differs between samples."""
-            level = torch.rand(size, *(1 for _ in shape), generator=generator, device=device) * most
-            return torch.randn(size, *shape, generator=generator, device=device) * level
-
-        misread = normal(k, 2, most=self.config.misread)
-        away, before = misread[:, -1], moves(latents[:, 1:k]) + misread.diff(dim=1)
-        total, metrics = torch.zeros((), device=device), {}
-        reach = 1 if progress < 0.05 else -(-self.config.unroll // 3) if progress < 0.15 else self.config.unroll
-        for u in range(reach):
-            now, phase = latents[:, u : u + k], phases(latents[:, u + k - 1]) + away
-            tile = (phase + 0.5).floor().detach()
-            around = motion.surroundings(now, tile)
-            around = around + normal(*around.shape[1:], most=self.config.context_noise)
-            move = motion.motion(around, phase + 0.5 - tile, before, batch["actions"][:, u : u + k])
-            away = away + move - self._known_move(latents, u)["move"]
-            before = torch.cat([before[:, 1:], move[:, None]], 1)
-            off = F.smooth_l1_loss(away, torch.zeros_like(away), beta=0.02, reduction="none").sum(1)
-            total = total + self.config.camera * (off * batch["live"][:, u]).mean() / reach
-            if u in (0, reach - 1):
-                metrics[f"away_{u + 1}"] = away.detach().norm(dim=1).mean()
-        return total, metrics
 
     def _from_draws(self, model: nn.Module, batch: dict[str, Tensor],
                     generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
@@ -281,9 +279,11 @@ class DynamicsTask:
         rolled, actions, sigma = context.repeat(2, 1, 1, 1, 1), batch["actions"].repeat(2, 1), sigma.repeat(2)
         zero, half = torch.zeros_like(sigma), torch.full_like(sigma, 0.5)
         total, metrics, trail = torch.zeros((), device=device), {}, list(rolled.unbind(1))
+        memory = self._recall(batch, context)
+        memory = None if memory is None else memory.repeat(2, 1, 1, 1)
         for u in range(config.unroll):
             now = actions[:, u : u + k]
-            known = self._known_move(latents, u, 2)
+            known = self._beside(latents, u, memory, 2)
             mean, log_error = model(None, zero, rolled, now, sigma, **known)
             e = _error(mean, latents[:, k + u].repeat(2, 1, 1, 1), channels)
             noise = torch.randn(mean.shape, generator=generator, device=device)
@@ -295,6 +295,7 @@ class DynamicsTask:
             if u in (0, config.unroll - 1):
                 metrics |= {f"energy_{u + 1}": score.detach(), f"spread_{u + 1}": spread.detach()}
             draw = self._arrived(draw.to(rolled.dtype), latents[:, k + u])
+            memory = self._next(memory, rolled[:, -1], draw)
             rolled = torch.cat([rolled[:, 1:], draw[:, None]], 1)
             trail.append(rolled[:, -1])
         if self.head is not None:
@@ -303,6 +304,20 @@ class DynamicsTask:
             total = total + config.outcome * outcome * config.drawn
             metrics["drawn_outcome"] = outcome.detach()
         return total, metrics
+
+    def _recall(self, batch: dict[str, Tensor], context: Tensor) -> Tensor | None:
+        """What dynamics on tiles remember after a context (B, K, C, H, W); None for others."""
+        if not self.autoencoder.camera_channels:
+            return None
+        if "past" not in batch:
+            return recall(context)
+        by, memory = batch["past_by"], None
+        for i, latent in enumerate(batch["past"].unbind(1)):
+            memory = remember(memory, latent, by[:, max(i - 1, 0)])
+        return recall(context, memory, by[:, -1])
+
+    def _next(self, memory: Tensor | None, last: Tensor, latent: Tensor) -> Tensor | None:
+        return None if memory is None else remember(memory, latent, crossed(phases(last), moves(latent), phases(latent)))
 
     def _noised(self, context: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The context (B, K, C, H, W) with noise, and its standard deviation (B,), drawn anew for each sample."""
@@ -320,21 +335,15 @@ class DynamicsTask:
         phase = phases(latents[:, self.context :])
         return live * shown(phase.flatten(0, 1))[:, 0].unflatten(0, phase.shape[:2])
 
-    def _known_move(self, latents: Tensor, u: int, times: int = 1) -> dict[str, Tensor]:
-        """The camera's true move to step u, (B, 2), for models that predict in the window it leads to."""
-        if not self.autoencoder.camera_channels:
+    def _beside(self, latents: Tensor, u: int, memory: Tensor | None, times: int = 1) -> dict[str, Tensor]:
+        """What dynamics on tiles take beside: the camera's true move to step u, (B, 2), and what is remembered."""
+        if memory is None:
             return {}
-        before, after = phases(latents[:, self.context + u - 1]), phases(latents[:, self.context + u])
-        exact = after - before + crossed(before, moves(latents[:, self.context + u]), after)
-        return {"move": exact.repeat(times, 1)}
+        move = exact_move(latents[:, self.context + u - 1], latents[:, self.context + u])
+        return {"move": move.repeat(times, 1), "memory": memory}
 
     def _arrived(self, clean: Tensor, target: Tensor) -> Tensor:
-        """A prediction made with the true move, its camera's channels those of the target."""
-        camera = self.autoencoder.camera_channels
-        if not camera:
-            return clean
-        times = len(clean) // len(target)
-        return with_camera(clean[:, :-camera], phases(target).repeat(times, 1), moves(target).repeat(times, 1))
+        return arrived(clean, target) if self.autoencoder.camera_channels else clean
 
     def _cells(self, batch: dict[str, Tensor]) -> Tensor:
         """The weight of each cell of the steps to predict, (B, U, H, W)."""
@@ -373,10 +382,11 @@ class DynamicsTask:
         zero = torch.zeros(size, device=device)
         metrics: dict[str, Tensor] = {}
         total = torch.zeros((), device=device)
+        memory = self._recall(batch, context)
         for _ in range(config.flow_draws if config.flow > 0 else 0):
             target, tau = latents[:, k], uniform()
             noisy = interpolate(normal(target.shape), target, tau)
-            clean, log_error = model(noisy, tau, context, actions[:, :k], sigma, **self._known_move(latents, 0))
+            clean, log_error = model(noisy, tau, context, actions[:, :k], sigma, **self._beside(latents, 0, memory))
             weight = (1 / (1 - tau).clamp_min(1e-6)).clamp_max(config.max_flow_weight)
             e = _error(clean, target, channels) * live[:, 0]
             flow = (e * cells[:, 0] * weight[:, None, None]).mean()
@@ -388,10 +398,10 @@ class DynamicsTask:
         sequence = [latents[drawn, k - 2], latents[drawn, k - 1]]  # what the critic sees before the first sample is real
         for u in range(config.unroll):
             target = latents[:, k + u]
-            known_move = self._known_move(latents, u)
-            clean, log_error = model(None, zero, rolled, actions[:, u : u + k], sigma, **known_move)
-            if known_move and config.camera:
-                off = F.smooth_l1_loss(moves(clean), known_move["move"], beta=0.02, reduction="none").sum(1)
+            beside = self._beside(latents, u, memory)
+            clean, log_error = model(None, zero, rolled, actions[:, u : u + k], sigma, **beside)
+            if beside and config.camera:
+                off = F.smooth_l1_loss(moves(clean), beside["move"], beta=0.02, reduction="none").sum(1)
                 total = total + config.camera * (off * batch["live"][:, u]).mean() / config.unroll
                 metrics[f"camera_{u + 1}"] = off.detach().mean()
             e = _error(clean, target, channels) * live[:, u]
@@ -402,7 +412,7 @@ class DynamicsTask:
             if m:
                 halfway = torch.full((m,), 0.5, device=device)
                 x = interpolate(normal(clean[drawn].shape), clean[drawn].detach().float(), halfway)
-                given = {name: value[drawn] for name, value in known_move.items()}
+                given = {name: value[drawn] for name, value in beside.items()}
                 sharp, log_error = model(x, halfway, rolled[drawn], actions[drawn, u : u + k], sigma[drawn], **given)
                 e = _error(sharp, target[drawn], channels) * live[drawn, u]
                 weighted = (e * cells[drawn, u] * known(log_error)).mean()
@@ -411,7 +421,9 @@ class DynamicsTask:
                     metrics[f"sampled_{u + 1}"] = e.detach().mean()
                 clean = torch.cat([clean[: size - m], sharp])
                 sequence.append(sharp.float())
-            rolled = torch.cat([rolled[:, 1:], self._arrived(clean.to(rolled.dtype), target)[:, None]], 1)
+            arrived = self._arrived(clean.to(rolled.dtype), target)
+            memory = self._next(memory, rolled[:, -1], arrived)
+            rolled = torch.cat([rolled[:, 1:], arrived[:, None]], 1)
             trail.append(rolled[:, -1])
         if self.head is not None:
             outcome = self._answer(torch.stack(trail, 1), taken, batch)
@@ -449,10 +461,12 @@ class DynamicsTask:
         figures, shown = {}, {"real": real[:4]}
         for nfe in (1, 2) if self.critic is not None or self.config.energy else (1,):
             context, dream, path, expected = start, [], [], torch.zeros(())
+            memory = cast(Dynamics, model).recall(start)
             generator = torch.Generator(device).manual_seed(0)
             for h in range(horizon):
                 noise = torch.randn(start[:, 0].shape, generator=generator, device=device)
-                clean, log_error = draw_next(model, context, actions[:, h : h + k], noise, SamplerConfig(nfe=nfe))
+                clean, log_error = draw_next(model, context, actions[:, h : h + k], noise, SamplerConfig(nfe=nfe), memory)
+                memory = cast(Dynamics, model).remember(memory, context[:, -1], clean)
                 expected = log_error.exp().mean((1, 2)) if h == 0 else expected
                 context = torch.cat([context[:, 1:], clean[:, None]], 1)
                 path.append(moves(clean))

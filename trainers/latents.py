@@ -126,6 +126,7 @@ class LatentDataset:
         latents: float16 (N, C, H, W).
         importance: uint8 (N, H, W), 16 x the cell's mean rare-colour weight.
         actions: int64 (N,); rewards: float32 (N,); terminated: bool (N,).
+        camera: float32 (N, 2), where the picture's corner lies, in tiles; nan where that is not known.
         start: int64 (N,), index of the first step of each step's episode or segment.
         validation: bool (N,), steps of validation levels.
         autoencoder: the one that encoded them.
@@ -170,6 +171,7 @@ class LatentDataset:
         self.actions = np.concatenate([s.actions for s in shards]).astype(np.int64)
         self.rewards = np.concatenate([s.rewards for s in shards])
         self.terminated = np.concatenate([s.terminated for s in shards])
+        self.camera = np.concatenate([s.camera for s in shards])
         first = np.concatenate([s.first for s in shards])
         self.start = np.maximum.accumulate(np.where(first, np.arange(total), 0))
         self.first = first

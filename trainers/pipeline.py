@@ -2,7 +2,7 @@
 
 `python -m trainers.pipeline --game coinrun --minutes 90 --out runs/coinrun`:
 collect -> autoencoder -> encode -> predictor -> unrolled -> flow -> outcomes -> settled -> heads -> bundle, on CPU or GPU
-(with `--tiles` also the camera's motion, after unrolled).
+(with `--tiles` also the camera's motion, after settled).
 Run the same line again after a kill: finished stages are skipped, the interrupted one goes on from its checkpoint.
 """
 
@@ -32,8 +32,8 @@ CONFIGS = Path(__file__).parent / "configs"
 _SHARES = {"autoencoder": 0.10, "predictor": 0.12, "unrolled": 0.30, "flow": 0.22, "outcomes": 0.04, "settled": 0.21,
            "heads": 0.01}  # fmt: skip
 """How the minutes are divided between the trained stages."""
-_TILE_SHARES = {"autoencoder": 0.35, "predictor": 0.09, "unrolled": 0.18, "camera": 0.17, "flow": 0.04, "outcomes": 0.04,
-                "settled": 0.12, "heads": 0.01}  # fmt: skip
+_TILE_SHARES = {"autoencoder": 0.35, "predictor": 0.09, "unrolled": 0.14, "flow": 0.04, "outcomes": 0.04, "settled": 0.17,
+                "camera": 0.16, "heads": 0.01}  # fmt: skip
 _TILE_FLOW = {"type": "tile_flow"}
 _TILE_HEAD = {"type": "outcome_head", "width": 48, "latent_channels": 28}
 _TILE_MODELS = {"autoencoder": {"type": "tile_autoencoder"}, "outcomes": _TILE_HEAD, "heads": _TILE_HEAD}
@@ -103,18 +103,19 @@ def run_pipeline(config: PipelineConfig) -> Path:
     task: dict[str, Any] = {"latents": str(latents)}
     stage(out, "predictor", lambda: _train(config, "predictor", task))
     stage(out, "unrolled", lambda: _train(config, "unrolled", task | {"init_from": str(out / "predictor" / "model")}))
-    last, keep = "unrolled", {}
-    if config.tiles:
-        stage(out, "camera", lambda: _train(config, "camera", task | {"init_from": str(out / "unrolled" / "model")}))
-        last, keep = "camera", {"camera": 0.0}  # its motion stays as it is
-    stage(out, "flow", lambda: _train(config, "flow", task | keep | {"init_from": str(out / last / "model")}))
-    outcomes, settled = str(out / "outcomes" / "model"), str(out / "settled" / "model")
+    stage(out, "flow", lambda: _train(config, "flow", task | {"init_from": str(out / "unrolled" / "model")}))
+    outcomes, last = str(out / "outcomes" / "model"), "settled"
     stage(out, "outcomes", lambda: _train(config, "outcomes", task))
     answering = {"init_from": str(out / "flow" / "model"), "head": outcomes}
-    stage(out, "settled", lambda: _train(config, "settled", task | keep | answering))
-    dreaming = {"init_from": outcomes, "dynamics": settled, "dreams": dreams_for(config.stage_steps)}
-    stage(out, "heads", lambda: _train(config, "heads", task | dreaming))
-    stage(out, "bundle", lambda: make_bundle(out, data, config.starts))
+    stage(out, "settled", lambda: _train(config, "settled", task | answering))
+    dreams = {"dreams": dreams_for(config.stage_steps)}
+    if config.tiles:
+        following = {"init_from": str(out / "settled" / "model")}
+        stage(out, "camera", lambda: _train(config, "camera", task | dreams | following))
+        last = "camera"
+    dreaming = {"init_from": outcomes, "dynamics": str(out / last / "model")}
+    stage(out, "heads", lambda: _train(config, "heads", task | dreams | dreaming))
+    stage(out, "bundle", lambda: make_bundle(out, data, config.starts, last))
     return out / "bundle"
 
 

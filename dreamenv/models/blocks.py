@@ -80,6 +80,14 @@ class UNet(nn.Module):
         self.out_norm = group_norm(width)
         self.out = zero_init(nn.Conv2d(width, c_out, 3, padding=1))
 
+    def recall(self, context: Tensor) -> Tensor:
+        """What is remembered beyond the context (B, K, C, H, W); here nothing, (B, 0, 0, 0)."""
+        return context.new_zeros(len(context), 0, 0, 0)
+
+    def remember(self, memory: Tensor, last: Tensor, latent: Tensor) -> Tensor:
+        """What is remembered one step on, when `latent` (B, C, H, W) follows `last`."""
+        return memory
+
     def beside(self, clean: Tensor) -> dict[str, Tensor]:
         """Options of `forward` that make another prediction comparable with `clean`, cell by cell; none here."""
         return {}

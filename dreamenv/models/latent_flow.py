@@ -122,7 +122,7 @@ def alternating(x: Tensor) -> Tensor:
 
 
 def draw_next(model: nn.Module, context: Tensor, actions: Tensor, noise: Tensor | None,
-              sampler: SamplerConfig) -> tuple[Tensor, Tensor]:  # fmt: skip
+              sampler: SamplerConfig, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Draw the next latent, guided by the action if the sampler says so.
 
     Args:
@@ -131,14 +131,16 @@ def draw_next(model: nn.Module, context: Tensor, actions: Tensor, noise: Tensor 
         actions: int64 (B, K), the one taken now last.
         noise: standard normal (B, C, H, W); may be None where `sampler.stochastic` is False.
         sampler: how.
+        memory: what the model remembers beyond the context, see `UNet.recall`; None is what it recalls of the context.
 
     Returns:
         The latent float32 (B, C, H, W), and the log error that the first evaluation expected, (B, H, W).
     """
     zero = torch.zeros(len(context), device=context.device)
+    remembered = {} if memory is None or not memory.numel() else {"memory": memory}
 
     def network(x: Tensor | None, tau: float, given: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        options = {} if beside is None else cast(UNet, model).beside(beside)
+        options = remembered if beside is None else remembered | cast(UNet, model).beside(beside)
         clean, log_error = model(x, zero + tau, context, given, zero, **options)
         return clean.float(), log_error
 

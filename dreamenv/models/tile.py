@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamenv.config import check
@@ -27,8 +28,11 @@ SCALE = 64 / VIEW
 """Pixels of a tile."""
 CAMERA = 4
 """Channels that hold phase and move."""
+MEMORY = 32
+"""Tiles each way of what is remembered of the level, the latent's window in its middle."""
 _NUDGE = 0.1 / SCALE  # tiles by which a phase is moved to see how the reconstruction changes
 _REACH = 2  # tiles that the camera moves in one step, at most
+_MARGIN = (MEMORY - WINDOW) // 2
 
 
 def phase_of(pose: Tensor) -> Tensor:
@@ -57,6 +61,17 @@ def crossed(before: Tensor, move: Tensor, after: Tensor) -> Tensor:
     return (before + move - after).round()
 
 
+def exact_move(before: Tensor, after: Tensor) -> Tensor:
+    """The move (B, 2) between two latents (B, C, H, W) in a row, to which their phases fit exactly."""
+    return phases(after) - phases(before) + crossed(phases(before), moves(after), phases(after))
+
+
+def arrived(clean: Tensor, target: Tensor) -> Tensor:
+    """A prediction (n B, C, H, W) that was made with the true move, its camera's channels those of the target (B, C, H, W)."""
+    times = len(clean) // len(target)
+    return with_camera(clean[:, :-CAMERA], phases(target).repeat(times, 1), moves(target).repeat(times, 1))
+
+
 def shown(phase: Tensor) -> Tensor:
     """Which share of each tile of the window the picture shows, (B, 2) -> (B, 1, H, W)."""
     tile = torch.arange(WINDOW, device=phase.device, dtype=torch.float32)
@@ -65,9 +80,9 @@ def shown(phase: Tensor) -> Tensor:
     return (share[:, 1, :, None] * share[:, 0, None, :])[:, None]
 
 
-def _one_hot(index: Tensor) -> Tensor:
-    """Whole numbers (...) -> (..., WINDOW); a row of zeros where the index is outside."""
-    return (index[..., None] == torch.arange(WINDOW, device=index.device)).float()
+def _one_hot(index: Tensor, size: int = WINDOW) -> Tensor:
+    """Whole numbers (...) -> (..., size); a row of zeros where the index is outside."""
+    return (index[..., None] == torch.arange(size, device=index.device)).float()
 
 
 def pick(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -79,10 +94,39 @@ def pick(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 def move_window(values: Tensor, by: Tensor) -> Tensor:
     """Values (B, C, H, W) seen from a window `by` (B, 2) tiles further right and down; zeros where nothing was known."""
+    return _view(values, by, 0, WINDOW)
+
+
+def _view(values: Tensor, by: Tensor, begin: int, size: int) -> Tensor:
+    """Values (B, C, N, N) -> (B, C, size, size) from tile `begin` + `by` (B, 2) on; zeros outside."""
     with torch.autocast(values.device.type, enabled=False):
-        tile = torch.arange(WINDOW, device=values.device)
-        columns, rows = _one_hot(tile + by[:, :1]), _one_hot(tile + by[:, 1:])
+        tile = torch.arange(begin, begin + size, device=values.device)
+        columns, rows = (_one_hot(tile + by[:, i, None], values.shape[-1]) for i in range(2))
         return pick(values.float(), rows, columns).transpose(1, 2)
+
+
+def recalled(memory: Tensor, by: Tensor) -> Tensor:
+    """What a memory (B, c + 1, M, M) knows of the window `by` (B, 2) tiles further right and down, (B, c + 1, H, W).
+
+    The last channel says which share of a tile its codes were seen from, 0 where nothing is known.
+    """
+    return _view(memory, by, _MARGIN, WINDOW)
+
+
+def remember(memory: Tensor | None, latent: Tensor, by: Tensor) -> Tensor:
+    """The memory (B, c + 1, M, M) after a latent (B, C, H, W) whose window is `by` (B, 2) tiles further right and down.
+
+    A tile is replaced where the latent shows at least as much of it. None is a memory of nothing.
+    """
+    share = shown(phases(latent))
+    fresh = torch.cat([latent[:, :-CAMERA].float(), share], 1)
+    if memory is None:
+        return F.pad(fresh, (_MARGIN,) * 4)
+    out = _view(memory, by, 0, MEMORY).contiguous()
+    inner = (..., slice(_MARGIN, -_MARGIN), slice(_MARGIN, -_MARGIN))
+    known = out[inner]
+    out[inner] = torch.where((share > 0) & (share + 0.01 >= known[:, -1:]), fresh, known)
+    return out
 
 
 def _overlap(x: int, y: int) -> tuple[slice, slice]:

@@ -13,7 +13,20 @@ from dreamenv.config import check
 from dreamenv.models.blocks import UNet, sinusoidal, zero_init
 from dreamenv.models.latent_flow import alternating
 from dreamenv.models.registry import register_model
-from dreamenv.models.tile import CAMERA, VIEW, WINDOW, crossed, move_window, moves, phases, shown, waves, with_camera
+from dreamenv.models.tile import (
+    CAMERA,
+    VIEW,
+    WINDOW,
+    crossed,
+    move_window,
+    moves,
+    phases,
+    recalled,
+    remember,
+    shown,
+    waves,
+    with_camera,
+)
 
 _PLAYER = 1 + VIEW // 2  # the tile in which the picture's middle, the player's place, lies at phases below a half
 _AROUND = 3  # tiles on each side of the player's that decide where it can go
@@ -88,11 +101,32 @@ def _cut(codes: Tensor, at: Tensor, size: int) -> Tensor:
     return found.unflatten(2, (size, size)).float() * inside[:, None]
 
 
+def _steps(context: Tensor) -> Tensor:
+    """By how many tiles the window moves on within a context (B, K, C, H, W), (B, K - 1, 2)."""
+    phase = phases(context)
+    return crossed(phase[:, :-1], moves(context)[:, 1:], phase[:, 1:])
+
+
 def _behind(context: Tensor) -> Tensor:
     """How many tiles the last window of a context (B, K, C, H, W) is ahead of each, (B, K, 2)."""
-    phase = phases(context)
-    steps = crossed(phase[:, :-1], moves(context)[:, 1:], phase[:, 1:])
+    steps = _steps(context)
     return torch.cat([steps.flip(1).cumsum(1).flip(1), torch.zeros_like(steps[:, :1])], 1)
+
+
+def recall(context: Tensor, memory: Tensor | None = None, by: Tensor | None = None) -> Tensor:
+    """What is remembered after a context (B, K, C, H, W), on top of a `memory` from before it.
+
+    Args:
+        context: past latents.
+        memory: (B, c + 1, M, M), see `dreamenv.models.tile.remember`; None is a memory of nothing.
+        by: (B, 2), by how many tiles the context's first window is ahead of that memory's; required with one.
+    """
+    steps = _steps(context)
+    for i, latent in enumerate(context.unbind(1)):
+        step = by if i == 0 else steps[:, i - 1]
+        memory = remember(memory, latent, torch.zeros_like(steps[:, 0]) if step is None else step)
+    assert memory is not None
+    return memory
 
 
 @register_model("tile_flow", TileFlowConfig)
@@ -100,12 +134,13 @@ class TileFlow(UNet):
     """Like `LatentFlow`, for latents on the grid of tiles (`dreamenv.models.tile`).
 
     First the camera's next move is predicted. Then every past latent is seen from the window it leads to, where what stands
-    still keeps its place and its code, and the U-Net says how far each tile changes from the latest code known of it.
+    still keeps its place and its code, and the U-Net says how far each tile changes from the latest code known of it, however
+    long ago: a memory holds the tiles around, in or out of the picture.
     """
 
     def __init__(self, config: TileFlowConfig) -> None:
         c, k, e = config.latent_channels - CAMERA, config.context, config.embedding
-        super().__init__((k + 2) * c + k + 9, 2 * c + 1, config.channels, config.blocks, e)
+        super().__init__((k + 2) * c + k + 10, 2 * c + 1, config.channels, config.blocks, e)
         self.config = config
         self.action_embedding = nn.Embedding(NUM_ACTIONS + 1, e // 2)
         seen = (k + 2) * (e // 2) + c + 2 * k
@@ -115,6 +150,14 @@ class TileFlow(UNet):
     def beside(self, clean: Tensor) -> dict[str, Tensor]:
         """The move of `clean`, so that another prediction is of the same window."""
         return {"move": moves(clean)}
+
+    def recall(self, context: Tensor) -> Tensor:
+        """See the function `recall`: the memory (B, c + 1, M, M) of a context (B, K, C, H, W)."""
+        return recall(context)
+
+    def remember(self, memory: Tensor, last: Tensor, latent: Tensor) -> Tensor:
+        """The memory (B, c + 1, M, M) one step on: that of up to `last`, and `latent`, the one after it (B, C, H, W)."""
+        return remember(memory, latent, crossed(phases(last), moves(latent), phases(latent)))
 
     def guided(self, clean: Tensor, unaware: Tensor, scale: float) -> Tensor:
         """As for any flow, but the camera goes where `clean` says, for both are of that window."""
@@ -146,7 +189,7 @@ class TileFlow(UNet):
         return recent.unflatten(0, (-1, 3)).flatten(1, 2)
 
     def forward(self, noisy: Tensor | None, tau: Tensor, context: Tensor, actions: Tensor, context_noise: Tensor,
-                move: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+                move: Tensor | None = None, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Predict the next latent.
 
         Args:
@@ -158,6 +201,7 @@ class TileFlow(UNet):
             context_noise: (B,) standard deviation of the noise in the context's codes.
             move: (B, 2), the camera's move, if it is known: the codes are then those of the window it leads to. The camera's
                 channels always hold the model's own prediction, so the phase may lie outside of [0, 1) then.
+            memory: (B, c + 1, M, M), what is remembered up to the last latent; None is what the context holds.
 
         Returns:
             The clean latent (B, C, H, W), and the log of its expected squared error per tile (B, H, W).
@@ -174,14 +218,12 @@ class TileFlow(UNet):
         view = shown(arrived)
         seen = move_window(seen.flatten(0, 1), (behind + window[:, None]).flatten(0, 1)).unflatten(0, (b, k))
         codes, share = seen[:, :, :c], seen[:, :, c]
-        latest = share + 0.01 * torch.arange(k, device=share.device)[:, None, None]  # the later of two that show as much
-        best = latest.argmax(1)[:, None, None].expand(-1, 1, c, -1, -1)
-        base = codes.gather(1, best)[:, 0]
+        base, known = recalled(recall(context) if memory is None else memory, window).split([c, 1], 1)
         half = self.config.embedding // 2
         gated = torch.zeros_like(base) if noisy is None else noisy[:, :c].float() * tau[:, None, None, None]
         scalars = [sinusoidal(tau, half), sinusoidal(context_noise, half), 4 * alternating(gated), before.flatten(1), taken]
         cond = self.condition(torch.cat([self.action_embedding(actions).flatten(1), *scalars], 1))
-        maps = torch.cat([gated, base, codes.flatten(1, 2), share, view, waves(arrived)], 1)
+        maps = torch.cat([gated, base, codes.flatten(1, 2), share, view, waves(arrived), known], 1)
         out = self.out(self.features(maps.contiguous(memory_format=torch.channels_last), cond)).float()
         change = out[:, :c] * (out[:, c : 2 * c] + 1).sigmoid()
         clean = (base + change) * (view > 0)

@@ -1,0 +1,112 @@
+"""Trains the camera's motion of `tile_flow` over its own path: errors of a move add up twice, in the speed and in the place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dreamenv.bundle import pick_device
+from dreamenv.models.tile import arrived, exact_move, moves, phases
+from dreamenv.models.tile_flow import TileFlow
+from dreamenv.noise import philox
+
+if TYPE_CHECKING:
+    from trainers.dynamics import DynamicsTask
+
+_AHEAD = 6  # more steps than are unrolled that the dreams are long
+_NEAR = 3  # tiles that the player may be from a place from which all around was in the picture
+_LOST = 0.1  # tiles from the true path from which on a camera's path is another one
+
+
+class CameraPath:
+    """The part of a `DynamicsTask` that trains only the camera's motion."""
+
+    def __init__(self, task: DynamicsTask, seed: int) -> None:
+        self.task, self.config = task, task.config
+        self._dreamt = self._imagine(self.config.dreams, philox((seed, 1))) if self.config.dreams else None
+
+    def _imagine(self, count: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Dream along true paths: latents float16 (D, K + S, C, H, W), actions int64 (D, K + S) and live bool (D, S).
+
+        A step is live if the episode goes on and the context showed all that surrounds the player.
+        """
+        data, k, device = self.task.data, self.task.context, pick_device("auto")
+        model = cast(TileFlow, self.task.model.to(device, memory_format=torch.channels_last)).eval()  # pyright: ignore[reportCallIssue]
+        out: dict[str, list[Tensor]] = {"latents": [], "actions": [], "live": []}
+        length = self.config.unroll + _AHEAD
+        for at in range(0, count, 128):
+            now = self.task.moments(rng, min(128, count - at))
+            indices, actions = data.contexts(now, k, length)
+            live = data.start[np.minimum(indices, len(data.start) - 1)] == data.start[now][:, None]
+            live &= indices < len(data.start)
+            indices = np.where(live, indices, now[:, None])
+            place = data.camera[indices]
+            near = np.abs(place[:, k:, None] - place[:, None, :k]).max(-1).min(-1) <= _NEAR
+            latents = data.gather(indices).float().to(device)
+            taken, zero = torch.from_numpy(actions).to(device), torch.zeros(len(now), device=device)
+            dream = list(latents[:, :k].unbind(1))
+            with torch.no_grad():
+                memory = model.recall(latents[:, :k])
+                for u in range(length):
+                    move = exact_move(latents[:, k + u - 1], latents[:, k + u])
+                    context = torch.stack(dream[-k:], 1)
+                    clean, _ = model(None, zero, context, taken[:, u : u + k], zero, move=move, memory=memory)
+                    dream.append(arrived(clean, latents[:, k + u]))
+                    memory = model.remember(memory, dream[-2], dream[-1])
+            out["latents"].append(torch.stack(dream, 1).half().cpu())
+            out["actions"].append(torch.from_numpy(actions))
+            out["live"].append(torch.from_numpy((live[:, k:] & near).cumprod(1).astype(bool)))
+        return {name: torch.cat(parts) for name, parts in out.items()}
+
+    def mixed(self, batch: dict[str, Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
+        """The batch, with parts of dreams as its first half where there are dreams."""
+        if self._dreamt is None:
+            return batch
+        rows = len(batch["actions"]) // 2
+        which = torch.from_numpy(rng.integers(len(self._dreamt["actions"]), size=rows))[:, None]
+        begin = torch.from_numpy(rng.integers(0, _AHEAD, size=rows, endpoint=True))[:, None]
+        for name, context in (("latents", self.task.context), ("actions", self.task.context), ("live", 0)):
+            part = self._dreamt[name][which, begin + torch.arange(context + self.config.unroll)]
+            batch[name] = torch.cat([part, batch[name][rows:]])
+        return batch
+
+    def loss(self, model: TileFlow, batch: dict[str, Tensor], generator: torch.Generator,
+             progress: float) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """How far from its true path the camera gets on its own moves, seeing what surrounds the true one.
+
+        It begins where the phase reader may have misread it. One step at first, then a third of `unroll`, then all: through
+        many steps of a beginner's moves gradients say little. Nor do they once a path has left the true one: what it meets
+        then is not what is around the player.
+        """
+        latents, k = batch["latents"], self.task.context
+        device, size = latents.device, len(latents)
+
+        def normal(*shape: int, most: float) -> Tensor:
+            """Noise (B, ...), of a standard deviation up to `most` that differs between samples."""
+            level = torch.rand(size, *(1 for _ in shape), generator=generator, device=device) * most
+            return torch.randn(size, *shape, generator=generator, device=device) * level
+
+        misread = normal(k, 2, most=self.config.misread)
+        away, before = misread[:, -1], moves(latents[:, 1:k]) + misread.diff(dim=1)
+        total, metrics, counts = torch.zeros((), device=device), {}, torch.ones(size, device=device)
+        reach = 1 if progress < 0.05 else -(-self.config.unroll // 3) if progress < 0.15 else self.config.unroll
+        for u in range(reach):
+            now, phase = latents[:, u : u + k], phases(latents[:, u + k - 1]) + away
+            tile = (phase + 0.5).floor().detach()
+            around = model.surroundings(now, tile)
+            around = around + normal(*around.shape[1:], most=self.config.context_noise)
+            move = model.motion(around, phase + 0.5 - tile, before, batch["actions"][:, u : u + k])
+            away = away + move - exact_move(latents[:, u + k - 1], latents[:, u + k])
+            before = torch.cat([before[:, 1:], move[:, None]], 1)
+            off = F.smooth_l1_loss(away, torch.zeros_like(away), beta=0.02, reduction="none").sum(1)
+            counts = counts * batch["live"][:, u]
+            total = total + self.config.camera * (off * counts).mean() / reach
+            if u in (0, reach - 1):
+                metrics[f"away_{u + 1}"] = away.detach().norm(dim=1).mean()
+            counts = counts * (away.detach().norm(dim=1) < _LOST)
+        metrics["lost"] = 1 - counts.mean()
+        return total, metrics
