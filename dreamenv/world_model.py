@@ -25,8 +25,8 @@ class WorldModel:
     Args:
         autoencoder, dynamics, head: the three networks.
         device: where they run.
-        precision: "fp32", or "bf16" autocast of dynamics and head; the autoencoder is always fp32, for bf16 has no
-            more digits than a pixel.
+        precision: "fp32", or "bf16" autocast of dynamics and head, and of the inner blocks of a tile autoencoder; the rest of
+            an autoencoder is always fp32, for bf16 has no more digits than a pixel.
     """
 
     def __init__(self, autoencoder: FrameCodec, dynamics: Dynamics, head: OutcomeHead,
@@ -43,8 +43,8 @@ class WorldModel:
         self.rewards = np.asarray(head.config.rewards, np.float64)
         self.terminated = np.asarray(head.config.terminated, bool)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+    def _autocast(self, wanted: bool = True) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted and self.precision == "bf16")
 
     @torch.inference_mode()
     def encode(self, frames: np.ndarray | Tensor, fine: bool = True) -> Tensor:
@@ -54,14 +54,16 @@ class WorldModel:
         """
         images = to_images(torch.as_tensor(frames).to(self.device)).contiguous(memory_format=torch.channels_last)
         if not (fine and isinstance(self.autoencoder, TileAutoencoder)):
-            return self.autoencoder.encode(images).contiguous()
+            with self._autocast(isinstance(self.autoencoder, TileAutoencoder)):
+                return self.autoencoder.encode(images).contiguous()
         phase = self.autoencoder.refine_phase(images, self.autoencoder.read_phase(images))
         return self.autoencoder.encode(images, phase).contiguous()
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, H, W) -> frames uint8 (B, 64, 64, 3) on the CPU."""
-        images = self.autoencoder.decode(latents.contiguous(memory_format=torch.channels_last))
+        with self._autocast(isinstance(self.autoencoder, TileAutoencoder)):
+            images = self.autoencoder.decode(latents.contiguous(memory_format=torch.channels_last))
         return to_frames(images).cpu()
 
     def start(self, frames: np.ndarray | Tensor, actions: np.ndarray | Tensor, fine: bool = True) -> State:

@@ -404,3 +404,15 @@ def test_data_without_a_camera_is_refused(trained: Path, tmp_path: Path) -> None
     writer.commit(writer.write_shard(0, columns))
     with pytest.raises(DatasetError, match="without a camera position"):
         encode_dataset(tmp_path / "blind", trained / "ae" / "model", tmp_path / "latents", "cpu")
+
+
+def test_half_precision_hardly_changes_a_picture(trained: Path) -> None:
+    networks = [load_model(trained / name / "model")[0] for name in ("ae", "flow", "head")]
+    frames = np.array(Dataset(trained / "data").shards[0].frames[:16])
+    drawn = []
+    for precision in ("fp32", "bf16"):
+        model = WorldModel(*cast(Any, networks), precision=precision)
+        latents = model.encode(frames, fine=False)
+        assert latents.dtype == torch.float32
+        drawn.append(model.decode(latents).numpy().astype(int))
+    assert np.abs(drawn[0] - drawn[1]).max() <= 2 and not np.array_equal(drawn[0], 0 * drawn[0])

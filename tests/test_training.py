@@ -194,6 +194,7 @@ def test_bf16_is_chosen_by_the_hardware() -> None:
     cpu = torch.device("cpu")
     assert pick_precision("bf16", cpu) == "bf16" and pick_precision("fp32", torch.device("cuda")) == "fp32"
     assert pick_precision("auto", torch.device("cuda")) == "bf16"
-    assert (pick_precision("auto", cpu) == "bf16") == torch.cpu._is_amx_tile_supported()
+    capable = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    assert (pick_precision("auto", cpu) == "bf16") == capable
     with pytest.raises(ConfigError, match="fp8"):
         pick_precision("fp8", cpu)
