@@ -64,8 +64,8 @@ class CompareConfig:
     """Real moments branched under every distinct action."""
     branch_steps: int = 4
     """Steps each branch holds its action."""
-    negatives: int = 15_000
-    """Uneventful real steps at which the outcome head is asked; on drifted contexts a tenth."""
+    negatives: int = 8_000
+    """Uneventful real steps at which the outcome head is asked; on drifted contexts a fifth."""
     drift: int = 10
     """Steps dreamt before the outcome head is asked on a drifted context."""
     policies: tuple[str, ...] = POLICIES
@@ -318,7 +318,7 @@ def compare(bundle: Bundle, config: CompareConfig, sampler: SamplerConfig,
     figures |= outcome_figures(model, result.outcomes["real"]) | {"steps": int(play.first.size)}
     if config.drift:
         progress("outcomes after drift")
-        result.outcomes["drifted"] = outcome_scores(model, play, sampler, config.drift, max(config.negatives // 10, 1), seed)
+        result.outcomes["drifted"] = outcome_scores(model, play, sampler, config.drift, max(config.negatives // 5, 1), seed)
         figures |= outcome_figures(model, result.outcomes["drifted"], "drifted_") | {"drift": config.drift}
     progress("controllability")
     delta = delta_psnr(model, clips, result.dream[:, :DELTA_STEP], sampler, seed)

@@ -38,7 +38,7 @@ def demo(out: Path, game: str = "coinrun", bundle: Path | None = None, clips: in
     model = loaded.world_model
     frequencies = colour_frequencies(play.frames[:, :: max(play.frames.shape[1] // 128, 1)])
     result = compare_open_loop(model, cut_clips(play, clips, model.context, horizon, seed), frequencies, sampler, seed)
-    scored = outcome_figures(model, outcome_scores(model, play, sampler, seed=seed))
+    scored = outcome_figures(model, outcome_scores(model, play, sampler, negatives=4000, seed=seed))
     shipped = bundled_agent(loaded.folder)
     shown = play if shipped is None else play_real(facts.name, 8 * film_steps, 16, f"agent:{shipped}",
                                                    distribution_mode=facts.distribution_mode, seed=seed)  # fmt: skip
