@@ -77,15 +77,16 @@ class WorldModel:
         frames, actions = torch.as_tensor(frames), torch.as_tensor(actions).long()
         b, t = frames.shape[:2]
         frames, actions = frames[:, -self.context :], actions[:, max(t - self.context, 0) :]
-        latents = self._follow(self.encode(frames.flatten(0, 1), fine).unflatten(0, (b, frames.shape[1])))
+        latents = self.encode(frames.flatten(0, 1), fine).unflatten(0, (b, frames.shape[1]))
+        latents = self._follow(latents, actions.to(self.device))
         missing = self.context - frames.shape[1]
         latents = torch.cat([latents[:, :1].expand(-1, missing, -1, -1, -1), latents], 1)
         padding = torch.full((b, missing), NOOP, dtype=torch.int64)
         return State(latents, torch.cat([padding, actions], 1).to(self.device), self._recall(latents))
 
     @torch.inference_mode()
-    def _follow(self, latents: Tensor) -> Tensor:
-        return self.autoencoder.track(latents)
+    def _follow(self, latents: Tensor, actions: Tensor) -> Tensor:
+        return self.dynamics.settle(self.autoencoder.track(latents), actions)
 
     @torch.inference_mode()
     def _recall(self, latents: Tensor) -> Tensor:

@@ -43,6 +43,8 @@ from dreamenv.models.tile_flow import TileFlow, TileFlowConfig
 from dreamenv.world_model import WorldModel
 from envs.collect import CollectConfig, collect
 from envs.procgen import RealProcgenVectorEnv
+from trainers.camera import CameraPath
+from trainers.dynamics import DynamicsTask, DynamicsTaskConfig
 from trainers.latents import LatentDataset, encode_dataset
 from trainers.pipeline import PipelineConfig, run_pipeline
 from trainers.train import train
@@ -324,7 +326,7 @@ def test_dynamics_follow_the_camera(trained: Path) -> None:
 
 def test_following_the_camera_trains_its_motion_alone(trained: Path, tmp_path: Path) -> None:
     task = {"latents": str(trained / "latents"), "val_ratio": 0.2, "unroll": 5, "camera_only": True, "drop_actions": 0.0,
-            "dreams": 200, "init_from": str(trained / "flow" / "model")}  # fmt: skip
+            "dreams": 200, "hard": 0.4, "init_from": str(trained / "flow" / "model")}  # fmt: skip
     train({"model": FLOW, "task": task, "loop": loop(80, 32)}, tmp_path / "camera")
     before, after = (load_model(folder / "model")[0].state_dict() for folder in (trained / "flow", tmp_path / "camera"))
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
@@ -334,6 +336,53 @@ def test_following_the_camera_trains_its_motion_alone(trained: Path, tmp_path: P
         rows = [row.split(",") for row in (folder / "metrics.csv").read_text().splitlines()]
         off.append(next(float(value) for _, name, value in rows if name == "val_camera_5"))
     assert off[1] < off[0]
+
+
+def test_readings_settle_on_the_nearest_path(level: Tensor) -> None:
+    """Of a camera that goes straight on, as all do before training: the straight line of ordinary least squares."""
+    model = TileFlow(TileFlowConfig(latent_channels=10, channels=(8,), blocks=(1,), embedding=8, motion=8)).eval()
+    rng = np.random.default_rng(0)
+    pose = torch.from_numpy(rng.uniform(5, 6, (16, 1, 2)) + rng.uniform(-0.3, 0.3, (16, 1, 2)) * np.arange(4)[:, None]).float()
+    misread = torch.from_numpy(rng.normal(size=(16, 4, 2)) * 0.004).float()
+    misread[-1, 2] += 0.5  # no straight line is near
+    read = pose + misread
+    read = read.where((read.floor() == pose.floor()).all(2, keepdim=True), pose)
+    latents = torch.stack([seen_from(level, read[:, i]) for i in range(4)], 1)
+    step = torch.cat([torch.zeros(16, 1, 2), read.diff(dim=1)], 1)
+    latents = torch.stack([with_camera(latents[:, i, :6], phases(latents[:, i]), step[:, i]) for i in range(4)], 1)
+    with torch.no_grad():
+        settled = model.settle(latents, torch.zeros(16, 3, dtype=torch.int64))
+        two = model.settle(latents[:, :2], torch.zeros(16, 1, dtype=torch.int64))
+    line = np.stack([[np.polyval(np.polyfit(np.arange(4), y, 1), np.arange(4)) for y in rows.T] for rows in read.numpy()], 0)
+    line = torch.from_numpy(line).mT.float()
+    line[-1] = read[-1]
+    np.testing.assert_allclose(moves(settled)[:, 1:], line.diff(dim=1), atol=2e-4)
+    inside = (line.floor() == read.floor()).all(2)
+    np.testing.assert_allclose(phases(settled)[inside], phase_of(line)[inside], atol=2e-4)
+    assert torch.equal(settled[:, :, :6], latents[:, :, :6]) and torch.equal(two, latents[:, :2])
+    off, before = (moves(x)[:-1, 1:] - pose[:-1].diff(dim=1) for x in (settled, latents))
+    assert off.norm() < 0.6 * before.norm()
+
+
+def test_camera_training_seeks_what_is_hard(trained: Path) -> None:
+    """Against a camera that goes on as it went, as all do before training: its errors are the changes of the true move."""
+    config = DynamicsTaskConfig(latents=str(trained / "latents"), val_ratio=0.2, unroll=5, camera_only=True, hard=0.9)
+    path = CameraPath(DynamicsTask(config, FLOW, 0), 0)
+    data, rng = path.task.data, np.random.default_rng(0)
+    now = path.task.train[data.first[path.task.train - 3]]  # a context of four that begins the episode
+    move = np.diff(data.camera[now[:, None] + np.arange(-1, 2)], axis=1)
+    expected = np.minimum(np.linalg.norm(move[:, 1] - move[:, 0], axis=1), 0.1) ** 2
+    hard = path._hard
+    assert hard is not None
+    found = np.diff(hard, prepend=0)
+    np.testing.assert_allclose(found[now], expected, atol=2e-4)
+    assert not found[data.validation].any()
+
+    def calm(moments: np.ndarray) -> float:
+        """The share of samples in which the camera goes straight on for all steps."""
+        return float((found[moments[:, None] + np.arange(5)].max(1) < 1e-5).mean())
+
+    assert calm(path.moments(rng, 4000)) < 0.3 * calm(path.task.moments(rng, 4000))
 
 
 def test_energy_score_and_outcomes_train_on_tiles_too(trained: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dreamenv.bundle import pick_device
+from dreamenv.bundle import pick_device, pick_precision
 from dreamenv.models.tile import arrived, exact_move, moves, phases
 from dreamenv.models.tile_flow import TileFlow
 from dreamenv.noise import philox
@@ -17,8 +17,9 @@ from dreamenv.noise import philox
 if TYPE_CHECKING:
     from trainers.dynamics import DynamicsTask
 
-_AHEAD = 6  # more steps than are unrolled that the dreams are long
+_AHEAD = 6  # steps by which the dreams are longer than what is unrolled
 _NEAR = 3  # tiles that the player may be from a place from which all around was in the picture
+_CLOSE = 0.005  # tiles from where on an error counts in proportion
 _LOST = 0.1  # tiles from the true path from which on a camera's path is another one
 
 
@@ -27,19 +28,44 @@ class CameraPath:
 
     def __init__(self, task: DynamicsTask, seed: int) -> None:
         self.task, self.config = task, task.config
-        self._dreamt = self._imagine(self.config.dreams, philox((seed, 1))) if self.config.dreams else None
+        model = cast(TileFlow, task.model.to(pick_device("auto"), memory_format=torch.channels_last)).eval()  # pyright: ignore[reportCallIssue]
+        self._whole = np.zeros(len(task.data.start), bool)
+        self._whole[task.train] = True
+        self._hard = self._surprises(model).cumsum() if self.config.hard else None
+        self._dreamt = self._imagine(model, self.config.dreams, philox((seed, 1))) if self.config.dreams else None
 
-    def _imagine(self, count: int, rng: np.random.Generator) -> dict[str, Tensor]:
+    def moments(self, rng: np.random.Generator, size: int) -> np.ndarray:
+        """Draw training steps int64 (B,), some of them just before a move that the model found hard."""
+        now = self.task.moments(rng, size)
+        if self._hard is None:
+            return now
+        step = np.searchsorted(self._hard, rng.random(size) * self._hard[-1], side="right")
+        step = np.maximum(step - rng.integers(0, self.config.unroll, size=size), 0)
+        return np.where((rng.random(size) < self.config.hard) & self._whole[step], step, now)
+
+    def _surprises(self, model: TileFlow) -> np.ndarray:
+        """How far off the model is at each training step's move, squared, float64 (N,), up to where a path is lost."""
+        data, k, device = self.task.data, self.task.context, pick_device("auto")
+        error = np.zeros(len(data.start))
+        for now in np.array_split(np.flatnonzero(self._whole), max(self._whole.sum() // 1024, 1)):
+            indices, actions = data.contexts(now, k, 1)
+            latents, taken = data.gather(indices).to(device), torch.from_numpy(actions[:, :k]).to(device)
+            context = latents[:, :k]
+            with torch.no_grad():
+                found = model.next_move(context, taken, phases(context[:, -1]), moves(context)[:, 1:])
+            error[now] = (found - exact_move(context[:, -1], latents[:, k])).norm(dim=1).clamp_max(_LOST).square().cpu()
+        return error
+
+    def _imagine(self, model: TileFlow, count: int, rng: np.random.Generator) -> dict[str, Tensor]:
         """Dream along true paths: latents float16 (D, K + S, C, H, W), actions int64 (D, K + S) and live bool (D, S).
 
         A step is live if the episode goes on and the context showed all that surrounds the player.
         """
         data, k, device = self.task.data, self.task.context, pick_device("auto")
-        model = cast(TileFlow, self.task.model.to(device, memory_format=torch.channels_last)).eval()  # pyright: ignore[reportCallIssue]
         out: dict[str, list[Tensor]] = {"latents": [], "actions": [], "live": []}
-        length = self.config.unroll + _AHEAD
+        length, bf16 = self.config.unroll + _AHEAD, pick_precision("auto", device) == "bf16"
         for at in range(0, count, 128):
-            now = self.task.moments(rng, min(128, count - at))
+            now = self.moments(rng, min(128, count - at))
             indices, actions = data.contexts(now, k, length)
             live = data.start[np.minimum(indices, len(data.start) - 1)] == data.start[now][:, None]
             live &= indices < len(data.start)
@@ -49,7 +75,7 @@ class CameraPath:
             latents = data.gather(indices).float().to(device)
             taken, zero = torch.from_numpy(actions).to(device), torch.zeros(len(now), device=device)
             dream = list(latents[:, :k].unbind(1))
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 memory = model.recall(latents[:, :k])
                 for u in range(length):
                     move = exact_move(latents[:, k + u - 1], latents[:, k + u])
@@ -95,18 +121,19 @@ class CameraPath:
         total, metrics, counts = torch.zeros((), device=device), {}, torch.ones(size, device=device)
         reach = 1 if progress < 0.05 else -(-self.config.unroll // 3) if progress < 0.15 else self.config.unroll
         for u in range(reach):
-            now, phase = latents[:, u : u + k], phases(latents[:, u + k - 1]) + away
+            now = latents[:, u : u + k]
+            phase = phases(now[:, -1]) + away
             tile = (phase + 0.5).floor().detach()
             around = model.surroundings(now, tile)
             around = around + normal(*around.shape[1:], most=self.config.context_noise)
             move = model.motion(around, phase + 0.5 - tile, before, batch["actions"][:, u : u + k])
-            away = away + move - exact_move(latents[:, u + k - 1], latents[:, u + k])
+            away = away + move - exact_move(now[:, -1], latents[:, u + k])
             before = torch.cat([before[:, 1:], move[:, None]], 1)
-            off = F.smooth_l1_loss(away, torch.zeros_like(away), beta=0.02, reduction="none").sum(1)
+            error = F.smooth_l1_loss(away, torch.zeros_like(away), beta=_CLOSE, reduction="none").sum(1)
             counts = counts * batch["live"][:, u]
-            total = total + self.config.camera * (off * counts).mean() / reach
+            total = total + self.config.camera * (error * counts).mean() / reach
             if u in (0, reach - 1):
-                metrics[f"away_{u + 1}"] = away.detach().norm(dim=1).mean()
+                metrics[f"away_{u + 1}"] = (away.detach().norm(dim=1) * counts).sum() / counts.sum().clamp_min(1)
             counts = counts * (away.detach().norm(dim=1) < _LOST)
         metrics["lost"] = 1 - counts.mean()
         return total, metrics

@@ -86,8 +86,11 @@ class DynamicsTaskConfig:
     dreams: int = 0
     """Dreams that half of each batch then comes from, dreamt once before training along true paths: what surrounds the player
     should be taken for what it is although it is dreamt. 0 goes without."""
-    misread: float = 0.006
-    """Largest standard deviation of the error, in tiles, with which such a path begins, as the phase reader makes it."""
+    hard: float = 0.0
+    """Share of samples that then lead to a move that was hard to predict before training: what a player bumps into."""
+    misread: float = 0.001
+    """Largest standard deviation of the error, in tiles, with which such a path begins. Little: of moves as the phase reader
+    misreads them no exact law can be learnt; `TileFlow.settle` corrects those."""
     drop_actions: float = 0.05
     """Share of samples whose actions are hidden, for guidance."""
     pad: float = 0.1
@@ -123,10 +126,11 @@ class DynamicsTaskConfig:
         check(not self.outcome or bool(self.head), f"outcome {self.outcome}: needs a head, trained on the same latents")
         check(self.dreams >= 0, f"dreams {self.dreams}: must be >= 0")
         check(not self.dreams or self.camera_only, f"dreams {self.dreams}: are for camera_only; set one of them to its default")
+        check(not self.hard or self.camera_only, f"hard {self.hard}: is for camera_only; set one of them to its default")
         check(self.misread >= 0, f"misread {self.misread}: must be >= 0")
         check(0 <= self.past <= 64, f"past {self.past}: must be in 0..64")
         check(1 <= self.gap <= 1000, f"gap {self.gap}: must be in 1..1000")
-        for name in ("events", "drop_actions", "pad", "forget"):
+        for name in ("events", "hard", "drop_actions", "pad", "forget"):
             check(0 <= getattr(self, name) < 1, f"{name} {getattr(self, name)}: must be in [0, 1)")
         check(0 < self.val_ratio < 1, f"val_ratio {self.val_ratio}: must be in (0, 1)")
 
@@ -188,9 +192,9 @@ class DynamicsTask:
             _, self._labels = outcome_labels(self.data, self.head, len(self.head.config.rewards))
             self._rare = [np.flatnonzero((self._labels == c) & ~self.data.validation) for c in range(1, self._labels.max() + 1)]
             self._rare = [steps for steps in self._rare if len(steps)]
-        self._train = self.data.windows(self.context + config.unroll, validation=False)
+        self.train = self.data.windows(self.context + config.unroll, validation=False) + self.context - 1
         self._val = self.data.windows(self.context + _HORIZON, validation=True)
-        check(len(self._train) > 0 and len(self._val) > 0,
+        check(len(self.train) > 0 and len(self._val) > 0,
               f"latents {config.latents}: too few steps for windows of {self.context} + {max(config.unroll, _HORIZON)} "
               "in both parts of the split; collect more")
         starts = np.flatnonzero(self.data.first & ~self.data.validation)
@@ -203,7 +207,7 @@ class DynamicsTask:
 
     def moments(self, rng: np.random.Generator, size: int) -> np.ndarray:
         """Draw training steps int64 (B,) with a whole context before them and `unroll` steps after."""
-        return self._train[rng.integers(len(self._train), size=size)] + self.context - 1
+        return self.train[rng.integers(len(self.train), size=size)]
 
     def batch(self, rng: np.random.Generator, size: int) -> dict[str, Tensor]:
         """Latents float16 (B, K + U, C, H, W), actions int64 (B, K + U), importance uint8 (B, U, H, W), live bool (B, U).
@@ -214,7 +218,7 @@ class DynamicsTask:
         With a head also `asked` int64 (B,), after how many dreamt steps it is, 1..U, and `labels` int64 (B,), the answer.
         """
         k, u, config = self.context, self.config.unroll, self.config
-        now = self.moments(rng, size)
+        now = (self if self._path is None else self._path).moments(rng, size)
         at_start = rng.random(size) < config.pad / 2
         if len(self._starts):
             now = np.where(at_start, self._starts[rng.integers(len(self._starts), size=size)], now)

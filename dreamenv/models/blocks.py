@@ -84,6 +84,10 @@ class UNet(nn.Module):
         """What is remembered beyond the context (B, K, C, H, W); here nothing, (B, 0, 0, 0)."""
         return context.new_zeros(len(context), 0, 0, 0)
 
+    def settle(self, latents: Tensor, actions: Tensor) -> Tensor:
+        """What these dynamics make of real latents (B, T, C, H, W), T <= K, and the actions between; here nothing else."""
+        return latents
+
     def remember(self, memory: Tensor, last: Tensor, latent: Tensor) -> Tensor:
         """What is remembered one step on, when `latent` (B, C, H, W) follows `last`."""
         return memory

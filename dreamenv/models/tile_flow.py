@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreamenv.actions import NUM_ACTIONS
+from dreamenv.actions import NOOP, NUM_ACTIONS
 from dreamenv.config import check
 from dreamenv.models.blocks import UNet, sinusoidal, zero_init
 from dreamenv.models.latent_flow import alternating
@@ -30,6 +30,8 @@ from dreamenv.models.tile import (
 
 _PLAYER = 1 + VIEW // 2  # the tile in which the picture's middle, the player's place, lies at phases below a half
 _AROUND = 3  # tiles on each side of the player's that decide where it can go
+_ASIDE, _STRIDE, _NO_PATH = 0.003, 0.02, 0.03  # tiles: how slopes of paths are taken, how far a step may go, what is too far
+_LAWS = 16  # linear laws of motion an axis
 _FINE = (4, 8, 16)  # waves a tile of the place's finer features: a foot a hundredth of a tile above the ground does not stand
 
 
@@ -65,14 +67,20 @@ class TileFlowConfig:
 
 
 class CameraMotion(nn.Module):
-    """Predicts the camera's next move from the tiles around the player, the moves so far and the actions."""
+    """Predicts the camera's next move from the tiles around the player, the moves so far and the actions.
+
+    A switching linear system: networks weigh a few linear laws of the last two moves, the place and the action, for each axis
+    its own (mixture of experts, Jacobs et al. 1991). Running, falling and landing are each linear, and a law that is weighed
+    alone is exact, where a network's answer is off by thousandths of a tile at every step, which add up.
+    """
 
     def __init__(self, codes: int, context: int, width: int) -> None:
         super().__init__()
         self.look = nn.Sequential(nn.Conv2d(3 * codes, 48, 3), nn.SiLU(), nn.Conv2d(48, 48, 3), nn.SiLU(), nn.Flatten())
         seen = 48 * 9 + context * (NUM_ACTIONS + 1) + 2 * (context - 1) + 10 + 4 * len(_FINE)
-        self.answer = nn.Sequential(nn.Linear(seen, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-                                    nn.Linear(width, width), nn.SiLU(), zero_init(nn.Linear(width, 2)))  # fmt: skip
+        self.weigh = nn.Sequential(nn.Linear(seen, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+                                   nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2 * _LAWS))  # fmt: skip
+        self.laws = zero_init(nn.Linear(2 * min(context - 1, 2) + 2 + NUM_ACTIONS + 1, 2 * _LAWS))
 
     def forward(self, recent: Tensor, place: Tensor, before: Tensor, actions: Tensor) -> Tensor:
         """Predict the next move (B, 2).
@@ -85,10 +93,12 @@ class CameraMotion(nn.Module):
         """
         angle = 2 * torch.pi * torch.cat([place, 2 * place], 1)
         fine = 2 * torch.pi * torch.cat([n * place for n in _FINE], 1).detach()  # through many steps their slopes explode
-        facts = [F.one_hot(actions, NUM_ACTIONS + 1).flatten(1).float(), before.flatten(1), place,
-                 angle.cos(), angle.sin(), fine.cos(), fine.sin()]  # fmt: skip
+        taken = F.one_hot(actions, NUM_ACTIONS + 1).float()
+        facts = [taken.flatten(1), before.flatten(1), place, angle.cos(), angle.sin(), fine.cos(), fine.sin()]
         with torch.autocast(recent.device.type, enabled=False):  # what is lost here adds up twice, in speed and in place
-            return before[:, -1] + self.answer(torch.cat([self.look(recent), *facts], 1))
+            weights = self.weigh(torch.cat([self.look(recent), *facts], 1)).unflatten(1, (2, _LAWS)).softmax(2)
+            changes = self.laws(torch.cat([before[:, -2:].flatten(1), place, taken[:, -1]], 1)).unflatten(1, (2, _LAWS))
+            return before[:, -1] + (weights * changes).sum(2)
 
 
 def _cut(codes: Tensor, at: Tensor, size: int) -> Tensor:
@@ -175,6 +185,54 @@ class TileFlow(UNet):
         """
         tile = (phase + 0.5).floor().detach()
         return self.motion(self.surroundings(context, tile), phase + 0.5 - tile, before, actions)
+
+    def settle(self, latents: Tensor, actions: Tensor) -> Tensor:
+        """Latents of real pictures with the camera on the path of these dynamics that is nearest to where it was read.
+
+        Each phase was read off one picture, so a move has the errors of two. Where the camera was in the first two pictures
+        decides the path, and is found by least squares (Gauss-Newton, slopes by differences). If no path comes near, the
+        player met something that these dynamics do not know, and the readings stay.
+
+        Args:
+            latents: (B, T, C, H, W), T <= K, the first move zero.
+            actions: int64 (B, T - 1), the actions between them.
+        """
+        b, t = latents.shape[:2]
+        if t < 3:
+            return latents
+        begin = torch.zeros(b, 4, device=latents.device)
+        apart = self._apart(latents, actions, begin)
+        aside = _ASIDE * torch.eye(4, device=latents.device)[:, None]
+        for _ in range(2):
+            nudged = self._apart(latents, actions, (begin + aside).flatten(0, 1)).unflatten(0, (4, b))
+            slopes = ((nudged - apart).flatten(2) / _ASIDE).permute(1, 2, 0)
+            normal = slopes.mT @ slopes + 1e-4 * torch.eye(4, device=latents.device)
+            step = torch.linalg.solve(normal, slopes.mT @ apart.flatten(1)[..., None])[..., 0]
+            tried = begin - step.clamp(-_STRIDE, _STRIDE)
+            found = self._apart(latents, actions, tried)
+            better = found.square().sum((1, 2)) < apart.square().sum((1, 2))
+            begin, apart = torch.where(better[:, None], tried, begin), torch.where(better[:, None, None], found, apart)
+        apart = apart * (apart.abs().amax((1, 2)) < _NO_PATH)[:, None, None]
+        phase = (phases(latents) + apart).clamp(0, 1 - 1e-4)  # the windows stay
+        moved = moves(latents) + F.pad(apart.diff(dim=1), (0, 0, 1, 0))
+        settled = with_camera(latents[:, :, :-CAMERA].flatten(0, 1), phase.flatten(0, 1), moved.flatten(0, 1))
+        return settled.unflatten(0, (b, t))
+
+    def _apart(self, latents: Tensor, actions: Tensor, begin: Tensor) -> Tensor:
+        """How far a path is from the readings, (n B, T, 2), if it is `begin` (n B, 4) from them in the first two pictures."""
+        n, k = len(begin) // len(latents), self.config.context
+        latents, actions = latents.repeat(n, 1, 1, 1, 1), actions.repeat(n, 1)
+        phase, read = phases(latents), moves(latents)[:, 1:]
+        apart = [begin[:, :2], begin[:, 2:]]
+        before = [torch.zeros_like(apart[0])] * (k - 2) + [read[:, 0] + apart[1] - apart[0]]
+        for now in range(1, latents.shape[1] - 1):
+            missing = k - now - 1
+            context = torch.cat([latents[:, :1].expand(-1, missing, -1, -1, -1), latents[:, : now + 1]], 1)
+            taken = F.pad(actions[:, : now + 1], (missing, 0), value=NOOP)
+            move = self.next_move(context, taken, phase[:, now] + apart[-1], torch.stack(before[-(k - 1) :], 1))
+            apart.append(apart[-1] + move - read[:, now])
+            before.append(move)
+        return torch.stack(apart, 1)
 
     def surroundings(self, context: Tensor, tile: Tensor) -> Tensor:
         """Cut out what lies around the player, codes float32 (B, 3 c, 7, 7) of the last three pictures.
