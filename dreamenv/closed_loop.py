@@ -62,7 +62,7 @@ def play_episodes(envs: Any, frames: np.ndarray, policy: VectorPolicy, limit: in
     return Episodes(returns, lengths, ended), [np.stack(film, 1)[i, : lengths[i]] for i in range(min(films, n))]
 
 
-def play_both(bundle: Bundle, policies: tuple[str, ...] = POLICIES, episodes: int = 48, limit: int = 200,
+def play_both(bundle: Bundle, policies: tuple[str, ...] = POLICIES, episodes: int = 48, limit: int = 150,
               sampler: SamplerConfig | None = None, levels: tuple[int, int] = HELD_OUT,
               seed: int = 0) -> dict[str, tuple[Episodes, Episodes]]:  # fmt: skip
     """Play policies in the real game and in the dream of it, from the same first frames (needs procgen).
@@ -146,7 +146,7 @@ def agreement(results: dict[str, tuple[Episodes, Episodes]], replicates: int = 2
     return out
 
 
-def endless(bundle: Bundle, clips: Clips, steps: int = 5000, num_envs: int = 8, policy: str = "random",
+def endless(bundle: Bundle, clips: Clips, steps: int = 5000, num_envs: int = 4, policy: str = "random",
             sampler: SamplerConfig | None = None, shown: tuple[int, ...] = (1, 100, 1000, 5000),
             seed: int = 0) -> dict[str, Any]:  # fmt: skip
     """Dream on from real contexts without any reset, ends of episodes ignored, and watch whether the picture holds.

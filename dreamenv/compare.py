@@ -64,7 +64,7 @@ class CompareConfig:
     """Real moments branched under every distinct action."""
     branch_steps: int = 4
     """Steps each branch holds its action."""
-    negatives: int = 8_000
+    negatives: int = 5_000
     """Uneventful real steps at which the outcome head is asked; on drifted contexts a fifth."""
     drift: int = 10
     """Steps dreamt before the outcome head is asked on a drifted context."""
@@ -72,7 +72,7 @@ class CompareConfig:
     """Policies played in both worlds; none skips it."""
     episodes: int = 48
     """Episodes of each policy in each world."""
-    limit: int = 200
+    limit: int = 150
     """Steps after which these episodes are cut off, in both worlds."""
     endless_steps: int = 5000
     """Steps dreamt without a reset; 0 skips it."""
@@ -237,7 +237,7 @@ def _random_player(bundle: Bundle, config: CompareConfig, sampler: SamplerConfig
     """Figures on clips of a player whose every action is random, so that none gives away the next."""
     model, game, seed, horizon = bundle.world_model, bundle.game, config.seed, 10
     play = play_real(game.name, 150, 32, "random", config.levels, game.distribution_mode, seed)
-    clips = cut_clips(play, min(config.clips, 256), model.context, horizon, seed)
+    clips = cut_clips(play, min(config.clips, 128), model.context, horizon, seed)
     dream, _ = open_loop(model, clips, sampler, seed)
     real, k = clips.frames[:, model.context :], model.context
     error = squared_error(dream, real).mean((2, 3))

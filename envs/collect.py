@@ -24,6 +24,8 @@ from dreamenv.noise import philox
 from dreamenv.policies import make_policy, parse_mix
 from envs.games import check_levels, get_game
 
+_LARGE = 200_000  # steps from which starting more processes pays
+
 
 @dataclass(frozen=True)
 class CollectConfig:
@@ -49,8 +51,8 @@ class CollectConfig:
     """Games played side by side in one shard."""
     shard_steps: int = 1024
     """Steps of each game in one shard."""
-    workers: int = 1
-    """Processes; 1 collects in this one."""
+    workers: int = 0
+    """Processes; 1 collects in this one, 0 is one a core, 8 at most, for 200,000 steps or more, and 1 for fewer."""
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
@@ -59,8 +61,9 @@ class CollectConfig:
               f"levels {self.start_level}+{self.num_levels}: mix training and held-out ones; stay below {HELD_OUT_FROM}, "
               f"or start at {HELD_OUT_FROM} or above")
         parse_mix(self.policy)
-        for name in ("steps", "num_envs", "shard_steps", "workers"):
+        for name in ("steps", "num_envs", "shard_steps"):
             check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
+        check(self.workers >= 0, f"workers {self.workers}: must be >= 0")
         check(0 <= self.seed < 2**63, f"seed {self.seed}: must be in 0..2^63-1")
 
     @property
@@ -162,9 +165,11 @@ def collect(config: CollectConfig, progress: bool = True) -> Path:
         writer.commit(entry)
         bar.update(entry["steps"])
 
-    if config.workers > 1:
+    large = sum(lengths[i] for i in missing) * config.num_envs >= _LARGE
+    workers = config.workers or (min(os.cpu_count() or 1, 8) if large else 1)
+    if workers > 1:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(config.workers, mp_context=context) as pool:
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
             for future in as_completed([pool.submit(_worker, config, i, os.getpid()) for i in missing]):
                 commit(future)
     elif missing:

@@ -58,7 +58,7 @@ class PipelineConfig:
     """Procgen's difficulty."""
     seed: int = 0
     """Decides everything but the wall clock."""
-    workers: int = 1
+    workers: int = 0
     """Processes that collect."""
     stage_steps: int | None = None
     """Steps of every trained stage instead of minutes: a run that can be repeated bit for bit."""
