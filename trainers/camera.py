@@ -37,7 +37,7 @@ class CameraPath:
     def moments(self, rng: np.random.Generator, size: int) -> np.ndarray:
         """Draw training steps int64 (B,), some of them just before a move that the model found hard."""
         now = self.task.moments(rng, size)
-        if self._hard is None:
+        if self._hard is None or not self._hard[-1]:  # nothing is hard if the camera never turned
             return now
         step = np.searchsorted(self._hard, rng.random(size) * self._hard[-1], side="right")
         step = np.maximum(step - rng.integers(0, self.config.unroll, size=size), 0)

@@ -97,9 +97,14 @@ def move_window(values: Tensor, by: Tensor) -> Tensor:
     return _view(values, by, 0, WINDOW)
 
 
+def fp32(x: Tensor) -> torch.autocast:
+    """A context without autocast on the device of `x`, of any shape: what is inside keeps its dtype."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def _view(values: Tensor, by: Tensor, begin: int, size: int) -> Tensor:
     """Values (B, C, N, N) -> (B, C, size, size) from tile `begin` + `by` (B, 2) on; zeros outside."""
-    with torch.autocast(values.device.type, enabled=False):
+    with fp32(values):
         tile = torch.arange(begin, begin + size, device=values.device)
         columns, rows = (_one_hot(tile + by[:, i, None], values.shape[-1]) for i in range(2))
         return pick(values.float(), rows, columns).transpose(1, 2)
@@ -181,10 +186,6 @@ class TileAutoencoderConfig:
         check(1 <= self.orders <= 32, f"orders {self.orders}: must be 1..32")
 
 
-def _fp32(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
-
-
 class _Grid(nn.Sequential):
     """A network on the grid of tiles."""
 
@@ -199,11 +200,11 @@ class _Grid(nn.Sequential):
         Only the residual blocks run in bf16 under an autocast: they add to what is not rounded (70 dB from fp32, all of it 55).
         """
         layers = list(self)
-        with _fp32(x):
+        with fp32(x):
             x = layers[0](x.float())
         for block in layers[1:-3]:
             x = block(x)
-        with _fp32(x):
+        with fp32(x):
             return layers[-1](layers[-2](layers[-3](x.float())))
 
 
@@ -221,7 +222,7 @@ class PhaseReader(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, 64, 64) in [0, 1] -> (B, 4): cosines of 2 pi times the phases x and y, then sines; any length."""
-        with _fp32(images):
+        with fp32(images):
             return self._read(images)
 
     def _read(self, images: Tensor) -> Tensor:
@@ -282,7 +283,7 @@ class TileAutoencoder(nn.Module):
         phase = self.read_phase(images) if phase is None else phase
         n, b = self.config.orders, len(images)
         columns, rows = _cosines(phase[:, 0], n), _cosines(phase[:, 1], n)
-        with _fp32(images):
+        with fp32(images):
             down = rows.transpose(1, 2) @ (images - 0.5).movedim(1, 2).reshape(b, 64, 192)
             tiles = (down.view(b, WINDOW * n * 3, 64) @ columns).view(b, WINDOW, n, 3, WINDOW, n) / SCALE
         tiles = tiles.permute(0, 2, 3, 5, 1, 4).reshape(b, 3 * n * n, WINDOW, WINDOW)
@@ -298,7 +299,7 @@ class TileAutoencoder(nn.Module):
         columns, rows = _cosines(phase[:, 0], n), _cosines(phase[:, 1], n)
         maps = torch.cat([codes, shown(phase).to(codes.dtype), waves(phase).to(codes.dtype)], 1)
         tiles = self.tiles_out(maps).view(b, n, 3, n, WINDOW, WINDOW).permute(0, 4, 1, 2, 5, 3)
-        with _fp32(tiles):
+        with fp32(tiles):
             down = rows @ tiles.reshape(b, WINDOW * n, 3 * WINDOW * n)
             images = down.view(b, 64 * 3, WINDOW * n) @ columns.transpose(1, 2)
         return images.view(b, 64, 3, 64).transpose(1, 2) + 0.5

@@ -18,6 +18,7 @@ from dreamenv.models.tile import (
     VIEW,
     WINDOW,
     crossed,
+    fp32,
     move_window,
     moves,
     phases,
@@ -95,7 +96,7 @@ class CameraMotion(nn.Module):
         fine = 2 * torch.pi * torch.cat([n * place for n in _FINE], 1).detach()  # through many steps their slopes explode
         taken = F.one_hot(actions, NUM_ACTIONS + 1).float()
         facts = [taken.flatten(1), before.flatten(1), place, angle.cos(), angle.sin(), fine.cos(), fine.sin()]
-        with torch.autocast(recent.device.type, enabled=False):  # what is lost here adds up twice, in speed and in place
+        with fp32(recent):  # what is lost here adds up twice, in speed and in place
             weights = self.weigh(torch.cat([self.look(recent), *facts], 1)).unflatten(1, (2, _LAWS)).softmax(2)
             changes = self.laws(torch.cat([before[:, -2:].flatten(1), place, taken[:, -1]], 1)).unflatten(1, (2, _LAWS))
             return before[:, -1] + (weights * changes).sum(2)
@@ -194,8 +195,11 @@ class TileFlow(UNet):
         player met something that these dynamics do not know, and the readings stay.
 
         Args:
-            latents: (B, T, C, H, W), T <= K, the first move zero.
+            latents: float32 (B, T, C, H, W), T <= K, the first move zero; phases and moves are in tiles.
             actions: int64 (B, T - 1), the actions between them.
+
+        Returns:
+            The same codes with other phases and moves, float32 (B, T, C, H, W); fewer than three pictures as they are.
         """
         b, t = latents.shape[:2]
         if t < 3:
