@@ -56,6 +56,7 @@ CASES = [
     (CollectConfig, {"distribution_mode": "extreme"}, "coinrun has easy, hard"),
     (CollectConfig, {"seed": 2**64}, "seed"),
     (PipelineConfig, {"set": ["unroled:loop.lr=1"]}, "no stage 'unroled'"),
+    (PipelineConfig, {"latents": "tile"}, "'tile'"),
     (LoopConfig, {"lr": 10**400}, "finite"),
     (LatentFlowConfig, {"filter_bank": 10**12}, "0..512"),
     (PipelineConfig, {"minutes": 0.0}, "minutes 0"),

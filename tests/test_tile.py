@@ -419,13 +419,13 @@ def test_pipeline_makes_a_bundle_of_tiles(tmp_path: Path) -> None:
     stages = ("predictor", "unrolled", "camera", "flow", "settled")
     small = (*(f"{name}:model.channels=[16, 16, 16]" for name in stages), "autoencoder:model.width=16",
              "heads:task.dreams=8", "heads:task.drift=4", "loop.batch_size=4")  # fmt: skip
-    config = PipelineConfig(out=tmp_path / "run", steps=3000, stage_steps=2, starts=2, tiles=True, set=small)
+    config = PipelineConfig(out=tmp_path / "run", steps=3000, stage_steps=2, starts=2, set=small)
     model = load_bundle(run_pipeline(config), "cpu").world_model
     assert isinstance(model.autoencoder, TileAutoencoder) and isinstance(model.dynamics, TileFlow)
     done = {p.stem for p in (tmp_path / "run" / "stages").iterdir()}
     assert {"camera", "settled", "heads", "bundle"} <= done
     with pytest.raises(ConfigError, match="maze"):
-        PipelineConfig(game="maze", tiles=True)
+        PipelineConfig(game="maze", latents="tiles")
 
 
 def test_tile_and_other_networks_do_not_mix(trained: Path, tmp_path: Path) -> None:

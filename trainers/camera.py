@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from dreamenv.bundle import pick_device, pick_precision
 from dreamenv.models.tile import arrived, exact_move, moves, phases
@@ -47,7 +48,8 @@ class CameraPath:
         """How far off the model is at each training step's move, squared, float64 (N,), up to where a path is lost."""
         data, k, device = self.task.data, self.task.context, pick_device("auto")
         error = np.zeros(len(data.start))
-        for now in np.array_split(np.flatnonzero(self._whole), max(self._whole.sum() // 1024, 1)):
+        parts = np.array_split(np.flatnonzero(self._whole), max(self._whole.sum() // 1024, 1))
+        for now in tqdm(parts, desc="look for hard moves", unit="k"):
             indices, actions = data.contexts(now, k, 1)
             latents, taken = data.gather(indices).to(device), torch.from_numpy(actions[:, :k]).to(device)
             context = latents[:, :k]
@@ -64,7 +66,7 @@ class CameraPath:
         data, k, device = self.task.data, self.task.context, pick_device("auto")
         out: dict[str, list[Tensor]] = {"latents": [], "actions": [], "live": []}
         length, bf16 = self.config.unroll + _AHEAD, pick_precision("auto", device) == "bf16"
-        for at in range(0, count, 128):
+        for at in tqdm(range(0, count, 128), desc="dream", unit="batch"):
             now = self.moments(rng, min(128, count - at))
             indices, actions = data.contexts(now, k, length)
             live = data.start[np.minimum(indices, len(data.start) - 1)] == data.start[now][:, None]

@@ -107,7 +107,7 @@ def finetune(config: FinetuneConfig) -> Path:
                 changed["task.camera"] = 0.0  # its motion has learnt over its own path; single steps would spoil that
         else:
             changed |= {"task.dynamics": str(out / "dynamics" / "model"),
-                        "task.dreams": dreams_for(config.steps)}  # fmt: skip
+                        "task.dreams": dreams_for(config.minutes, config.steps)}  # fmt: skip
         budget = ["--steps", str(config.steps)] if config.steps else ["--minutes", str(config.minutes * share)]
         stage(out, name, lambda f=file, n=name, v=changed, b=budget: train_stage(f, out / n, v, b))
     stage(out, "bundle", lambda: make_bundle(out, config.data, config.starts, "dynamics"))

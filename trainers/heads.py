@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from dreamenv.bundle import pick_device, pick_precision
 from dreamenv.config import check
@@ -122,6 +123,7 @@ class HeadsTask:
         length = ends - begin
         order = np.argsort(length, kind="stable")  # dreams of one length together: none is dreamt on for the sake of others
         latents = np.zeros((count, k + drift, *self.data.latents.shape[1:]), np.float16)
+        bar = tqdm(total=int(length.sum()), desc="dream", unit="step", unit_scale=True)
         dynamics = dynamics.to(device, memory_format=torch.channels_last)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=pick_precision("auto", device) == "bf16"):
             for at in range(0, count, 128):
@@ -138,6 +140,8 @@ class HeadsTask:
                     memory = dynamics.remember(memory, context[:, -1], clean)
                     context = torch.cat([context[:, 1:], clean[:, None]], 1)
                     latents[rows, k + step] = clean.half().cpu().numpy()
+                bar.update(int(length[rows].sum()))
+        bar.close()
         return _Dreams(latents, begin, length, each * len(rare))
 
     def batch(self, rng: np.random.Generator, size: int) -> dict[str, Tensor]:
@@ -275,10 +279,9 @@ def trained_head(folder: str, option: str) -> OutcomeHead:
     return model
 
 
-def dreams_for(steps: int | None) -> int:
-    """How many dreams a training of so many steps is worth (None: a training by the clock): no more than it looks at."""
-    default = HeadsTaskConfig.dreams
-    return default if steps is None else min(default, 64 * steps)
+def dreams_for(minutes: float, steps: int | None) -> int:
+    """How many dreams a training is worth that takes so many minutes in all its stages, or steps where they are given."""
+    return max(min(HeadsTaskConfig.dreams, int(40 * minutes) if steps is None else 64 * steps), 2)
 
 
 def outcome_labels(data: LatentDataset, head: OutcomeHead | None, limit: int) -> tuple[list[tuple[float, bool]], np.ndarray]:

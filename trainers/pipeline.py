@@ -2,7 +2,7 @@
 
 `python -m trainers.pipeline --game coinrun --minutes 90 --out runs/coinrun`:
 collect -> autoencoder -> encode -> predictor -> unrolled -> flow -> outcomes -> settled -> heads -> bundle, on CPU or GPU
-(with `--tiles` also the camera's motion, after settled).
+(of latents on tiles also the camera's motion, after settled).
 Run the same line again after a kill: finished stages are skipped, the interrupted one goes on from its checkpoint.
 """
 
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import tyro
@@ -32,12 +32,14 @@ CONFIGS = Path(__file__).parent / "configs"
 _SHARES = {"autoencoder": 0.10, "predictor": 0.12, "unrolled": 0.30, "flow": 0.22, "outcomes": 0.04, "settled": 0.21,
            "heads": 0.01}  # fmt: skip
 """How the minutes are divided between the trained stages."""
-_TILE_SHARES = {"autoencoder": 0.35, "predictor": 0.09, "unrolled": 0.14, "flow": 0.04, "outcomes": 0.04, "settled": 0.17,
-                "camera": 0.16, "heads": 0.01}  # fmt: skip
+_TILE_SHARES = {"autoencoder": 0.30, "predictor": 0.08, "unrolled": 0.13, "flow": 0.04, "outcomes": 0.03, "settled": 0.16,
+                "camera": 0.25, "heads": 0.01}  # fmt: skip
 _TILE_FLOW = {"type": "tile_flow"}
 _TILE_HEAD = {"type": "outcome_head", "width": 48, "latent_channels": 28}
 _TILE_MODELS = {"autoencoder": {"type": "tile_autoencoder"}, "outcomes": _TILE_HEAD, "heads": _TILE_HEAD}
 """Architectures of the stages whose latents lie on the level's grid of tiles; `_TILE_FLOW` where nothing is said."""
+_TILED = ("coinrun",)
+"""Games whose camera `envs.collect` knows."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,10 @@ class PipelineConfig:
     game: str = "coinrun"
     """Game name."""
     minutes: float = 90.0
-    """Training minutes in all; collecting and encoding come on top."""
+    """Training minutes in all; collecting, encoding and dreaming come on top, for 90 about a quarter more on two cores."""
     out: Path = Path("runs/coinrun")
     """Run folder; the bundle is <out>/bundle."""
-    steps: int = 650_000
+    steps: int = 450_000
     """Transitions to collect."""
     policy: str = "mix"
     """See `python -m envs.collect --help`."""
@@ -59,13 +61,14 @@ class PipelineConfig:
     seed: int = 0
     """Decides everything but the wall clock."""
     workers: int = 0
-    """Processes that collect."""
+    """Processes that collect; 0: one a core, up to 8."""
     stage_steps: int | None = None
     """Steps of every trained stage instead of minutes: a run that can be repeated bit for bit."""
     starts: int = 60
     """Start contexts in the bundle."""
-    tiles: bool = False
-    """Latents on the level's own grid of tiles (`dreamenv.models.tile`), for coinrun, whose camera is known."""
+    latents: Literal["auto", "tiles", "patches"] = "auto"
+    """What the latents' cells are: tiles of the level's own grid (`dreamenv.models.tile`), for coinrun, whose camera is known;
+    or patches of the picture (`dreamenv.models.autoencoder`), for any game. auto: tiles where they can be had."""
     set: tuple[str, ...] = ()
     """Overrides for every trained stage, e.g. loop.batch_size=256; prefix one stage as unrolled:loop.lr=0.001."""
 
@@ -78,11 +81,18 @@ class PipelineConfig:
             check(not prefixed or stage in _TILE_SHARES,
                   f"set {item!r}: there is no stage {stage!r}, only {', '.join(_TILE_SHARES)}")
             check("=" in (assignment if prefixed else item), f"set {item!r}: expected [stage:]section.key=value")
-        check(not self.tiles or self.game == "coinrun", f"tiles: the camera of {self.game} is not known, only that of coinrun")
+        check(self.latents in ("auto", "tiles", "patches"), f"latents {self.latents!r}: must be auto, tiles or patches")
+        check(self.latents != "tiles" or self.game in _TILED,
+              f"latents 'tiles': the camera of {self.game} is not known, only that of {', '.join(_TILED)}; use patches")
         check(0 <= self.seed < 2**63, f"seed {self.seed}: must be in 0..2^63-1")
         check(self.steps >= 1, f"steps {self.steps}: must be >= 1")
         check(self.starts >= 1, f"starts {self.starts}: must be >= 1")
         check(self.stage_steps is None or self.stage_steps >= 1, f"stage_steps {self.stage_steps}: must be >= 1")
+
+    @property
+    def tiles(self) -> bool:
+        """Whether the latents lie on tiles."""
+        return self.latents == "tiles" or (self.latents == "auto" and self.game in _TILED)
 
 
 def run_pipeline(config: PipelineConfig) -> Path:
@@ -108,7 +118,7 @@ def run_pipeline(config: PipelineConfig) -> Path:
     stage(out, "outcomes", lambda: _train(config, "outcomes", task))
     answering = {"init_from": str(out / "flow" / "model"), "head": outcomes}
     stage(out, "settled", lambda: _train(config, "settled", task | answering))
-    dreams = {"dreams": dreams_for(config.stage_steps)}
+    dreams = {"dreams": dreams_for(config.minutes, config.stage_steps)}
     if config.tiles:
         following = {"init_from": str(out / "settled" / "model")}
         stage(out, "camera", lambda: _train(config, "camera", task | dreams | following))
