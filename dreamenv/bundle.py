@@ -30,7 +30,7 @@ from dreamenv.artifacts import atomic_folder, read_json, readable_folder, sha256
 from dreamenv.config import check, from_dict, to_dict
 from dreamenv.errors import BundleError, ConfigError
 from dreamenv.models.autoencoder import Autoencoder
-from dreamenv.models.heads import OutcomeHead
+from dreamenv.models.heads import OutcomeHead, PictureOutcomeHead, TileOutcomeHead
 from dreamenv.models.io import load_weights
 from dreamenv.models.latent_flow import LatentFlow
 from dreamenv.models.registry import build_model, model_spec
@@ -42,7 +42,8 @@ FORMAT_VERSION = 1
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 """Version -> function that turns that version's description into the next one's, in memory."""
 _NETWORKS: dict[str, tuple[type[nn.Module], ...]] = {
-    "autoencoder": (Autoencoder, TileAutoencoder), "dynamics": (LatentFlow, TileFlow), "head": (OutcomeHead,),
+    "autoencoder": (Autoencoder, TileAutoencoder), "dynamics": (LatentFlow, TileFlow),
+    "head": (PictureOutcomeHead, TileOutcomeHead),
 }  # fmt: skip
 _PARTS = (*(f"{n}.safetensors" for n in _NETWORKS), "starts.safetensors", "card.json")
 _REMEDY = "re-download or retrain"
@@ -246,8 +247,9 @@ def _load(folder: Path, text: str, device: str, precision: str) -> Bundle:
     c, h, _ = autoencoder.latent_shape
     if not (dynamics.config.latent_channels == head.config.latent_channels == c and head.config.latent_size == h
             and head.config.context == dynamics.config.context
-            and isinstance(autoencoder, TileAutoencoder) == isinstance(dynamics, TileFlow)):  # fmt: skip
-        raise BundleError(f"{path}: autoencoder, dynamics and head disagree on the latent shape or context length")
+            and isinstance(autoencoder, TileAutoencoder) == isinstance(dynamics, TileFlow)
+            and (isinstance(autoencoder, TileAutoencoder) or not isinstance(head, TileOutcomeHead))):  # fmt: skip
+        raise BundleError(f"{path}: autoencoder, dynamics and head disagree on the latents' kind or shape, or context length")
     if len(game.action_meanings) != NUM_ACTIONS or game.max_steps < 1:
         raise BundleError(f"{path}: game needs {NUM_ACTIONS} action_meanings and max_steps >= 1; re-download or retrain")
     world_model = WorldModel(autoencoder, dynamics, head, device, precision)

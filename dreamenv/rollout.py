@@ -177,7 +177,7 @@ def outcome_scores(model: WorldModel, play: Segment, sampler: SamplerConfig, dri
         raw = now[:, None] - drift + np.arange(-model.context + 1, 1)
         index = np.maximum(raw, start[env, now][:, None])
         history = np.where(raw == index, play.actions[env[:, None], index], NOOP)[:, :-1]
-        state = model.start(play.frames[env[:, None], index], history, fine=False)  # many, and asked for outcomes only
+        state = model.start(play.frames[env[:, None], index], history, fine=drift > 0)  # without drift many, and not dreamt on
         for d in range(drift):
             noise = step_noise(model, sampler, seed, np.arange(rows.start, rows.stop), d)
             state = model.step(state, play.actions[env, now - drift + d], noise, sampler).state

@@ -51,6 +51,9 @@ class CollectConfig:
     """Games played side by side in one shard."""
     shard_steps: int = 1024
     """Steps of each game in one shard."""
+    ends: int = 0
+    """Keep only so many steps up to each real end of an episode (no truncation); 0 keeps all. Coins and deaths are rare, and
+    an outcome head learns from many: see `also` in `trainers.heads`."""
     workers: int = 0
     """Processes; 1 collects in this one, 0 is one a core, 8 at most, for 200,000 steps or more, and 1 for fewer."""
 
@@ -63,6 +66,7 @@ class CollectConfig:
         parse_mix(self.policy)
         for name in ("steps", "num_envs", "shard_steps"):
             check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
+        check(self.ends >= 0, f"ends {self.ends}: must be >= 0")
         check(self.workers >= 0, f"workers {self.workers}: must be >= 0")
         check(0 <= self.seed < 2**63, f"seed {self.seed}: must be in 0..2^63-1")
 
@@ -76,7 +80,7 @@ class CollectConfig:
     def facts(self) -> dict[str, Any]:
         """What the manifest records: everything that decides the bytes, and the game's facts."""
         game = get_game(self.game)
-        facts = {k: v for k, v in asdict(self).items() if k not in ("out", "workers")}
+        facts = {k: v for k, v in asdict(self).items() if k not in ("out", "workers") and (k != "ends" or v)}
         facts |= {"backend": f"procgen {_procgen_version()}", "num_shards": len(self.shard_lengths),
                   "seq_len": self.shard_steps, "policy_mix": [list(p) for p in parse_mix(self.policy)],
                   "max_steps": game.max_steps, "action_meanings": list(game.meanings)}  # fmt: skip
@@ -123,7 +127,21 @@ def collect_shard(config: CollectConfig, index: int, envs: Any = None) -> dict[s
         columns["terminated"][:, t] = terminated
         columns["truncated"][:, t] = truncated
         first = terminated | truncated
+    if config.ends:
+        kept = _before_ends(columns["terminated"], columns["truncated"], config.ends)
+        check(bool(kept.any()), f"ends {config.ends}: no episode ended in shard {index}; raise shard_steps")
+        columns["first"][:, 1:] |= ~kept[:, :-1]
+        return {k: v[kept] for k, v in columns.items()}
     return {k: v.reshape(n * length, *v.shape[2:]) for k, v in columns.items()}
+
+
+def _before_ends(terminated: np.ndarray, truncated: np.ndarray, steps: int) -> np.ndarray:
+    """Bool (N, T): the last `steps` steps of each terminated episode, its end included, of flags bool (N, T)."""
+    t = np.arange(terminated.shape[1])
+    end = np.where(terminated | truncated, t, len(t))
+    end = np.minimum.accumulate(end[:, ::-1], axis=1)[:, ::-1]
+    real = np.take_along_axis(terminated, np.minimum(end, len(t) - 1), 1) & (end < len(t))
+    return real & (end - t < steps)
 
 
 def make_envs(config: CollectConfig) -> Any:
@@ -163,7 +181,7 @@ def collect(config: CollectConfig, progress: bool = True) -> Path:
     def commit(future: Future[dict[str, Any]]) -> None:
         entry = future.result()
         writer.commit(entry)
-        bar.update(entry["steps"])
+        bar.update(lengths[entry["index"]] * config.num_envs)
 
     large = sum(lengths[i] for i in missing) * config.num_envs >= _LARGE
     workers = config.workers or (min(os.cpu_count() or 1, 8) if large else 1)

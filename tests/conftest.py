@@ -16,7 +16,7 @@ import torch
 from dreamenv.bundle import Bundle, GameFacts, Limits, Starts, load_bundle, save_bundle
 from dreamenv.flow import SamplerConfig
 from dreamenv.models.autoencoder import Autoencoder, AutoencoderConfig
-from dreamenv.models.heads import OutcomeHead, OutcomeHeadConfig
+from dreamenv.models.heads import OutcomeHeadConfig, PictureOutcomeHead
 from dreamenv.models.latent_flow import LatentFlow, LatentFlowConfig
 from dreamenv.session import Session
 from dreamenv.world_model import WorldModel
@@ -37,7 +37,7 @@ def toy_world_model(seed: int = 0, calm: float = 4.0) -> WorldModel:
     autoencoder.init_pca(torch.rand(16, 3, 64, 64))
     dynamics = LatentFlow(LatentFlowConfig(latent_channels=8, channels=(16, 32), blocks=(1, 1), embedding=32, filter_bank=4,
                                            global_noise=True, gate=True))  # fmt: skip
-    head = OutcomeHead(OutcomeHeadConfig(latent_channels=8, width=16, bias=(calm, 0.0, 0.0)))
+    head = PictureOutcomeHead(OutcomeHeadConfig(latent_channels=8, width=16, bias=(calm, 0.0, 0.0)))
     for module in (autoencoder, dynamics, head):
         for parameter in module.parameters():
             if not parameter.any():

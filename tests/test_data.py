@@ -66,6 +66,21 @@ def test_the_same_settings_give_the_same_bytes_in_any_number_of_workers(small: P
     assert tree_hash(collect(CollectConfig(out=str(tmp_path / "other"), seed=1, **SMALL), progress=False)) != tree_hash(small)
 
 
+def test_ends_are_the_last_steps_of_episodes_that_ended(small: Path, tmp_path: Path) -> None:
+    ends = Dataset(collect(CollectConfig(out=str(tmp_path / "ends"), ends=7, **SMALL), progress=False), verify="sha256")
+    columns = ("frames", "actions", "rewards", "terminated", "level_seeds")
+    wanted: list[list[np.ndarray]] = []
+    for shard in Dataset(small).shards:
+        starts = np.flatnonzero(shard.first)
+        for start, stop in zip(starts, [*starts[1:], len(shard)], strict=True):
+            if shard.terminated[stop - 1]:
+                wanted.append([getattr(shard, name)[max(start, stop - 7) : stop] for name in columns])
+    for name, parts in zip(columns, zip(*wanted, strict=True), strict=True):
+        assert np.array_equal(np.concatenate([getattr(s, name) for s in ends.shards]), np.concatenate(parts))
+    first = np.concatenate([s.first for s in ends.shards])
+    assert np.flatnonzero(first).tolist() == np.cumsum([0] + [len(w[0]) for w in wanted])[:-1].tolist()
+
+
 def test_killed_ten_times_it_ends_with_the_same_bytes(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "envs.collect", "--out", str(out), "--steps", "1600", "--num-envs", "4",

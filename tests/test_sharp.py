@@ -290,7 +290,7 @@ def test_bad_adversarial_and_head_settings_are_refused(latents: Path) -> None:
             DynamicsTaskConfig(unroll=3, **bad)
     with pytest.raises(ConfigError, match="outcome 0.1: needs a head"):
         DynamicsTaskConfig(outcome=0.1)
-    with pytest.raises(ConfigError, match="head .*: is a Autoencoder, expected an outcome_head"):
+    with pytest.raises(ConfigError, match="head .*: is a Autoencoder, expected an outcome head"):
         DynamicsTask(DynamicsTaskConfig(latents=str(latents), outcome=0.1, head=str(latents.parent / "ae" / "model")), FLOW, 0)
     with pytest.raises(ConfigError, match="drift"):
         HeadsTaskConfig(drift=0)

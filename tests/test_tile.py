@@ -20,9 +20,9 @@ from dreamenv.data.writer import DatasetWriter
 from dreamenv.errors import BundleError, ConfigError, DatasetError
 from dreamenv.flow import SamplerConfig
 from dreamenv.models.autoencoder import Autoencoder, AutoencoderConfig
-from dreamenv.models.heads import OutcomeHead
-from dreamenv.models.io import load_model
-from dreamenv.models.latent_flow import draw_next
+from dreamenv.models.heads import OutcomeHead, OutcomeHeadConfig, TileOutcomeHead
+from dreamenv.models.io import load_model, save_model
+from dreamenv.models.latent_flow import LatentFlow, LatentFlowConfig, draw_next
 from dreamenv.models.tile import (
     MEMORY,
     SCALE,
@@ -45,6 +45,7 @@ from envs.collect import CollectConfig, collect
 from envs.procgen import RealProcgenVectorEnv
 from trainers.camera import CameraPath
 from trainers.dynamics import DynamicsTask, DynamicsTaskConfig
+from trainers.heads import HeadsTask, HeadsTaskConfig
 from trainers.latents import LatentDataset, encode_dataset
 from trainers.pipeline import PipelineConfig, run_pipeline
 from trainers.train import train
@@ -268,7 +269,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     encode_dataset(Path(data), out / "ae" / "model", out / "latents", "cpu")
     task = {"latents": str(out / "latents"), "val_ratio": 0.2}
     train({"model": FLOW, "task": task | {"unroll": 2, "flow": 0.5}, "loop": loop(60, 16)}, out / "flow")
-    head = {"type": "outcome_head", "latent_channels": 10, "width": 16}
+    head = {"type": "tile_outcome_head", "latent_channels": 10, "width": 16}
     dreaming = {"dynamics": str(out / "flow" / "model"), "dreams": 16, "drift": 4}
     train({"model": head, "task": task | dreaming, "loop": loop(10, 16)}, out / "head")
     return out
@@ -392,6 +393,50 @@ def test_energy_score_and_outcomes_train_on_tiles_too(trained: Path, tmp_path: P
     assert np.isfinite(list(figures.values())).all() and "sampled_psnr_10" in figures
 
 
+def test_an_outcome_head_sees_what_surrounds_the_player_and_no_more(level: Tensor) -> None:
+    head = TileOutcomeHead(OutcomeHeadConfig(latent_channels=10, width=8)).eval()
+    context = walk(level, torch.tensor([[20.3, 14.2]]), torch.zeros(1, 3, 2))
+    actions = torch.full((1, 4), 7)
+    far, near = torch.ones(WINDOW, WINDOW), torch.zeros(WINDOW, WINDOW)
+    far[4:12, 4:12], near[6:9, 6:9] = 0, 1  # the player is in the middle of 13 tiles that begin at one
+    answers = []
+    for where in (far, near):
+        changed = context.clone()
+        changed[:, :, :-4] += where
+        answers.append(head.log_probabilities(changed, actions))
+    assert torch.equal(answers[0], head.log_probabilities(context, actions)) and not torch.allclose(*answers)
+    assert not torch.allclose(answers[0], head.log_probabilities(context, torch.full((1, 4), 1)))
+
+
+def test_outcomes_are_learnt_from_ends_of_more_episodes_too(trained: Path, tmp_path: Path) -> None:
+    ends = collect(CollectConfig(out=str(tmp_path / "ends"), ends=12, steps=2000, num_envs=8, shard_steps=250, num_levels=300,
+                                 policy="biased", seed=5), progress=False)  # fmt: skip
+    encode_dataset(ends, trained / "ae" / "model", tmp_path / "latents", "cpu")
+    spec = {"type": "tile_outcome_head", "latent_channels": 10, "width": 8}
+    config = HeadsTaskConfig(latents=str(trained / "latents"), also=str(tmp_path / "latents"), val_ratio=0.2)
+    task = HeadsTask(config, spec, 0)
+    own, also = LatentDataset(trained / "latents", 0.2), LatentDataset(tmp_path / "latents", 0.2)
+    batch = task.batch(np.random.default_rng(0), 100)
+    seen = [0, 0]
+    for latent, action, label in zip(batch["context"][:, -1].numpy(), batch["actions"][:, -1], batch["labels"], strict=True):
+        for k, data in enumerate((own, also)):
+            here = np.flatnonzero((data.latents == latent).all((1, 2, 3)) & (data.actions == int(action)))
+            if len(here):
+                assert (data.rewards[here[0]] > 0 or data.terminated[here[0]]) == (label > 0) and not data.validation[here[0]]
+                seen[k] += int(label > 0)
+                break
+        else:
+            raise AssertionError("a context of neither dataset")
+    assert min(seen) > 0
+    task = {"latents": str(trained / "latents"), "also": str(tmp_path / "latents"), "val_ratio": 0.2}
+    figures = train({"model": spec, "task": task, "loop": loop(2, 8)}, tmp_path / "head")
+    assert np.isfinite(figures["nll"])
+    with pytest.raises(ConfigError, match="another autoencoder"):
+        save_model(tmp_path / "other", TileAutoencoder(TileAutoencoderConfig(codes=6, width=16, blocks=1, orders=5)), {})
+        encode_dataset(ends, tmp_path / "other", tmp_path / "others", "cpu")
+        HeadsTask(replace(config, also=str(tmp_path / "others")), spec, 0)
+
+
 def make_tile_bundle(trained: Path, folder: Path) -> Path:
     networks = [load_model(trained / name / "model")[0] for name in ("ae", "flow", "head")]
     model = WorldModel(cast(TileAutoencoder, networks[0]), cast(TileFlow, networks[1]), cast(OutcomeHead, networks[2]))
@@ -419,7 +464,7 @@ def test_pipeline_makes_a_bundle_of_tiles(tmp_path: Path) -> None:
     stages = ("predictor", "unrolled", "camera", "flow", "settled")
     small = (*(f"{name}:model.channels=[16, 16, 16]" for name in stages), "autoencoder:model.width=16",
              "heads:task.dreams=8", "heads:task.drift=4", "loop.batch_size=4")  # fmt: skip
-    config = PipelineConfig(out=tmp_path / "run", steps=3000, stage_steps=2, starts=2, set=small)
+    config = PipelineConfig(out=tmp_path / "run", steps=3000, ends=3000, stage_steps=2, starts=2, set=small)
     model = load_bundle(run_pipeline(config), "cpu").world_model
     assert isinstance(model.autoencoder, TileAutoencoder) and isinstance(model.dynamics, TileFlow)
     done = {p.stem for p in (tmp_path / "run" / "stages").iterdir()}
@@ -433,11 +478,13 @@ def test_tile_and_other_networks_do_not_mix(trained: Path, tmp_path: Path) -> No
     model = load_bundle(bundle, "cpu").world_model
     other = Autoencoder(AutoencoderConfig(latent_channels=10, width=16, blocks=1))
     other.init_pca(torch.rand(16, 3, 64, 64))
-    mixed = WorldModel(other, model.dynamics, model.head)
+    patches = LatentFlow(LatentFlowConfig(latent_channels=10, channels=(16,), blocks=(1,)))
+    mixed = [WorldModel(other, model.dynamics, model.head), WorldModel(other, patches, model.head)]
     starts = Starts(np.zeros((1, 1, 64, 64, 3), np.uint8), np.zeros((1, 0), np.uint8), np.zeros(1, np.int32))
-    with pytest.raises(BundleError, match="disagree"):
-        load_bundle(save_bundle(tmp_path / "mixed", mixed, GameFacts("coinrun", "easy", 100, ("x",) * 15), Limits(50.0, 20.0),
-                                starts, {}), "cpu")  # fmt: skip
+    for i, networks in enumerate(mixed):
+        with pytest.raises(BundleError, match="disagree"):
+            load_bundle(save_bundle(tmp_path / f"mixed-{i}", networks, GameFacts("coinrun", "easy", 100, ("x",) * 15),
+                                    Limits(50.0, 20.0), starts, {}), "cpu")  # fmt: skip
     wrong = {"model": {"type": "latent_flow", "latent_channels": 10, "channels": [16], "blocks": [1]},
              "task": {"latents": str(trained / "latents"), "val_ratio": 0.2}, "loop": loop(1, 2)}  # fmt: skip
     with pytest.raises(ConfigError, match="tile_flow goes with"):

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dreamenv.bundle import pick_device, pick_precision
+from dreamenv.models.player import place_in_tile, surroundings
 from dreamenv.models.tile import arrived, exact_move, moves, phases
 from dreamenv.models.tile_flow import TileFlow
 from dreamenv.noise import philox
@@ -125,10 +126,10 @@ class CameraPath:
         for u in range(reach):
             now = latents[:, u : u + k]
             phase = phases(now[:, -1]) + away
-            tile = (phase + 0.5).floor().detach()
-            around = model.surroundings(now, tile)
+            tile, place = place_in_tile(phase)
+            around = surroundings(now, tile)
             around = around + normal(*around.shape[1:], most=self.config.context_noise)
-            move = model.motion(around, phase + 0.5 - tile, before, batch["actions"][:, u : u + k])
+            move = model.motion(around, place, before, batch["actions"][:, u : u + k])
             away = away + move - exact_move(now[:, -1], latents[:, u + k])
             before = torch.cat([before[:, 1:], move[:, None]], 1)
             error = F.smooth_l1_loss(away, torch.zeros_like(away), beta=_CLOSE, reduction="none").sum(1)

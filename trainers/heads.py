@@ -17,7 +17,7 @@ from dreamenv.config import check
 from dreamenv.errors import ConfigError
 from dreamenv.flow import SamplerConfig
 from dreamenv.metrics import average_precision
-from dreamenv.models.heads import OutcomeHead
+from dreamenv.models.heads import OutcomeHead, TileOutcomeHead
 from dreamenv.models.io import load_model
 from dreamenv.models.latent_flow import LatentFlow, draw_next
 from dreamenv.models.registry import build_model
@@ -33,6 +33,9 @@ class HeadsTaskConfig:
 
     latents: str = "runs/coinrun/latents"
     """Folder of the encoded dataset."""
+    also: str = ""
+    """Folder of more encoded data, from whose levels that are trained on rare outcomes are drawn too; its uneventful steps are
+    not, so it may hold ends of episodes only (`python -m envs.collect --ends 24`)."""
     init_from: str = ""
     """Model folder to start from; empty starts anew."""
     balance: float = 0.4
@@ -83,6 +86,8 @@ class HeadsTask:
             **model, "rewards": [r for r, _ in outcomes], "terminated": [t for _, t in outcomes],
         })  # fmt: skip
         network = cast(OutcomeHead, self.model).config
+        check(bool(self.data.autoencoder.camera_channels) or not isinstance(self.model, TileOutcomeHead),
+              f"model {model['type']}: goes with the latents of a tile_autoencoder; use outcome_head for others")
         if before is not None:
             try:
                 self.model.load_state_dict(before.state_dict())
@@ -95,7 +100,10 @@ class HeadsTask:
         train = np.flatnonzero(~self.data.validation)
         check(0 < len(train) < len(self.labels),
               f"val_ratio {config.val_ratio}: leaves no levels to train on or none to validate on; collect more levels")
-        self._train = self._moments(train)
+        self._train, self._all_labels, self._start = self._moments(train), self.labels, self.data.start
+        self._also = LatentDataset(Path(config.also), config.val_ratio) if config.also else None
+        if self._also is not None:
+            self._take(self._also)
         self._dreams: _Dreams | None = None
         self._val_dreams: _Dreams | None = None
         if config.dynamics:
@@ -104,6 +112,20 @@ class HeadsTask:
             rng, val = philox((seed, 1)), np.flatnonzero(self.data.validation)
             self._dreams = self._imagine(dynamics, train, config.dreams, rng, device)
             self._val_dreams = self._imagine(dynamics, val, config.dreams // 8 + 2, rng, device)
+
+    def _take(self, also: LatentDataset) -> None:
+        """Add the rare outcomes of other data's training levels to those drawn; its steps are counted on from our own."""
+        check(also.facts["autoencoder_sha256"] == self.data.facts["autoencoder_sha256"],
+              f"also {also.folder}: was encoded by another autoencoder than {self.data.folder}")
+        network, own = cast(OutcomeHead, self.model).config, len(self.labels)
+        labels = np.zeros(len(also.start), np.int64)  # outcomes that our own data does not know stay out
+        for i, (reward, end) in enumerate(zip(network.rewards, network.terminated, strict=True)):
+            labels[(np.round(also.rewards.astype(np.float64), 4) == reward) & (also.terminated == end)] = i
+        self._all_labels, self._start = np.concatenate([self.labels, labels]), np.concatenate([self._start, own + also.start])
+        steps = own + np.flatnonzero(~also.validation)
+        *rare, every = self._train
+        more = [steps[self._all_labels[steps] == self.labels[c[0]]] for c in rare]
+        self._train = [*(np.concatenate(pair) for pair in zip(rare, more, strict=True)), every]
 
     def _moments(self, steps: np.ndarray) -> list[np.ndarray]:
         """The steps int64 of each outcome, the uneventful last."""
@@ -154,7 +176,7 @@ class HeadsTask:
         if rare:
             which = rng.integers(len(rare), size=size)
             event = np.array([rare[w][int(p * len(rare[w]))] for w, p in zip(which, place, strict=True)])
-            near = np.maximum(event - earlier, self.data.start[event])
+            near = np.maximum(event - earlier, self._start[event])
             now = np.where(pick < config.balance, event, np.where(pick < config.balance + config.near, near, now))
         dreams, rows = self._dreams, 0
         if dreams is not None:
@@ -167,11 +189,11 @@ class HeadsTask:
             back = np.where(pick[:rows] < config.balance, 0, earlier[:rows])
             depth = np.where(eventful, np.maximum(steps - back, 0), rng.integers(0, steps, endpoint=True))
             now[:rows] = dreams.begin[row] + depth
-        indices, actions = self.data.contexts(now, self.context)
-        context = self.data.gather(indices[rows:])
+        context, actions = self._gather(now[rows:])
         if dreams is not None:
             context = torch.cat([dreams.contexts(row, depth, self.context), context])
-        return {"context": context, "actions": torch.from_numpy(actions), "labels": torch.from_numpy(self.labels[now])}
+            actions = torch.cat([torch.from_numpy(self.data.contexts(now[:rows], self.context)[1]), actions])
+        return {"context": context, "actions": actions, "labels": torch.from_numpy(self._all_labels[now])}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator,
              progress: float) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
@@ -232,14 +254,22 @@ class HeadsTask:
         return torch.cat(out)
 
     def facts(self) -> dict[str, Any]:
-        """Share of each joint outcome in the data."""
+        """Share of each joint outcome in the data, and what other data there was."""
         outcomes = len(cast(OutcomeHead, self.model).config.rewards)
         return {"outcome_share": (np.bincount(self.labels, minlength=outcomes) / len(self.labels)).tolist(),
+                "also": None if self._also is None else self._also.dataset.facts,
                 "autoencoder_sha256": self.data.facts["autoencoder_sha256"]}  # fmt: skip
 
     def _gather(self, now: np.ndarray) -> tuple[Tensor, Tensor]:
-        indices, actions = self.data.contexts(now, self.context)
-        return self.data.gather(indices), torch.from_numpy(actions)
+        """Contexts float16 (B, K, C, H, W) and actions int64 (B, K) of steps of either data."""
+        k, own = self.context, len(self.labels)
+        context = torch.empty((len(now), k, *self.data.latents.shape[1:]), dtype=torch.float16)
+        actions = torch.empty((len(now), k), dtype=torch.int64)
+        for data, rows, before in ((self.data, now < own, 0), (self._also, now >= own, own)):
+            if data is not None:
+                indices, taken = data.contexts(now[rows] - before, k)
+                context[rows], actions[rows] = data.gather(indices), torch.from_numpy(taken)
+        return context, actions
 
 
 @dataclass(frozen=True)
@@ -275,7 +305,7 @@ def trained_head(folder: str, option: str) -> OutcomeHead:
     """Load a trained head; raises `ConfigError`, naming the option, where the folder holds something else."""
     model, _ = load_model(folder)
     if not isinstance(model, OutcomeHead):
-        raise ConfigError(f"{option} {folder}: is a {type(model).__name__}, expected an outcome_head")
+        raise ConfigError(f"{option} {folder}: is a {type(model).__name__}, expected an outcome head")
     return model
 
 

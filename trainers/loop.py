@@ -52,7 +52,7 @@ class LoopConfig:
     ema: float = 0.999
     """Decay of the averaged weights, which are the ones saved; ramped up as (1 + step) / (10 + step)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast on CUDA and on CPUs with AMX tiles, fp32 elsewhere."""
+    """auto: bf16 autocast on CUDA and on CPUs with instructions for it, fp32 elsewhere."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 ..."""
     seed: int = 0

@@ -2,7 +2,7 @@
 
 `python -m trainers.pipeline --game coinrun --minutes 90 --out runs/coinrun`:
 collect -> autoencoder -> encode -> predictor -> unrolled -> flow -> outcomes -> settled -> heads -> bundle, on CPU or GPU
-(of latents on tiles also the camera's motion, after settled).
+(of latents on tiles also the camera's motion, after settled; for the heads also ends of more episodes).
 Run the same line again after a kill: finished stages are skipped, the interrupted one goes on from its checkpoint.
 """
 
@@ -35,9 +35,10 @@ _SHARES = {"autoencoder": 0.10, "predictor": 0.12, "unrolled": 0.30, "flow": 0.2
 _TILE_SHARES = {"autoencoder": 0.30, "predictor": 0.08, "unrolled": 0.13, "flow": 0.04, "outcomes": 0.03, "settled": 0.16,
                 "camera": 0.25, "heads": 0.01}  # fmt: skip
 _TILE_FLOW = {"type": "tile_flow"}
-_TILE_HEAD = {"type": "outcome_head", "width": 48, "latent_channels": 28}
+_TILE_HEAD = {"type": "tile_outcome_head", "width": 64, "latent_channels": 28}
 _TILE_MODELS = {"autoencoder": {"type": "tile_autoencoder"}, "outcomes": _TILE_HEAD, "heads": _TILE_HEAD}
 """Architectures of the stages whose latents lie on the level's grid of tiles; `_TILE_FLOW` where nothing is said."""
+_ENDS = 24  # steps kept of an episode of which only the end is
 _TILED = ("coinrun",)
 """Games whose camera `envs.collect` knows."""
 
@@ -54,6 +55,8 @@ class PipelineConfig:
     """Run folder; the bundle is <out>/bundle."""
     steps: int = 450_000
     """Transitions to collect."""
+    ends: int = 1_000_000
+    """Further transitions to play, of which only the ends of episodes are kept: the heads learn rare outcomes from them too."""
     policy: str = "mix"
     """See `python -m envs.collect --help`."""
     distribution_mode: str = "easy"
@@ -86,6 +89,7 @@ class PipelineConfig:
               f"latents 'tiles': the camera of {self.game} is not known, only that of {', '.join(_TILED)}; use patches")
         check(0 <= self.seed < 2**63, f"seed {self.seed}: must be in 0..2^63-1")
         check(self.steps >= 1, f"steps {self.steps}: must be >= 1")
+        check(self.ends >= 0, f"ends {self.ends}: must be >= 0")
         check(self.starts >= 1, f"starts {self.starts}: must be >= 1")
         check(self.stage_steps is None or self.stage_steps >= 1, f"stage_steps {self.stage_steps}: must be >= 1")
 
@@ -104,18 +108,28 @@ def run_pipeline(config: PipelineConfig) -> Path:
     out = config.out
     begin(out, {k: str(v) for k, v in to_dict(config).items() if k not in ("out", "workers")})
     data, latents = out / "data", out / "latents"
-    collect = [sys.executable, "-m", "envs.collect", "--game", config.game, "--steps", str(config.steps), "--out", str(data),
-               "--policy", config.policy, "--distribution-mode", config.distribution_mode, "--seed", str(config.seed),
-               "--workers", str(config.workers)]  # fmt: skip
-    stage(out, "collect", lambda: run_command(collect))
+
+    def collect(steps: int, seed: int, folder: Path, *more: str) -> str:
+        settings = {"game": config.game, "steps": steps, "policy": config.policy, "seed": seed, "workers": config.workers,
+                    "distribution-mode": config.distribution_mode, "out": folder}  # fmt: skip
+        options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+        return run_command([sys.executable, "-m", "envs.collect", *options, *more])
+
+    stage(out, "collect", lambda: collect(config.steps, config.seed, data))
     stage(out, "autoencoder", lambda: _train(config, "autoencoder", {"data": str(data)}))
     stage(out, "encode", lambda: encode(data, out / "autoencoder" / "model", latents))
     task: dict[str, Any] = {"latents": str(latents)}
+    also: dict[str, Any] = {}
+    if config.ends:
+        ends, seed = out / "ends", (config.seed + 1) % 2**63
+        stage(out, "ends", lambda: collect(config.ends, seed, ends, "--ends", str(_ENDS)))
+        also = {"also": str(out / "latents-ends")}
+        stage(out, "encode-ends", lambda: encode(ends, out / "autoencoder" / "model", out / "latents-ends"))
     stage(out, "predictor", lambda: _train(config, "predictor", task))
     stage(out, "unrolled", lambda: _train(config, "unrolled", task | {"init_from": str(out / "predictor" / "model")}))
     stage(out, "flow", lambda: _train(config, "flow", task | {"init_from": str(out / "unrolled" / "model")}))
     outcomes, last = str(out / "outcomes" / "model"), "settled"
-    stage(out, "outcomes", lambda: _train(config, "outcomes", task))
+    stage(out, "outcomes", lambda: _train(config, "outcomes", task | also))
     answering = {"init_from": str(out / "flow" / "model"), "head": outcomes}
     stage(out, "settled", lambda: _train(config, "settled", task | answering))
     dreams = {"dreams": dreams_for(config.minutes, config.stage_steps)}
@@ -124,7 +138,7 @@ def run_pipeline(config: PipelineConfig) -> Path:
         stage(out, "camera", lambda: _train(config, "camera", task | dreams | following))
         last = "camera"
     dreaming = {"init_from": outcomes, "dynamics": str(out / last / "model")}
-    stage(out, "heads", lambda: _train(config, "heads", task | dreams | dreaming))
+    stage(out, "heads", lambda: _train(config, "heads", task | also | dreams | dreaming))
     stage(out, "bundle", lambda: make_bundle(out, data, config.starts, last))
     return out / "bundle"
 
@@ -184,7 +198,7 @@ def make_bundle(out: Path, data: Path, starts: int, dynamics: str = "settled") -
     limits = from_dict(Limits, {k: facts[k] for k in ("latent_max", "latent_rms_max")})
     provenance = {"data": collected, "steps": dataset.manifest["steps"], "dynamics_stage": dynamics,
                   "trained_steps": {"autoencoder": ae_facts["step"], dynamics: facts["step"], "heads": head_facts["step"]},
-                  "outcome_share": head_facts["outcome_share"]}  # fmt: skip
+                  "outcome_share": head_facts["outcome_share"], "heads_also": head_facts["also"]}  # fmt: skip
     bundle = save_bundle(out / "bundle", model, game, limits, start_bank(dataset, starts), provenance)
     load_bundle(bundle, "cpu")  # what was written must be readable
     return bundle

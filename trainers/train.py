@@ -24,6 +24,7 @@ _TASKS = {
     "latent_flow": ("trainers.dynamics", "DynamicsTask"),
     "tile_flow": ("trainers.dynamics", "DynamicsTask"),
     "outcome_head": ("trainers.heads", "HeadsTask"),
+    "tile_outcome_head": ("trainers.heads", "HeadsTask"),
 }
 
 

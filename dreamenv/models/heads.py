@@ -1,4 +1,4 @@
-"""The outcome head: what reward an action earns and whether it ends the episode."""
+"""Outcome heads: what reward an action earns and whether it ends the episode."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from dreamenv.actions import NUM_ACTIONS
 from dreamenv.config import check
 from dreamenv.models.blocks import ResBlock, group_norm
+from dreamenv.models.player import PlayerView, place_in_tile, surroundings
 from dreamenv.models.registry import register_model
+from dreamenv.models.tile import CAMERA, fp32, moves, phases
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,6 @@ class OutcomeHeadConfig:
         check(8 <= self.width <= 2048, f"width {self.width}: must be 8..2048")
 
 
-@register_model("outcome_head", OutcomeHeadConfig)
 class OutcomeHead(nn.Module):
     """A categorical over the joint (reward, terminated) outcomes that occur in the game.
 
@@ -59,6 +60,21 @@ class OutcomeHead(nn.Module):
     def __init__(self, config: OutcomeHeadConfig) -> None:
         super().__init__()
         self.config = config
+        self.register_buffer("reward_values", torch.tensor(config.rewards), persistent=False)
+        self.register_buffer("terminal", torch.tensor(config.terminated, dtype=torch.float32), persistent=False)
+        self.register_buffer("prior", torch.tensor(config.bias or (0.0,) * len(config.rewards)), persistent=False)
+
+    def log_probabilities(self, context: Tensor, actions: Tensor) -> Tensor:
+        """Calibrated log-probabilities (B, outcomes) of the joint outcomes; takes what `forward` takes."""
+        return (self.config.scale * self(context, actions) + self.prior).log_softmax(1)
+
+
+@register_model("outcome_head", OutcomeHeadConfig)
+class PictureOutcomeHead(OutcomeHead):
+    """A head that looks at the whole picture."""
+
+    def __init__(self, config: OutcomeHeadConfig) -> None:
+        super().__init__(config)
         w, side = config.width, config.latent_size // 4
         self.stem = nn.Conv2d(config.latent_channels * config.context, w, 3, padding=1)
         self.action = nn.Embedding(NUM_ACTIONS + 1, 32)
@@ -66,9 +82,6 @@ class OutcomeHead(nn.Module):
         self.norm = group_norm(w)
         self.hidden = nn.Linear(w * side * side + w, 128)
         self.out = nn.Linear(128, len(config.rewards))
-        self.register_buffer("reward_values", torch.tensor(config.rewards), persistent=False)
-        self.register_buffer("terminal", torch.tensor(config.terminated, dtype=torch.float32), persistent=False)
-        self.register_buffer("prior", torch.tensor(config.bias or (0.0,) * len(config.rewards)), persistent=False)
 
     def forward(self, context: Tensor, actions: Tensor) -> Tensor:
         """Context (B, K, C, H, W), actions int64 (B, K) -> uncorrected logits (B, outcomes)."""
@@ -82,6 +95,26 @@ class OutcomeHead(nn.Module):
         x = torch.cat([x.flatten(1), x.amax((2, 3))], 1)
         return self.out(F.silu(self.hidden(x))).float()
 
-    def log_probabilities(self, context: Tensor, actions: Tensor) -> Tensor:
-        """Calibrated log-probabilities (B, outcomes) of the joint outcomes."""
-        return (self.config.scale * self(context, actions) + self.prior).log_softmax(1)
+
+@register_model("tile_outcome_head", OutcomeHeadConfig)
+class TileOutcomeHead(OutcomeHead):
+    """A head that looks only at what surrounds the player, of latents on the grid of tiles.
+
+    Coins and deaths are touched: where exactly the player is and what is within three tiles decides, wherever that is in the
+    level, and a head that sees no more learns it from far fewer events.
+    """
+
+    def __init__(self, config: OutcomeHeadConfig) -> None:
+        super().__init__(config)
+        check(config.latent_channels > CAMERA, f"latent_channels {config.latent_channels}: must be {CAMERA + 1}..256")
+        check(config.context >= 2, f"context {config.context}: must be 2..64")
+        w = config.width
+        self.view = PlayerView(config.latent_channels - CAMERA, config.context, w)
+        self.decide = nn.Sequential(nn.Linear(self.view.seen, 3 * w), nn.SiLU(), nn.Linear(3 * w, 3 * w), nn.SiLU(),
+                                    nn.Linear(3 * w, len(config.rewards)))  # fmt: skip
+
+    def forward(self, context: Tensor, actions: Tensor) -> Tensor:
+        """Context (B, K, C, H, W), actions int64 (B, K) -> uncorrected logits (B, outcomes)."""
+        tile, place = place_in_tile(phases(context)[:, -1])
+        with fp32(context):
+            return self.decide(self.view.see(surroundings(context, tile), place, moves(context)[:, 1:], actions))

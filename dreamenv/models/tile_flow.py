@@ -12,11 +12,10 @@ from dreamenv.actions import NOOP, NUM_ACTIONS
 from dreamenv.config import check
 from dreamenv.models.blocks import UNet, sinusoidal, zero_init
 from dreamenv.models.latent_flow import alternating
+from dreamenv.models.player import PlayerView, behind, place_in_tile, surroundings, window_steps
 from dreamenv.models.registry import register_model
 from dreamenv.models.tile import (
     CAMERA,
-    VIEW,
-    WINDOW,
     crossed,
     fp32,
     move_window,
@@ -29,11 +28,8 @@ from dreamenv.models.tile import (
     with_camera,
 )
 
-_PLAYER = 1 + VIEW // 2  # the tile in which the picture's middle, the player's place, lies at phases below a half
-_AROUND = 3  # tiles on each side of the player's that decide where it can go
 _ASIDE, _STRIDE, _NO_PATH = 0.003, 0.02, 0.03  # tiles: how slopes of paths are taken, how far a step may go, what is too far
 _LAWS = 16  # linear laws of motion an axis
-_FINE = (4, 8, 16)  # waves a tile of the place's finer features: a foot a hundredth of a tile above the ground does not stand
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,7 @@ class TileFlowConfig:
         check(8 <= self.motion <= 4096, f"motion {self.motion}: must be 8..4096")
 
 
-class CameraMotion(nn.Module):
+class CameraMotion(PlayerView):
     """Predicts the camera's next move from the tiles around the player, the moves so far and the actions.
 
     A switching linear system: networks weigh a few linear laws of the last two moves, the place and the action, for each axis
@@ -76,52 +72,18 @@ class CameraMotion(nn.Module):
     """
 
     def __init__(self, codes: int, context: int, width: int) -> None:
-        super().__init__()
-        self.look = nn.Sequential(nn.Conv2d(3 * codes, 48, 3), nn.SiLU(), nn.Conv2d(48, 48, 3), nn.SiLU(), nn.Flatten())
-        seen = 48 * 9 + context * (NUM_ACTIONS + 1) + 2 * (context - 1) + 10 + 4 * len(_FINE)
-        self.weigh = nn.Sequential(nn.Linear(seen, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+        super().__init__(codes, context, 48)
+        self.weigh = nn.Sequential(nn.Linear(self.seen, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
                                    nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2 * _LAWS))  # fmt: skip
         self.laws = zero_init(nn.Linear(2 * min(context - 1, 2) + 2 + NUM_ACTIONS + 1, 2 * _LAWS))
 
     def forward(self, recent: Tensor, place: Tensor, before: Tensor, actions: Tensor) -> Tensor:
-        """Predict the next move (B, 2).
-
-        Args:
-            recent: codes of the last three pictures around the tile that the player is in, (B, 3 c, 7, 7).
-            place: where in that tile, (B, 2).
-            before: the moves between the pictures, (B, K - 1, 2).
-            actions: int64 (B, K).
-        """
-        angle = 2 * torch.pi * torch.cat([place, 2 * place], 1)
-        fine = 2 * torch.pi * torch.cat([n * place for n in _FINE], 1).detach()  # through many steps their slopes explode
-        taken = F.one_hot(actions, NUM_ACTIONS + 1).float()
-        facts = [taken.flatten(1), before.flatten(1), place, angle.cos(), angle.sin(), fine.cos(), fine.sin()]
+        """Predict the next move (B, 2); see `PlayerView.see`."""
+        taken = F.one_hot(actions[:, -1], NUM_ACTIONS + 1).float()
         with fp32(recent):  # what is lost here adds up twice, in speed and in place
-            weights = self.weigh(torch.cat([self.look(recent), *facts], 1)).unflatten(1, (2, _LAWS)).softmax(2)
-            changes = self.laws(torch.cat([before[:, -2:].flatten(1), place, taken[:, -1]], 1)).unflatten(1, (2, _LAWS))
+            weights = self.weigh(self.see(recent, place, before, actions)).unflatten(1, (2, _LAWS)).softmax(2)
+            changes = self.laws(torch.cat([before[:, -2:].flatten(1), place, taken], 1)).unflatten(1, (2, _LAWS))
             return before[:, -1] + (weights * changes).sum(2)
-
-
-def _cut(codes: Tensor, at: Tensor, size: int) -> Tensor:
-    """Codes (B, c, H, W) -> float32 (B, c, size, size) from tile `at` (B, 2) on, right and down; zeros beyond the window."""
-    tile = torch.arange(size, device=codes.device)
-    x, y = (at[:, i, None].long() + tile for i in range(2))
-    inside = ((y >= 0) & (y < WINDOW))[:, :, None] & ((x >= 0) & (x < WINDOW))[:, None]
-    index = y.clamp(0, WINDOW - 1)[:, :, None] * WINDOW + x.clamp(0, WINDOW - 1)[:, None]
-    found = codes.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, codes.shape[1], -1))
-    return found.unflatten(2, (size, size)).float() * inside[:, None]
-
-
-def _steps(context: Tensor) -> Tensor:
-    """By how many tiles the window moves on within a context (B, K, C, H, W), (B, K - 1, 2)."""
-    phase = phases(context)
-    return crossed(phase[:, :-1], moves(context)[:, 1:], phase[:, 1:])
-
-
-def _behind(context: Tensor) -> Tensor:
-    """How many tiles the last window of a context (B, K, C, H, W) is ahead of each, (B, K, 2)."""
-    steps = _steps(context)
-    return torch.cat([steps.flip(1).cumsum(1).flip(1), torch.zeros_like(steps[:, :1])], 1)
 
 
 def recall(context: Tensor, memory: Tensor | None = None, by: Tensor | None = None) -> Tensor:
@@ -132,7 +94,7 @@ def recall(context: Tensor, memory: Tensor | None = None, by: Tensor | None = No
         memory: (B, c + 1, M, M), see `dreamenv.models.tile.remember`; None is a memory of nothing.
         by: (B, 2), by how many tiles the context's first window is ahead of that memory's; required with one.
     """
-    steps = _steps(context)
+    steps = window_steps(context)
     for i, latent in enumerate(context.unbind(1)):
         step = by if i == 0 else steps[:, i - 1]
         memory = remember(memory, latent, torch.zeros_like(steps[:, 0]) if step is None else step)
@@ -184,8 +146,8 @@ class TileFlow(UNet):
             phase: (B, 2), the current phase; what the context says of it only serves to lay its windows over one another.
             before: (B, K - 1, 2), the moves between the pictures, likewise.
         """
-        tile = (phase + 0.5).floor().detach()
-        return self.motion(self.surroundings(context, tile), phase + 0.5 - tile, before, actions)
+        tile, place = place_in_tile(phase)
+        return self.motion(surroundings(context, tile), place, before, actions)
 
     def settle(self, latents: Tensor, actions: Tensor) -> Tensor:
         """Latents of real pictures with the camera on the path of these dynamics that is nearest to where it was read.
@@ -238,18 +200,6 @@ class TileFlow(UNet):
             before.append(move)
         return torch.stack(apart, 1)
 
-    def surroundings(self, context: Tensor, tile: Tensor) -> Tensor:
-        """Cut out what lies around the player, codes float32 (B, 3 c, 7, 7) of the last three pictures.
-
-        Args:
-            context: (B, K, C, H, W), past latents.
-            tile: (B, 2), how far the player's tile is from the one that the last picture's middle is in at phases below a half.
-        """
-        c, last = context.shape[2] - CAMERA, [max(context.shape[1] - 3 + i, 0) for i in range(3)]
-        at = _behind(context)[:, last] + tile[:, None] + (_PLAYER - _AROUND)
-        recent = _cut(context[:, last, :c].flatten(0, 1), at.flatten(0, 1), 2 * _AROUND + 1)
-        return recent.unflatten(0, (-1, 3)).flatten(1, 2)
-
     def forward(self, noisy: Tensor | None, tau: Tensor, context: Tensor, actions: Tensor, context_noise: Tensor,
                 move: Tensor | None = None, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Predict the next latent.
@@ -270,7 +220,7 @@ class TileFlow(UNet):
         """
         b, k, c = context.shape[0], context.shape[1], context.shape[2] - CAMERA
         phase, before = phases(context), moves(context)[:, 1:]
-        behind = _behind(context)
+        by = behind(context)
         seen = torch.cat([context[:, :, :c].float(), shown(phase.flatten(0, 1)).unflatten(0, (b, k))], 2)
         predicted = self.next_move(context, actions, phase[:, -1], before)
         taken = predicted if move is None else move
@@ -278,7 +228,7 @@ class TileFlow(UNet):
         window = (at + 1e-6).floor().detach()  # a phase of 0 may come out a hair below it
         arrived = (at - window).clamp_min(0)
         view = shown(arrived)
-        seen = move_window(seen.flatten(0, 1), (behind + window[:, None]).flatten(0, 1)).unflatten(0, (b, k))
+        seen = move_window(seen.flatten(0, 1), (by + window[:, None]).flatten(0, 1)).unflatten(0, (b, k))
         codes, share = seen[:, :, :c], seen[:, :, c]
         base, known = recalled(recall(context) if memory is None else memory, window).split([c, 1], 1)
         half = self.config.embedding // 2

@@ -1,0 +1,90 @@
+"""What surrounds the player, of latents on the grid of tiles: it decides where the player can go and what it meets there."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dreamenv.actions import NUM_ACTIONS
+from dreamenv.models.tile import CAMERA, VIEW, WINDOW, crossed, moves, phases
+
+_PLAYER = 1 + VIEW // 2  # the tile in which the picture's middle, the player's place, lies at phases below a half
+_AROUND = 3  # tiles on each side of the player's that are looked at
+_PICTURES = 3  # so many of the last ones
+_FINE = (4, 8, 16)  # waves a tile of the place's finer features: a foot a hundredth of a tile above the ground does not stand
+
+
+def _cut(codes: Tensor, at: Tensor, size: int) -> Tensor:
+    """Codes (B, c, H, W) -> float32 (B, c, size, size) from tile `at` (B, 2) on, right and down; zeros beyond the window."""
+    tile = torch.arange(size, device=codes.device)
+    x, y = (at[:, i, None].long() + tile for i in range(2))
+    inside = ((y >= 0) & (y < WINDOW))[:, :, None] & ((x >= 0) & (x < WINDOW))[:, None]
+    index = y.clamp(0, WINDOW - 1)[:, :, None] * WINDOW + x.clamp(0, WINDOW - 1)[:, None]
+    found = codes.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, codes.shape[1], -1))
+    return found.unflatten(2, (size, size)).float() * inside[:, None]
+
+
+def window_steps(context: Tensor) -> Tensor:
+    """By how many tiles the window moves on within a context (B, K, C, H, W), (B, K - 1, 2)."""
+    phase = phases(context)
+    return crossed(phase[:, :-1], moves(context)[:, 1:], phase[:, 1:])
+
+
+def behind(context: Tensor) -> Tensor:
+    """How many tiles the last window of a context (B, K, C, H, W) is ahead of each, (B, K, 2)."""
+    steps = window_steps(context)
+    return torch.cat([steps.flip(1).cumsum(1).flip(1), torch.zeros_like(steps[:, :1])], 1)
+
+
+def place_in_tile(phase: Tensor) -> tuple[Tensor, Tensor]:
+    """The player's tile and its place in that tile, each (B, 2), of the camera's phase (B, 2).
+
+    The tile is counted from the one in which the picture's middle lies at phases below a half.
+    """
+    tile = (phase + 0.5).floor().detach()
+    return tile, phase + 0.5 - tile
+
+
+def surroundings(context: Tensor, tile: Tensor) -> Tensor:
+    """Cut out what lies around the player, codes float32 (B, 3 c, 7, 7) of the last three pictures.
+
+    Args:
+        context: (B, K, C, H, W), past latents.
+        tile: (B, 2), the player's, see `place_in_tile`.
+    """
+    c, last = context.shape[2] - CAMERA, [max(context.shape[1] - _PICTURES + i, 0) for i in range(_PICTURES)]
+    at = behind(context)[:, last] + tile[:, None] + (_PLAYER - _AROUND)
+    recent = _cut(context[:, last, :c].flatten(0, 1), at.flatten(0, 1), 2 * _AROUND + 1)
+    return recent.unflatten(0, (-1, _PICTURES)).flatten(1, 2)
+
+
+class PlayerView(nn.Module):
+    """A network's view of the player: the tiles around it, where it is, how it moved and what it did.
+
+    Args:
+        codes: numbers a tile.
+        context: K past pictures.
+        width: channels in which the tiles are looked at.
+    """
+
+    def __init__(self, codes: int, context: int, width: int) -> None:
+        super().__init__()
+        self.look = nn.Sequential(nn.Conv2d(_PICTURES * codes, width, 3), nn.SiLU(), nn.Conv2d(width, width, 3), nn.SiLU(),
+                                  nn.Flatten())  # fmt: skip
+        self.seen = width * 9 + context * (NUM_ACTIONS + 1) + 2 * (context - 1) + 10 + 4 * len(_FINE)
+
+    def see(self, recent: Tensor, place: Tensor, before: Tensor, actions: Tensor) -> Tensor:
+        """Features (B, seen).
+
+        Args:
+            recent: see `surroundings`.
+            place: where in its tile the player is, (B, 2).
+            before: the camera's moves between the pictures, (B, K - 1, 2).
+            actions: int64 (B, K).
+        """
+        angle = 2 * torch.pi * torch.cat([place, 2 * place], 1)
+        fine = 2 * torch.pi * torch.cat([n * place for n in _FINE], 1).detach()  # through many steps their slopes explode
+        taken = F.one_hot(actions, NUM_ACTIONS + 1).float()
+        facts = [taken.flatten(1), before.flatten(1), place, angle.cos(), angle.sin(), fine.cos(), fine.sin()]
+        return torch.cat([self.look(recent), *facts], 1)
