@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from dreamenv.models.registry import build_model, model_spec, model_types
 from dreamenv.policies import make_policy
 from envs.collect import CollectConfig
 from trainers.autoencoder import AutoencoderTaskConfig
+from trainers.camera import CameraTaskConfig
 from trainers.dynamics import DynamicsTaskConfig
 from trainers.heads import HeadsTaskConfig
 from trainers.loop import LoopConfig
@@ -57,6 +59,9 @@ CASES = [
     (CollectConfig, {"seed": 2**64}, "seed"),
     (PipelineConfig, {"set": ["unroled:loop.lr=1"]}, "no stage 'unroled'"),
     (PipelineConfig, {"latents": "tile"}, "'tile'"),
+    (PipelineConfig, {"ends": -1}, "ends -1"),
+    (CollectConfig, {"ends": -1}, "ends -1"),
+    (CameraTaskConfig, {"hard": 1.0}, "hard 1.0"),
     (LoopConfig, {"lr": 10**400}, "finite"),
     (LatentFlowConfig, {"filter_bank": 10**12}, "0..512"),
     (PipelineConfig, {"minutes": 0.0}, "minutes 0"),
@@ -93,6 +98,14 @@ def test_a_bad_model_spec(spec: dict) -> None:
         build_model(spec)
     with pytest.raises(ConfigError):
         build_task({"model": spec}, 0)
+
+
+@pytest.mark.parametrize("task", [{"type": "camra"}, {"type": ["camera"]}, {"type": "camera", "flow": 1.0}, ["camera"]])
+def test_a_bad_task(task: Any) -> None:
+    with pytest.raises(ConfigError):
+        build_task({"model": {"type": "tile_flow"}, "task": task}, 0)
+    with pytest.raises(ConfigError, match="latent_flow"):
+        build_task({"model": {"type": "latent_flow"}, "task": {"type": "camera"}}, 0)
 
 
 def test_every_model_type_rebuilds_from_its_spec() -> None:

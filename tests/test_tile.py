@@ -43,8 +43,7 @@ from dreamenv.models.tile_flow import TileFlow, TileFlowConfig
 from dreamenv.world_model import WorldModel
 from envs.collect import CollectConfig, collect
 from envs.procgen import RealProcgenVectorEnv
-from trainers.camera import CameraPath
-from trainers.dynamics import DynamicsTask, DynamicsTaskConfig
+from trainers.camera import CameraTask, CameraTaskConfig
 from trainers.heads import HeadsTask, HeadsTaskConfig
 from trainers.latents import LatentDataset, encode_dataset
 from trainers.pipeline import PipelineConfig, run_pipeline
@@ -326,7 +325,7 @@ def test_dynamics_follow_the_camera(trained: Path) -> None:
 
 
 def test_following_the_camera_trains_its_motion_alone(trained: Path, tmp_path: Path) -> None:
-    task = {"latents": str(trained / "latents"), "val_ratio": 0.2, "unroll": 5, "camera_only": True, "drop_actions": 0.0,
+    task = {"type": "camera", "latents": str(trained / "latents"), "val_ratio": 0.2, "unroll": 5,
             "dreams": 200, "hard": 0.4, "init_from": str(trained / "flow" / "model")}  # fmt: skip
     train({"model": FLOW, "task": task, "loop": loop(80, 32)}, tmp_path / "camera")
     before, after = (load_model(folder / "model")[0].state_dict() for folder in (trained / "flow", tmp_path / "camera"))
@@ -367,8 +366,7 @@ def test_readings_settle_on_the_nearest_path(level: Tensor) -> None:
 
 def test_camera_training_seeks_what_is_hard(trained: Path) -> None:
     """Against a camera that goes on as it went, as all do before training: its errors are the changes of the true move."""
-    config = DynamicsTaskConfig(latents=str(trained / "latents"), val_ratio=0.2, unroll=5, camera_only=True, hard=0.9)
-    path = CameraPath(DynamicsTask(config, FLOW, 0), 0)
+    path = CameraTask(CameraTaskConfig(latents=str(trained / "latents"), val_ratio=0.2, unroll=5, hard=0.9), FLOW, 0)
     data, rng = path.task.data, np.random.default_rng(0)
     now = path.task.train[data.first[path.task.train - 3]]  # a context of four that begins the episode
     move = np.diff(data.camera[now[:, None] + np.arange(-1, 2)], axis=1)

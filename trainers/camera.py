@@ -1,23 +1,27 @@
-"""Trains the camera's motion of `tile_flow` over its own path: errors of a move add up twice, in the speed and in the place."""
+"""Trains the camera's motion of `tile_flow` over its own path: errors of a move add up twice, in the speed and in the place.
+
+A task of its own (`task.type: camera` in the YAML file), for single steps from true moves do not show that.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from dreamenv.bundle import pick_device, pick_precision
+from dreamenv.config import check
 from dreamenv.models.player import place_in_tile, surroundings
 from dreamenv.models.tile import arrived, exact_move, moves, phases
 from dreamenv.models.tile_flow import TileFlow
 from dreamenv.noise import philox
-
-if TYPE_CHECKING:
-    from trainers.dynamics import DynamicsTask
+from trainers.dynamics import DynamicsTask, DynamicsTaskConfig
 
 _AHEAD = 6  # steps by which the dreams are longer than what is unrolled
 _NEAR = 3  # tiles that the player may be from a place from which all around was in the picture
@@ -25,16 +29,58 @@ _CLOSE = 0.005  # tiles from where on an error counts in proportion
 _LOST = 0.1  # tiles from the true path from which on a camera's path is another one
 
 
-class CameraPath:
-    """The part of a `DynamicsTask` that trains only the camera's motion."""
+@dataclass(frozen=True)
+class CameraTaskConfig:
+    """What the camera's motion is trained for; the rest of the dynamics stays as it is."""
 
-    def __init__(self, task: DynamicsTask, seed: int) -> None:
-        self.task, self.config = task, task.config
-        model = cast(TileFlow, task.model.to(pick_device("auto"), memory_format=torch.channels_last)).eval()  # pyright: ignore[reportCallIssue]
+    latents: str = "runs/coinrun/latents"
+    """Folder of the encoded dataset."""
+    init_from: str = ""
+    """Model folder to start from; empty starts anew."""
+    unroll: int = 6
+    """Steps of a path, each of which begins where the one before arrived."""
+    dreams: int = 0
+    """Dreams that half of each batch comes from, dreamt once before training along true paths: what surrounds the player
+    should be taken for what it is although it is dreamt. 0 goes without."""
+    hard: float = 0.0
+    """Share of samples that lead to a move that was hard to predict before training: what a player bumps into."""
+    misread: float = 0.001
+    """Largest standard deviation of the error, in tiles, with which a path begins. Little: of moves as the phase reader
+    misreads them no exact law can be learnt; `TileFlow.settle` corrects those."""
+    context_noise: float = 0.05
+    """Largest standard deviation of the noise added to the codes around the player."""
+    pad: float = 0.25
+    """Share of samples whose context is shortened and padded, as after a reset."""
+    val_ratio: float = 0.02
+    """Share of levels kept for validation."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises `ConfigError`."""
+        check(1 <= self.unroll <= 64, f"unroll {self.unroll}: must be 1..64")
+        check(self.dreams >= 0, f"dreams {self.dreams}: must be >= 0")
+        check(self.misread >= 0, f"misread {self.misread}: must be >= 0")
+        check(0 <= self.context_noise <= 2, f"context_noise {self.context_noise}: must be in 0..2")
+        for name in ("hard", "pad"):
+            check(0 <= getattr(self, name) < 1, f"{name} {getattr(self, name)}: must be in [0, 1)")
+        check(0 < self.val_ratio < 1, f"val_ratio {self.val_ratio}: must be in (0, 1)")
+
+
+class CameraTask:
+    """See `trainers.loop.Task`."""
+
+    critic: nn.Module | None = None
+
+    def __init__(self, config: CameraTaskConfig, model: dict[str, Any], seed: int) -> None:
+        self.config = config
+        check(model["type"] == "tile_flow", f"model {model['type']}: has no camera; task.type camera is for tile_flow")
+        same = {name: getattr(config, name) for name in ("latents", "init_from", "unroll", "pad", "val_ratio")}
+        self.task = task = DynamicsTask(DynamicsTaskConfig(**same, past=0), model, seed)
+        self.model: nn.Module = task.model
+        network = cast(TileFlow, task.model.to(pick_device("auto"), memory_format=torch.channels_last)).eval()  # pyright: ignore[reportCallIssue]
         self._whole = np.zeros(len(task.data.start), bool)
         self._whole[task.train] = True
-        self._hard = self._surprises(model).cumsum() if self.config.hard else None
-        self._dreamt = self._imagine(model, self.config.dreams, philox((seed, 1))) if self.config.dreams else None
+        self._hard = self._surprises(network).cumsum() if config.hard else None
+        self._dreamt = self._imagine(network, config.dreams, philox((seed, 1))) if config.dreams else None
 
     def moments(self, rng: np.random.Generator, size: int) -> np.ndarray:
         """Draw training steps int64 (B,), some of them just before a move that the model found hard."""
@@ -91,8 +137,9 @@ class CameraPath:
             out["live"].append(torch.from_numpy((live[:, k:] & near).cumprod(1).astype(bool)))
         return {name: torch.cat(parts) for name, parts in out.items()}
 
-    def mixed(self, batch: dict[str, Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
-        """The batch, with parts of dreams as its first half where there are dreams."""
+    def batch(self, rng: np.random.Generator, size: int) -> dict[str, Tensor]:
+        """That of the dynamics, with parts of dreams as its first half where there are dreams."""
+        batch = self.task.batch(rng, size, self.moments(rng, size))
         if self._dreamt is None:
             return batch
         rows = len(batch["actions"]) // 2
@@ -103,7 +150,7 @@ class CameraPath:
             batch[name] = torch.cat([part, batch[name][rows:]])
         return batch
 
-    def loss(self, model: TileFlow, batch: dict[str, Tensor], generator: torch.Generator,
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator,
              progress: float) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """How far from its true path the camera gets on its own moves, seeing what surrounds the true one.
 
@@ -111,6 +158,8 @@ class CameraPath:
         many steps of a beginner's moves gradients say little. Nor do they once a path has left the true one: what it meets
         then is not what is around the player.
         """
+        check(isinstance(model, TileFlow), "task.type camera: trains in one process")
+        flow = cast(TileFlow, model)
         latents, k = batch["latents"], self.task.context
         device, size = latents.device, len(latents)
 
@@ -129,14 +178,22 @@ class CameraPath:
             tile, place = place_in_tile(phase)
             around = surroundings(now, tile)
             around = around + normal(*around.shape[1:], most=self.config.context_noise)
-            move = model.motion(around, place, before, batch["actions"][:, u : u + k])
+            move = flow.motion(around, place, before, batch["actions"][:, u : u + k])
             away = away + move - exact_move(now[:, -1], latents[:, u + k])
             before = torch.cat([before[:, 1:], move[:, None]], 1)
             error = F.smooth_l1_loss(away, torch.zeros_like(away), beta=_CLOSE, reduction="none").sum(1)
             counts = counts * batch["live"][:, u]
-            total = total + self.config.camera * (error * counts).mean() / reach
+            total = total + (error * counts).mean() / reach
             if u in (0, reach - 1):
                 metrics[f"away_{u + 1}"] = (away.detach().norm(dim=1) * counts).sum() / counts.sum().clamp_min(1)
             counts = counts * (away.detach().norm(dim=1) < _LOST)
         metrics["lost"] = 1 - counts.mean()
         return total, metrics
+
+    def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        """See `trainers.dynamics.DynamicsTask.validate`."""
+        return self.task.validate(model, folder, step)
+
+    def facts(self) -> dict[str, Any]:
+        """See `trainers.dynamics.DynamicsTask.facts`."""
+        return self.task.facts()

@@ -25,7 +25,6 @@ from dreamenv.models.tile import arrived, crossed, exact_move, moves, phases, re
 from dreamenv.models.tile_flow import TileFlow, recall
 from dreamenv.report import save_grid, save_video, side_by_side
 from dreamenv.world_model import Dynamics
-from trainers.camera import CameraPath
 from trainers.critic import Critic, fool, judge
 from trainers.heads import outcome_labels, trained_head
 from trainers.latents import LatentDataset, channel_weights
@@ -80,17 +79,6 @@ class DynamicsTaskConfig:
     """Share of samples, where there is a head, that lead to a rare outcome or to within four steps of one."""
     camera: float = 1.0
     """Weight of the error of the camera's predicted move, in tiles; only `tile_flow` predicts one."""
-    camera_only: bool = False
-    """Train only the camera's motion, over `unroll` steps that each begin where the one before arrived; the rest stays so.
-    Errors of a move add up twice, in the speed and in the place, and single steps from true moves do not show that."""
-    dreams: int = 0
-    """Dreams that half of each batch then comes from, dreamt once before training along true paths: what surrounds the player
-    should be taken for what it is although it is dreamt. 0 goes without."""
-    hard: float = 0.0
-    """Share of samples that then lead to a move that was hard to predict before training: what a player bumps into."""
-    misread: float = 0.001
-    """Largest standard deviation of the error, in tiles, with which such a path begins. Little: of moves as the phase reader
-    misreads them no exact law can be learnt; `TileFlow.settle` corrects those."""
     drop_actions: float = 0.05
     """Share of samples whose actions are hidden, for guidance."""
     pad: float = 0.1
@@ -121,16 +109,11 @@ class DynamicsTaskConfig:
         check(0 <= self.context_noise <= 2, f"context_noise {self.context_noise}: must be in 0..2")
         check(self.importance >= 0, f"importance {self.importance}: must be >= 0")
         check(self.camera >= 0, f"camera {self.camera}: must be >= 0")
-        check(isinstance(self.camera_only, bool), f"camera_only {self.camera_only!r}: must be true or false")
         check(self.outcome >= 0, f"outcome {self.outcome}: must be >= 0")
         check(not self.outcome or bool(self.head), f"outcome {self.outcome}: needs a head, trained on the same latents")
-        check(self.dreams >= 0, f"dreams {self.dreams}: must be >= 0")
-        check(not self.dreams or self.camera_only, f"dreams {self.dreams}: are for camera_only; set one of them to its default")
-        check(not self.hard or self.camera_only, f"hard {self.hard}: is for camera_only; set one of them to its default")
-        check(self.misread >= 0, f"misread {self.misread}: must be >= 0")
         check(0 <= self.past <= 64, f"past {self.past}: must be in 0..64")
         check(1 <= self.gap <= 1000, f"gap {self.gap}: must be in 1..1000")
-        for name in ("events", "hard", "drop_actions", "pad", "forget"):
+        for name in ("events", "drop_actions", "pad", "forget"):
             check(0 <= getattr(self, name) < 1, f"{name} {getattr(self, name)}: must be in [0, 1)")
         check(0 < self.val_ratio < 1, f"val_ratio {self.val_ratio}: must be in (0, 1)")
 
@@ -203,14 +186,14 @@ class DynamicsTask:
         probe = np.random.default_rng(0).choice(len(self.data.latents), 256)
         self._channels = channel_weights(self.autoencoder, torch.from_numpy(self.data.latents[np.sort(probe)]).float())
 
-        self._path = CameraPath(self, seed) if config.camera_only else None
-
     def moments(self, rng: np.random.Generator, size: int) -> np.ndarray:
         """Draw training steps int64 (B,) with a whole context before them and `unroll` steps after."""
         return self.train[rng.integers(len(self.train), size=size)]
 
-    def batch(self, rng: np.random.Generator, size: int) -> dict[str, Tensor]:
-        """Latents float16 (B, K + U, C, H, W), actions int64 (B, K + U), importance uint8 (B, U, H, W), live bool (B, U).
+    def batch(self, rng: np.random.Generator, size: int, now: np.ndarray | None = None) -> dict[str, Tensor]:
+        """Samples that begin at `now` (B,), by default at `moments`.
+
+        Latents float16 (B, K + U, C, H, W), actions int64 (B, K + U), importance uint8 (B, U, H, W), live bool (B, U).
 
         Of tiles also `past` float16 (B, P, C, H, W), earlier latents, and `past_by` float32 (B, P, 2): by how many tiles the
         window after each of them, in the end the context's first, is ahead of its own.
@@ -218,7 +201,7 @@ class DynamicsTask:
         With a head also `asked` int64 (B,), after how many dreamt steps it is, 1..U, and `labels` int64 (B,), the answer.
         """
         k, u, config = self.context, self.config.unroll, self.config
-        now = (self if self._path is None else self._path).moments(rng, size)
+        now = self.moments(rng, size) if now is None else now
         at_start = rng.random(size) < config.pad / 2
         if len(self._starts):
             now = np.where(at_start, self._starts[rng.integers(len(self._starts), size=size)], now)
@@ -241,7 +224,7 @@ class DynamicsTask:
         kept = ~shortened & (rng.random(size) >= config.forget)
         indices = np.where(cut, np.take_along_axis(indices, k - keep, 1), indices)
         actions = np.where(cut, NOOP, actions)
-        if self.autoencoder.camera_channels and config.past and not config.camera_only:
+        if self.autoencoder.camera_channels and config.past:
             gaps = rng.integers(1, config.gap, size=(size, config.past), endpoint=True) * kept[:, None]
             begin = indices[:, :1]
             past = np.maximum(begin - gaps.cumsum(1)[:, ::-1], self.data.start[begin])
@@ -254,14 +237,11 @@ class DynamicsTask:
             "importance": torch.from_numpy(self.data.importance[indices[:, k:]]),
             "live": torch.from_numpy(live),
         }
-        return out if self._path is None else self._path.mixed(out, rng)
+        return out
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator,
              progress: float) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """The terms of the dreams that go on from means and, with an energy score, of those that go on from draws."""
-        if self._path is not None:
-            check(isinstance(model, TileFlow), "camera_only: is for one process that trains a tile_flow")
-            return self._path.loss(cast(TileFlow, model), batch, generator, progress)
         if not self.config.energy:
             return self._from_means(model, batch, generator, progress)
         size = len(batch["actions"])

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from dreamenv.bundle import pick_device
-from dreamenv.config import from_dict, load_yaml, to_dict
+from dreamenv.config import check, from_dict, load_yaml, to_dict
 from dreamenv.errors import ConfigError, DreamenvError
 from dreamenv.memory import keep_freed_memory
 from dreamenv.models.registry import build_model
@@ -25,7 +25,9 @@ _TASKS = {
     "tile_flow": ("trainers.dynamics", "DynamicsTask"),
     "outcome_head": ("trainers.heads", "HeadsTask"),
     "tile_outcome_head": ("trainers.heads", "HeadsTask"),
+    "camera": ("trainers.camera", "CameraTask"),
 }
+"""What trains a model, by its type; `task.type` names another."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,16 @@ class TrainArguments:
 
 
 def build_task(values: dict[str, Any], seed: int) -> Any:
-    """Build the task of a config's model section; raises `ConfigError`."""
+    """Build the task that trains a config's model; raises `ConfigError`."""
     model = values.get("model", {})
     build_model(model)  # before any data is read: its errors name the nearest type or key
-    module, name = _TASKS[model["type"]]
+    settings, kind = values.get("task", {}), model["type"]
+    if isinstance(settings, dict) and "type" in settings:
+        kind, settings = settings["type"], {k: v for k, v in settings.items() if k != "type"}
+        check(isinstance(kind, str) and kind in _TASKS, f"task.type {kind!r}: must be one of {', '.join(_TASKS)}")
+    module, name = _TASKS[kind]
     tasks = importlib.import_module(module)  # each needs other libraries
-    config = from_dict(getattr(tasks, f"{name}Config"), values.get("task", {}), "task")
+    config = from_dict(getattr(tasks, f"{name}Config"), settings, "task")
     return getattr(tasks, name)(config, model, seed)
 
 
