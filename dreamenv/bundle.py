@@ -249,7 +249,7 @@ def _load(folder: Path, text: str, device: str, precision: str) -> Bundle:
             and head.config.context == dynamics.config.context
             and isinstance(autoencoder, TileAutoencoder) == isinstance(dynamics, TileFlow)
             and (isinstance(autoencoder, TileAutoencoder) or not isinstance(head, TileOutcomeHead))):  # fmt: skip
-        raise BundleError(f"{path}: autoencoder, dynamics and head disagree on the latents' kind or shape, or context length")
+        raise BundleError(f"{path}: autoencoder, dynamics and head disagree on the latents or context length; retrain")
     if len(game.action_meanings) != NUM_ACTIONS or game.max_steps < 1:
         raise BundleError(f"{path}: game needs {NUM_ACTIONS} action_meanings and max_steps >= 1; re-download or retrain")
     world_model = WorldModel(autoencoder, dynamics, head, device, precision)

@@ -22,7 +22,7 @@ from dreamenv.data import Dataset, DatasetWriter, Windows, split_levels
 from dreamenv.errors import DatasetError
 from dreamenv.models.impala import ImpalaAgent, ImpalaConfig, save_agent
 from dreamenv.policies import make_policy
-from envs.collect import CollectConfig, collect
+from envs.collect import CollectConfig, _before_ends, collect
 from envs.procgen import RealProcgenVectorEnv
 from trainers.latents import training_data
 
@@ -79,6 +79,20 @@ def test_ends_are_the_last_steps_of_episodes_that_ended(small: Path, tmp_path: P
         assert np.array_equal(np.concatenate([getattr(s, name) for s in ends.shards]), np.concatenate(parts))
     first = np.concatenate([s.first for s in ends.shards])
     assert np.flatnonzero(first).tolist() == np.cumsum([0] + [len(w[0]) for w in wanted])[:-1].tolist()
+
+
+def test_only_real_ends_count() -> None:
+    terminated, truncated = np.zeros((2, 5, 9), bool)
+    terminated[0, [2, 4]] = terminated[1, 8] = truncated[2, 5] = terminated[3, 7] = truncated[3, 2] = True
+    kept = _before_ends(terminated, truncated, 3)
+    assert ["".join("x" if k else "." for k in row) for row in kept] == [
+        "xxxxx....", "......xxx", ".........", ".....xxx.", ".........",
+    ]  # fmt: skip
+
+
+def test_a_shard_without_an_end_is_not_empty(tmp_path: Path) -> None:
+    out = collect(CollectConfig(out=str(tmp_path / "calm"), steps=4, num_envs=4, ends=5), progress=False)
+    assert len(Dataset(out, verify="sha256")) == 1
 
 
 def test_killed_ten_times_it_ends_with_the_same_bytes(small: Path, tmp_path: Path) -> None:

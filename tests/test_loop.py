@@ -66,6 +66,9 @@ def test_what_does_not_belong_together_is_refused(two: list[Path], tmp_path: Pat
     with pytest.raises(DatasetError, match="game is 'maze'"):
         merge([two[0], maze], tmp_path / "x")
     manifest = read_json(maze / "manifest.json", DatasetError, "")
+    write_json(maze / "manifest.json", manifest | {"facts": Dataset(two[0]).facts | {"ends": 16}})
+    with pytest.raises(DatasetError, match="ends is 16"):
+        merge([two[0], maze], tmp_path / "x")
     write_json(maze / "manifest.json", manifest | {"facts": manifest["facts"] | {"world": "dream"}})
     with pytest.raises(DatasetError, match="imagined"):
         merge([maze], tmp_path / "x")

@@ -230,6 +230,7 @@ def test_drifted_contexts_are_dreamt_from_the_right_moment(toy_bundle: Path) -> 
         context, rewards = model.context, model.rewards
 
         def start(self, frames: np.ndarray, history: np.ndarray, fine: bool) -> Any:
+            assert fine, "a dream begins as finely as any other"
             return SimpleNamespace(frame=frames[:, -1], actions=[])
 
         def step(self, state: Any, actions: np.ndarray, noise: None, sampler: SamplerConfig) -> Any:

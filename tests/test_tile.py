@@ -44,6 +44,7 @@ from dreamenv.world_model import WorldModel
 from envs.collect import CollectConfig, collect
 from envs.procgen import RealProcgenVectorEnv
 from trainers.camera import CameraTask, CameraTaskConfig
+from trainers.dynamics import DynamicsTask, DynamicsTaskConfig
 from trainers.heads import HeadsTask, HeadsTaskConfig
 from trainers.latents import LatentDataset, encode_dataset
 from trainers.pipeline import PipelineConfig, run_pipeline
@@ -404,6 +405,8 @@ def test_an_outcome_head_sees_what_surrounds_the_player_and_no_more(level: Tenso
         answers.append(head.log_probabilities(changed, actions))
     assert torch.equal(answers[0], head.log_probabilities(context, actions)) and not torch.allclose(*answers)
     assert not torch.allclose(answers[0], head.log_probabilities(context, torch.full((1, 4), 1)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(head.log_probabilities(context, actions), answers[0])
 
 
 def test_outcomes_are_learnt_from_ends_of_more_episodes_too(trained: Path, tmp_path: Path) -> None:
@@ -429,9 +432,11 @@ def test_outcomes_are_learnt_from_ends_of_more_episodes_too(trained: Path, tmp_p
     task = {"latents": str(trained / "latents"), "also": str(tmp_path / "latents"), "val_ratio": 0.2}
     figures = train({"model": spec, "task": task, "loop": loop(2, 8)}, tmp_path / "head")
     assert np.isfinite(figures["nll"])
+    with pytest.raises(ConfigError, match="ends of episodes only"):
+        DynamicsTask(DynamicsTaskConfig(latents=str(tmp_path / "latents")), FLOW, 0)
+    save_model(tmp_path / "other", TileAutoencoder(TileAutoencoderConfig(codes=6, width=16, blocks=1, orders=5)), {})
+    encode_dataset(ends, tmp_path / "other", tmp_path / "others", "cpu")
     with pytest.raises(ConfigError, match="another autoencoder"):
-        save_model(tmp_path / "other", TileAutoencoder(TileAutoencoderConfig(codes=6, width=16, blocks=1, orders=5)), {})
-        encode_dataset(ends, tmp_path / "other", tmp_path / "others", "cpu")
         HeadsTask(replace(config, also=str(tmp_path / "others")), spec, 0)
 
 
@@ -463,10 +468,12 @@ def test_pipeline_makes_a_bundle_of_tiles(tmp_path: Path) -> None:
     small = (*(f"{name}:model.channels=[16, 16, 16]" for name in stages), "autoencoder:model.width=16",
              "heads:task.dreams=8", "heads:task.drift=4", "loop.batch_size=4")  # fmt: skip
     config = PipelineConfig(out=tmp_path / "run", steps=3000, ends=3000, stage_steps=2, starts=2, set=small)
-    model = load_bundle(run_pipeline(config), "cpu").world_model
+    bundle = load_bundle(run_pipeline(config), "cpu")
+    model = bundle.world_model
     assert isinstance(model.autoencoder, TileAutoencoder) and isinstance(model.dynamics, TileFlow)
+    assert isinstance(model.head, TileOutcomeHead) and bundle.provenance["heads_also"]["ends"] == 16
     done = {p.stem for p in (tmp_path / "run" / "stages").iterdir()}
-    assert {"camera", "settled", "heads", "bundle"} <= done
+    assert {"encode-ends", "camera", "settled", "heads", "bundle"} <= done
     with pytest.raises(ConfigError, match="maze"):
         PipelineConfig(game="maze", latents="tiles")
 

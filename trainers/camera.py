@@ -158,7 +158,7 @@ class CameraTask:
         many steps of a beginner's moves gradients say little. Nor do they once a path has left the true one: what it meets
         then is not what is around the player.
         """
-        check(isinstance(model, TileFlow), "task.type camera: trains in one process")
+        check(isinstance(model, TileFlow), f"model {type(model).__name__}: is trained in one process; go without torchrun")
         flow = cast(TileFlow, model)
         latents, k = batch["latents"], self.task.context
         device, size = latents.device, len(latents)

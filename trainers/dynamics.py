@@ -148,6 +148,8 @@ class DynamicsTask:
     def __init__(self, config: DynamicsTaskConfig, model: dict[str, Any], seed: int) -> None:
         self.config = config
         self.data = LatentDataset(Path(config.latents), config.val_ratio)
+        check(not self.data.dataset.facts.get("ends"),
+              f"latents {config.latents}: hold ends of episodes only; collect whole ones, or give them to heads as task.also")
         self.autoencoder = self.data.autoencoder
         torch.manual_seed(seed)
         self.model: nn.Module = build_model(model)

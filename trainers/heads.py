@@ -26,6 +26,8 @@ from dreamenv.noise import philox
 from dreamenv.world_model import Dynamics
 from trainers.latents import LatentDataset
 
+_DEPTHS = 8  # depths at which each uneventful dream of the validation is asked: there are few, and they weigh much
+
 
 @dataclass(frozen=True)
 class HeadsTaskConfig:
@@ -35,7 +37,7 @@ class HeadsTaskConfig:
     """Folder of the encoded dataset."""
     also: str = ""
     """Folder of more encoded data, from whose levels that are trained on rare outcomes are drawn too; its uneventful steps are
-    not, so it may hold ends of episodes only (`python -m envs.collect --ends 24`)."""
+    not, so it may hold ends of episodes only (`python -m envs.collect --ends 16`)."""
     init_from: str = ""
     """Model folder to start from; empty starts anew."""
     balance: float = 0.4
@@ -116,16 +118,18 @@ class HeadsTask:
     def _take(self, also: LatentDataset) -> None:
         """Add the rare outcomes of other data's training levels to those drawn; its steps are counted on from our own."""
         check(also.facts["autoencoder_sha256"] == self.data.facts["autoencoder_sha256"],
-              f"also {also.folder}: was encoded by another autoencoder than {self.data.folder}")
+              f"also {also.folder}: was encoded by another autoencoder than {self.data.folder}; encode it with that one")
         network, own = cast(OutcomeHead, self.model).config, len(self.labels)
         labels = np.zeros(len(also.start), np.int64)  # outcomes that our own data does not know stay out
         for i, (reward, end) in enumerate(zip(network.rewards, network.terminated, strict=True)):
             labels[(np.round(also.rewards.astype(np.float64), 4) == reward) & (also.terminated == end)] = i
-        self._all_labels, self._start = np.concatenate([self.labels, labels]), np.concatenate([self._start, own + also.start])
-        steps = own + np.flatnonzero(~also.validation)
-        *rare, every = self._train
-        more = [steps[self._all_labels[steps] == self.labels[c[0]]] for c in rare]
-        self._train = [*(np.concatenate(pair) for pair in zip(rare, more, strict=True)), every]
+        begin = also.start + self.context - 1  # of episodes cut short the first contexts are not whole
+        self._all_labels, self._start = np.concatenate([self.labels, labels]), np.concatenate([self._start, own + begin])
+        whole = own + np.flatnonzero(~also.validation & (np.arange(len(labels)) >= begin))
+        every = self._train[-1]
+        steps = np.concatenate([every, whole])
+        rare = [steps[self._all_labels[steps] == c] for c in range(1, len(network.rewards))]
+        self._train = [*(c for c in rare if len(c)), every]
 
     def _moments(self, steps: np.ndarray) -> list[np.ndarray]:
         """The steps int64 of each outcome, the uneventful last."""
@@ -218,12 +222,12 @@ class HeadsTask:
         kept = np.random.default_rng(0).permutation(common)[:12000]
         sets = {"": (np.concatenate([rare, kept]), None)}
         if (dreams := self._val_dreams) is not None:
-            uneventful = np.arange(dreams.eventful, len(dreams.begin))
-            depth = np.random.default_rng(0).integers(0, dreams.length[uneventful], endpoint=True)
-            row = np.concatenate([np.arange(dreams.eventful), uneventful])
+            calm = np.repeat(np.arange(dreams.eventful, len(dreams.begin)), _DEPTHS)
+            depth = np.random.default_rng(0).integers(0, dreams.length[calm], endpoint=True)
+            row = np.concatenate([np.arange(dreams.eventful), calm])
             depth = np.concatenate([dreams.length[: dreams.eventful], depth])
             at = dreams.begin[row] + depth
-            fair = (np.arange(len(row)) < dreams.eventful) == (self.labels[at] > 0)
+            fair = (row < dreams.eventful) == (self.labels[at] > 0)
             sets["dreamt "] = (at[fair], dreams.contexts(row[fair], depth[fair], self.context))
         share = np.bincount(self.labels[val], minlength=len(head.config.rewards)) / len(val)
         logits, labels, weights = {}, {}, {}

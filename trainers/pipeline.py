@@ -9,6 +9,7 @@ Run the same line again after a kill: finished stages are skipped, the interrupt
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ _TILE_FLOW = {"type": "tile_flow"}
 _TILE_HEAD = {"type": "tile_outcome_head", "width": 64, "latent_channels": 28}
 _TILE_MODELS = {"autoencoder": {"type": "tile_autoencoder"}, "outcomes": _TILE_HEAD, "heads": _TILE_HEAD}
 """Architectures of the stages whose latents lie on the level's grid of tiles; `_TILE_FLOW` where nothing is said."""
-_ENDS = 24  # steps kept of an episode of which only the end is
+_ENDS = 16  # steps kept of an episode of which only the end is: 12 before it that are drawn too, and their contexts
 _TILED = ("coinrun",)
 """Games whose camera `envs.collect` knows."""
 
@@ -55,8 +56,9 @@ class PipelineConfig:
     """Run folder; the bundle is <out>/bundle."""
     steps: int = 450_000
     """Transitions to collect."""
-    ends: int = 1_000_000
-    """Further transitions to play, of which only the ends of episodes are kept: the heads learn rare outcomes from them too."""
+    ends: int | None = None
+    """Further transitions to play, of which only the ends of episodes are kept: the heads learn rare outcomes from them too.
+    None: a million for latents on tiles, else 0."""
     policy: str = "mix"
     """See `python -m envs.collect --help`."""
     distribution_mode: str = "easy"
@@ -64,7 +66,7 @@ class PipelineConfig:
     seed: int = 0
     """Decides everything but the wall clock."""
     workers: int = 0
-    """Processes that collect; 0: one a core, up to 8."""
+    """Processes that collect; 0: one a core, up to 8, for 200,000 steps or more."""
     stage_steps: int | None = None
     """Steps of every trained stage instead of minutes: a run that can be repeated bit for bit."""
     starts: int = 60
@@ -89,7 +91,7 @@ class PipelineConfig:
               f"latents 'tiles': the camera of {self.game} is not known, only that of {', '.join(_TILED)}; use patches")
         check(0 <= self.seed < 2**63, f"seed {self.seed}: must be in 0..2^63-1")
         check(self.steps >= 1, f"steps {self.steps}: must be >= 1")
-        check(self.ends >= 0, f"ends {self.ends}: must be >= 0")
+        check(self.ends is None or self.ends >= 0, f"ends {self.ends}: must be >= 0")
         check(self.starts >= 1, f"starts {self.starts}: must be >= 1")
         check(self.stage_steps is None or self.stage_steps >= 1, f"stage_steps {self.stage_steps}: must be >= 1")
 
@@ -105,6 +107,8 @@ def run_pipeline(config: PipelineConfig) -> Path:
     Raises:
         ConfigError: bad settings, or a stage that failed (its log says why).
     """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    check(world == 1, f"WORLD_SIZE {world}: the pipeline is one process; run it without torchrun, or use trainers.train")
     out = config.out
     begin(out, {k: str(v) for k, v in to_dict(config).items() if k not in ("out", "workers")})
     data, latents = out / "data", out / "latents"
@@ -120,9 +124,10 @@ def run_pipeline(config: PipelineConfig) -> Path:
     stage(out, "encode", lambda: encode(data, out / "autoencoder" / "model", latents))
     task: dict[str, Any] = {"latents": str(latents)}
     also: dict[str, Any] = {}
-    if config.ends:
+    played = (1_000_000 if config.tiles else 0) if config.ends is None else config.ends
+    if played:
         ends, seed = out / "ends", (config.seed + 1) % 2**63
-        stage(out, "ends", lambda: collect(config.ends, seed, ends, "--ends", str(_ENDS)))
+        stage(out, "ends", lambda: collect(played, seed, ends, "--ends", str(_ENDS)))
         also = {"also": str(out / "latents-ends")}
         stage(out, "encode-ends", lambda: encode(ends, out / "autoencoder" / "model", out / "latents-ends"))
     stage(out, "predictor", lambda: _train(config, "predictor", task))
@@ -198,7 +203,7 @@ def make_bundle(out: Path, data: Path, starts: int, dynamics: str = "settled") -
     limits = from_dict(Limits, {k: facts[k] for k in ("latent_max", "latent_rms_max")})
     provenance = {"data": collected, "steps": dataset.manifest["steps"], "dynamics_stage": dynamics,
                   "trained_steps": {"autoencoder": ae_facts["step"], dynamics: facts["step"], "heads": head_facts["step"]},
-                  "outcome_share": head_facts["outcome_share"], "heads_also": head_facts["also"]}  # fmt: skip
+                  "outcome_share": head_facts["outcome_share"], "heads_also": head_facts.get("also")}  # fmt: skip
     bundle = save_bundle(out / "bundle", model, game, limits, start_bank(dataset, starts), provenance)
     load_bundle(bundle, "cpu")  # what was written must be readable
     return bundle

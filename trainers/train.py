@@ -25,9 +25,8 @@ _TASKS = {
     "tile_flow": ("trainers.dynamics", "DynamicsTask"),
     "outcome_head": ("trainers.heads", "HeadsTask"),
     "tile_outcome_head": ("trainers.heads", "HeadsTask"),
-    "camera": ("trainers.camera", "CameraTask"),
 }
-"""What trains a model, by its type; `task.type` names another."""
+_SPECIAL = {"camera": ("trainers.camera", "CameraTask")}  # by task.type
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,11 @@ def build_task(values: dict[str, Any], seed: int) -> Any:
     """Build the task that trains a config's model; raises `ConfigError`."""
     model = values.get("model", {})
     build_model(model)  # before any data is read: its errors name the nearest type or key
-    settings, kind = values.get("task", {}), model["type"]
+    settings, (module, name) = values.get("task", {}), _TASKS[model["type"]]
     if isinstance(settings, dict) and "type" in settings:
         kind, settings = settings["type"], {k: v for k, v in settings.items() if k != "type"}
-        check(isinstance(kind, str) and kind in _TASKS, f"task.type {kind!r}: must be one of {', '.join(_TASKS)}")
-    module, name = _TASKS[kind]
+        check(isinstance(kind, str) and kind in _SPECIAL, f"task.type {kind!r}: must be {', '.join(_SPECIAL)}, or left out")
+        module, name = _SPECIAL[kind]
     tasks = importlib.import_module(module)  # each needs other libraries
     config = from_dict(getattr(tasks, f"{name}Config"), settings, "task")
     return getattr(tasks, name)(config, model, seed)

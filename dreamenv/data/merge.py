@@ -19,7 +19,7 @@ from dreamenv.data.reader import Dataset
 from dreamenv.data.writer import COLUMNS, DatasetWriter
 from dreamenv.errors import DatasetError
 
-_SAME = ("game", "distribution_mode", "max_steps", "action_meanings")
+_SAME = ("game", "distribution_mode", "max_steps", "action_meanings", "ends")
 
 
 def merge(sources: list[Path], out: Path) -> Path:
@@ -47,8 +47,9 @@ def merge(sources: list[Path], out: Path) -> Path:
         raise DatasetError(f"merge: {offsets[-1]} policies in all; the format counts at most 256")
     total = sum(d.manifest["steps"] for d in datasets)
     facts: dict[str, Any] = {
-        **{key: first.get(key) for key in (*_SAME, "backend")}, "start_level": begin, "num_levels": max(ends) - begin,
-        "seed": 0, "policy": "merged", "num_shards": len(shards), "steps": total, "num_envs": 0, "shard_steps": 0, "seq_len": 0,
+        **{key: first[key] for key in (*_SAME, "backend") if key in first},
+        "start_level": begin, "num_levels": max(ends) - begin, "seed": 0, "policy": "merged",
+        "num_shards": len(shards), "steps": total, "num_envs": 0, "shard_steps": 0, "seq_len": 0,
         "policy_mix": [[n, w * d.manifest["steps"] / total] for d in datasets for n, w in d.facts["policy_mix"]],
         "merged": [{"steps": d.manifest["steps"], "facts": d.facts} for d in datasets],
     }  # fmt: skip

@@ -1,6 +1,7 @@
 """Dataset folders: `manifest.json` + `shard-00000/*.npy`, each shard renamed into place, the manifest last.
 
-One shard holds E environments x T steps, environment-major and flat, so time runs along axis 0 within a segment:
+One shard holds E environments x T steps, or parts of them, environment-major and flat, so time runs along axis 0 within a
+segment:
 
 | file | dtype, shape | at index t |
 |---|---|---|

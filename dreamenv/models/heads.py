@@ -60,8 +60,6 @@ class OutcomeHead(nn.Module):
     def __init__(self, config: OutcomeHeadConfig) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("reward_values", torch.tensor(config.rewards), persistent=False)
-        self.register_buffer("terminal", torch.tensor(config.terminated, dtype=torch.float32), persistent=False)
         self.register_buffer("prior", torch.tensor(config.bias or (0.0,) * len(config.rewards)), persistent=False)
 
     def log_probabilities(self, context: Tensor, actions: Tensor) -> Tensor:
