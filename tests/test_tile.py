@@ -467,7 +467,7 @@ def test_pipeline_makes_a_bundle_of_tiles(tmp_path: Path) -> None:
     stages = ("predictor", "unrolled", "camera", "flow", "settled")
     small = (*(f"{name}:model.channels=[16, 16, 16]" for name in stages), "autoencoder:model.width=16",
              "heads:task.dreams=8", "heads:task.drift=4", "loop.batch_size=4")  # fmt: skip
-    config = PipelineConfig(out=tmp_path / "run", steps=3000, ends=3000, stage_steps=2, starts=2, set=small)
+    config = PipelineConfig(out=tmp_path / "run", steps=3000, ends=3000, stage_steps=2, starts=2, latents="tiles", set=small)
     bundle = load_bundle(run_pipeline(config), "cpu")
     model = bundle.world_model
     assert isinstance(model.autoencoder, TileAutoencoder) and isinstance(model.dynamics, TileFlow)

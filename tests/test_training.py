@@ -146,7 +146,7 @@ def test_from_the_real_game_to_a_dream_through_the_command_line(tmp_path: Path) 
 
     out = tmp_path / "run"
     pipeline = ["trainers.pipeline", "--game", "coinrun", "--steps", "3000", "--stage-steps", "8", "--starts", "4",
-                "--latents", "patches", "--ends", "0", "--out", str(out), *TINY]  # fmt: skip
+                "--out", str(out), *TINY]  # fmt: skip
     first = json.loads(run(*pipeline).splitlines()[-1])
     bundle = load_bundle(first["bundle"], "cpu")
     assert bundle.starts.frames.shape == (4, 1, 64, 64, 3) and bundle.world_model.rewards.tolist()[0] == 0.0

@@ -71,9 +71,10 @@ class PipelineConfig:
     """Steps of every trained stage instead of minutes: a run that can be repeated bit for bit."""
     starts: int = 60
     """Start contexts in the bundle."""
-    latents: Literal["auto", "tiles", "patches"] = "auto"
-    """What the latents' cells are: tiles of the level's own grid (`dreamenv.models.tile`), for coinrun, whose camera is known;
-    or patches of the picture (`dreamenv.models.autoencoder`), for any game. auto: tiles where they can be had."""
+    latents: Literal["patches", "tiles"] = "patches"
+    """What the latents' cells are: patches of the picture (`dreamenv.models.autoencoder`), or tiles of the level's own grid
+    (`dreamenv.models.tile`), for coinrun, whose camera is known. Tiles are far better once the camera's motion is learnt, which
+    from nothing takes longer than 90 minutes (docs/experiments.md, run 48)."""
     set: tuple[str, ...] = ()
     """Overrides for every trained stage, e.g. loop.batch_size=256; prefix one stage as unrolled:loop.lr=0.001."""
 
@@ -86,7 +87,7 @@ class PipelineConfig:
             check(not prefixed or stage in _TILE_SHARES,
                   f"set {item!r}: there is no stage {stage!r}, only {', '.join(_TILE_SHARES)}")
             check("=" in (assignment if prefixed else item), f"set {item!r}: expected [stage:]section.key=value")
-        check(self.latents in ("auto", "tiles", "patches"), f"latents {self.latents!r}: must be auto, tiles or patches")
+        check(self.latents in ("patches", "tiles"), f"latents {self.latents!r}: must be patches or tiles")
         check(self.latents != "tiles" or self.game in _TILED,
               f"latents 'tiles': the camera of {self.game} is not known, only that of {', '.join(_TILED)}; use patches")
         check(0 <= self.seed < 2**63, f"seed {self.seed}: must be in 0..2^63-1")
@@ -98,7 +99,7 @@ class PipelineConfig:
     @property
     def tiles(self) -> bool:
         """Whether the latents lie on tiles."""
-        return self.latents == "tiles" or (self.latents == "auto" and self.game in _TILED)
+        return self.latents == "tiles"
 
 
 def run_pipeline(config: PipelineConfig) -> Path:
