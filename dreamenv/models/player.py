@@ -38,7 +38,7 @@ def behind(context: Tensor) -> Tensor:
 
 
 def place_in_tile(phase: Tensor) -> tuple[Tensor, Tensor]:
-    """The player's tile and its place in that tile, each (B, 2), of the camera's phase (B, 2).
+    """The player's tile, whole, and its place in that tile, 0 to 1, each (B, 2), of the camera's phase (B, 2) in tiles.
 
     The tile is counted from the one in which the picture's middle lies at phases below a half.
     """
