@@ -267,12 +267,14 @@ class HeadsTask:
     def _gather(self, now: np.ndarray) -> tuple[Tensor, Tensor]:
         """Contexts float16 (B, K, C, H, W) and actions int64 (B, K) of steps of either data."""
         k, own = self.context, len(self.labels)
+        if self._also is None:
+            indices, taken = self.data.contexts(now, k)
+            return self.data.gather(indices), torch.from_numpy(taken)
         context = torch.empty((len(now), k, *self.data.latents.shape[1:]), dtype=torch.float16)
         actions = torch.empty((len(now), k), dtype=torch.int64)
         for data, rows, before in ((self.data, now < own, 0), (self._also, now >= own, own)):
-            if data is not None:
-                indices, taken = data.contexts(now[rows] - before, k)
-                context[rows], actions[rows] = data.gather(indices), torch.from_numpy(taken)
+            indices, taken = data.contexts(now[rows] - before, k)
+            context[rows], actions[rows] = data.gather(indices), torch.from_numpy(taken)
         return context, actions
 
 

@@ -96,11 +96,6 @@ class PipelineConfig:
         check(self.starts >= 1, f"starts {self.starts}: must be >= 1")
         check(self.stage_steps is None or self.stage_steps >= 1, f"stage_steps {self.stage_steps}: must be >= 1")
 
-    @property
-    def tiles(self) -> bool:
-        """Whether the latents lie on tiles."""
-        return self.latents == "tiles"
-
 
 def run_pipeline(config: PipelineConfig) -> Path:
     """Run every stage that is not done yet and return the bundle folder.
@@ -125,7 +120,8 @@ def run_pipeline(config: PipelineConfig) -> Path:
     stage(out, "encode", lambda: encode(data, out / "autoencoder" / "model", latents))
     task: dict[str, Any] = {"latents": str(latents)}
     also: dict[str, Any] = {}
-    played = (1_000_000 if config.tiles else 0) if config.ends is None else config.ends
+    tiles = config.latents == "tiles"
+    played = (1_000_000 if tiles else 0) if config.ends is None else config.ends
     if played:
         ends, seed = out / "ends", (config.seed + 1) % 2**63
         stage(out, "ends", lambda: collect(played, seed, ends, "--ends", str(_ENDS)))
@@ -139,7 +135,7 @@ def run_pipeline(config: PipelineConfig) -> Path:
     answering = {"init_from": str(out / "flow" / "model"), "head": outcomes}
     stage(out, "settled", lambda: _train(config, "settled", task | answering))
     dreams = {"dreams": dreams_for(config.minutes, config.stage_steps)}
-    if config.tiles:
+    if tiles:
         following = {"init_from": str(out / "settled" / "model")}
         stage(out, "camera", lambda: _train(config, "camera", task | dreams | following))
         last = "camera"
@@ -164,7 +160,7 @@ def train_stage(file: Path, out: Path, values: dict[str, Any], budget: list[str]
 
 
 def _train(config: PipelineConfig, name: str, task: dict[str, Any]) -> None:
-    more = []
+    more, tiles = [], config.latents == "tiles"
     for item in config.set:
         prefix, separator, rest = item.partition(":")
         if not separator or "=" in prefix:
@@ -172,9 +168,9 @@ def _train(config: PipelineConfig, name: str, task: dict[str, Any]) -> None:
         elif prefix == name:
             more.append(rest)
     budget = (["--steps", str(config.stage_steps)] if config.stage_steps else
-              ["--minutes", str(config.minutes * (_TILE_SHARES if config.tiles else _SHARES)[name])])  # fmt: skip
+              ["--minutes", str(config.minutes * (_TILE_SHARES if tiles else _SHARES)[name])])  # fmt: skip
     values = {f"task.{k}": v for k, v in task.items()} | {"loop.seed": config.seed}
-    if config.tiles:
+    if tiles:
         values["model"] = _TILE_MODELS.get(name, _TILE_FLOW)
     train_stage(CONFIGS / f"{name}.yaml", config.out / name, values, budget, more)
 
