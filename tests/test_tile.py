@@ -339,6 +339,15 @@ def test_following_the_camera_trains_its_motion_alone(trained: Path, tmp_path: P
     assert off[1] < off[0]
 
 
+def test_a_camera_learns_from_nothing_for_its_laws_learn_faster(
+        trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    task = {"type": "camera", "latents": str(trained / "latents"), "val_ratio": 0.2, "unroll": 1, "pad": 0.0}
+    run = {"model": FLOW, "task": task, "loop": loop(300, 128)}
+    faster = train(run, tmp_path / "faster")["camera_1"]
+    monkeypatch.setattr(TileFlow, "learning_rates", {})
+    assert faster < 0.8 * train(run, tmp_path / "as-networks")["camera_1"]
+
+
 def test_readings_settle_on_the_nearest_path(level: Tensor) -> None:
     """Of a camera that goes straight on, as all do before training: the straight line of ordinary least squares."""
     model = TileFlow(TileFlowConfig(latent_channels=10, channels=(8,), blocks=(1,), embedding=8, motion=8)).eval()

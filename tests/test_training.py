@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from torch import Tensor, nn
 
 from dreamenv.bundle import load_bundle, pick_precision
 from dreamenv.errors import BundleError, CheckpointError, ConfigError
 from dreamenv.models.io import load_model
 from envs.collect import CollectConfig, collect
-from trainers.loop import LoopConfig, learning_rate
+from trainers.loop import Loop, LoopConfig, learning_rate
 from trainers.train import train
 
 TINY_AE = {"type": "autoencoder", "latent_channels": 8, "width": 16, "blocks": 1}
@@ -116,6 +117,37 @@ def test_the_schedule_warms_up_and_decays() -> None:
     rates = [learning_rate(c, p) for p in np.linspace(0, 1, 101)]
     assert rates[5] == pytest.approx(0.5) and max(rates) == pytest.approx(1.0) and rates[100] == pytest.approx(0.2)
     assert rates[55] == pytest.approx(0.6, abs=0.01) and all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+class _Sum(nn.Module):
+    learning_rates = {"fast": 10.0}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slow, self.fast = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
+
+
+class _Less:
+    """Makes a sum small: each number's slope is one."""
+
+    critic = None
+
+    def __init__(self) -> None:
+        self.model = _Sum()
+
+    def batch(self, rng: np.random.Generator, size: int) -> dict[str, Tensor]:
+        return {"one": torch.ones(size)}
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], *_: object) -> tuple[Tensor, dict[str, Tensor]]:
+        return sum(p.sum() for p in model.parameters()) * batch["one"].mean(), {}
+
+
+def test_some_parameters_learn_faster_and_do_not_decay(tmp_path: Path) -> None:
+    """AdamW's first step is the learning rate along the slope's sign, and as much of the weight as decays."""
+    task = _Less()
+    Loop(LoopConfig(steps=1, lr=1e-2, warmup=0.0, weight_decay=0.5, device="cpu"), task, tmp_path, {})._update()
+    torch.testing.assert_close(task.model.slow, torch.full((3, 3), 1 - 0.01 * 0.5 - 0.01))
+    torch.testing.assert_close(task.model.fast, torch.full((3, 3), 1 - 0.1))
 
 
 def test_two_processes_train_together(data: Path, tmp_path: Path) -> None:

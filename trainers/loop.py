@@ -86,6 +86,7 @@ class Task(Protocol):
     """What a model's short trainer module provides."""
 
     model: nn.Module
+    """If it has `learning_rates`, these parameters (name -> factor) learn faster, and do not decay."""
     critic: nn.Module | None
     """A network trained beside the model, by the same loss, and neither averaged nor saved with it; usually None."""
 
@@ -131,12 +132,14 @@ class Loop:
         self.model = task.model.to(self.device, memory_format=torch.channels_last)
         self.trained = nn.parallel.DistributedDataParallel(self.model) if self.world > 1 else self.model
         self.critic = None if task.critic is None else task.critic.to(self.device, memory_format=torch.channels_last)
-        own = list(self.model.parameters())
+        named = dict(self.model.named_parameters())
+        own, rates = list(named.values()), getattr(self.model, "learning_rates", {})
         others = [] if self.critic is None else list(self.critic.parameters())
         self.groups, self.parameters = [own, others], own + others
         self.optimizer = torch.optim.AdamW(
-            [{"params": [p for p in own if p.ndim >= 2], "weight_decay": config.weight_decay},
-             {"params": [p for p in own if p.ndim < 2], "weight_decay": 0.0},
+            [{"params": [p for n, p in named.items() if p.ndim >= 2 and n not in rates], "weight_decay": config.weight_decay},
+             {"params": [p for n, p in named.items() if p.ndim < 2 and n not in rates], "weight_decay": 0.0},
+             *({"params": [named[n]], "weight_decay": 0.0, "rate": rate} for n, rate in rates.items()),
              *([{"params": others, "weight_decay": 0.0, "betas": (0.5, 0.99)}] if others else [])],
             lr=config.lr, betas=(0.9, 0.99), fused=True,
         )  # fmt: skip
@@ -209,7 +212,7 @@ class Loop:
         batch = {k: v.to(self.device, non_blocking=True) for k, v in self.task.batch(rng, self.config.batch_size).items()}
         rate = learning_rate(self.config, self.progress)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("rate", 1.0)
         self.trained.train()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             loss, metrics = self.task.loss(self.trained, batch, generator, self.progress)

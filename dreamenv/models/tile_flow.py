@@ -111,6 +111,9 @@ class TileFlow(UNet):
     long ago: a memory holds the tiles around, in or out of the picture.
     """
 
+    learning_rates = {"motion.laws.weight": 10.0, "motion.laws.bias": 10.0}
+    """Coefficients of laws are of the order of one, which AdamW would take thousands of steps to reach at a network's rate."""
+
     def __init__(self, config: TileFlowConfig) -> None:
         c, k, e = config.latent_channels - CAMERA, config.context, config.embedding
         super().__init__((k + 2) * c + k + 10, 2 * c + 1, config.channels, config.blocks, e)
