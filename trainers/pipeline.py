@@ -73,8 +73,8 @@ class PipelineConfig:
     """Start contexts in the bundle."""
     latents: Literal["patches", "tiles"] = "patches"
     """What the latents' cells are: patches of the picture (`dreamenv.models.autoencoder`), or tiles of the level's own grid
-    (`dreamenv.models.tile`), for coinrun, whose camera is known. Tiles are far better once the camera's motion is learnt, which
-    from nothing takes longer than 90 minutes (docs/experiments.md, run 48)."""
+    (`dreamenv.models.tile`), for coinrun, whose camera is known. Tiles are far better once the camera's motion is learnt; the
+    whole pipeline has not been run on them since that works from nothing (docs/experiments.md, runs 48 and 49)."""
     set: tuple[str, ...] = ()
     """Overrides for every trained stage, e.g. loop.batch_size=256; prefix one stage as unrolled:loop.lr=0.001."""
 
