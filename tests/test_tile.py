@@ -39,7 +39,7 @@ from dreamenv.models.tile import (
     shown,
     with_camera,
 )
-from dreamenv.models.tile_flow import TileFlow, TileFlowConfig
+from dreamenv.models.tile_flow import CameraMotion, TileFlow, TileFlowConfig
 from dreamenv.world_model import WorldModel
 from envs.collect import CollectConfig, collect
 from envs.procgen import RealProcgenVectorEnv
@@ -348,6 +348,34 @@ def test_a_camera_learns_from_nothing_for_its_laws_learn_faster(
     assert faster < 0.8 * train(run, tmp_path / "as-networks")["camera_1"]
 
 
+def test_a_camera_learns_when_friction_brings_it_to_rest() -> None:
+    """Against the law itself: a push, drag, and rest below a threshold, to which a speed comes within half a thousandth."""
+    torch.manual_seed(0)
+    motion, generator = CameraMotion(1, 4, 32), torch.Generator().manual_seed(0)
+    laws = list(motion.laws.parameters())
+    others = [p for name, p in motion.named_parameters() if not name.startswith("laws")]
+    optimizer = torch.optim.AdamW([{"params": others}, {"params": laws, "lr": 1e-2}], lr=1e-3, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=300)
+
+    def errors(size: int) -> Tensor:
+        push = torch.randint(-1, 2, (size, 2), generator=generator)
+        speed = 0.12 * torch.rand(size, 2, generator=generator) - 0.06
+        move = 0.97 * speed + 0.015 * push
+        move = move * (move.abs() >= 0.0149)
+        actions = (3 * push[:, 0] + push[:, 1] + 4)[:, None].expand(-1, 4)
+        place = torch.rand(size, 2, generator=generator)
+        return motion(torch.zeros(size, 3, 7, 7), place, speed[:, None].expand(-1, 3, -1), actions) - move
+
+    for _ in range(300):
+        optimizer.zero_grad()
+        F.smooth_l1_loss(off := errors(512), torch.zeros_like(off), beta=0.005).backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        wrong = (errors(4096).abs() > 0.005).float().mean()
+    assert wrong < 0.12  # 0.17 if what weighs the laws does not see their answers
+
+
 def test_readings_settle_on_the_nearest_path(level: Tensor) -> None:
     """Of a camera that goes straight on, as all do before training: the straight line of ordinary least squares."""
     model = TileFlow(TileFlowConfig(latent_channels=10, channels=(8,), blocks=(1,), embedding=8, motion=8)).eval()
@@ -380,11 +408,11 @@ def test_camera_training_seeks_what_is_hard(trained: Path) -> None:
     data, rng = path.task.data, np.random.default_rng(0)
     now = path.task.train[data.first[path.task.train - 3]]  # a context of four that begins the episode
     move = np.diff(data.camera[now[:, None] + np.arange(-1, 2)], axis=1)
-    expected = np.minimum(np.linalg.norm(move[:, 1] - move[:, 0], axis=1), 0.1) ** 2
+    expected = np.minimum(np.linalg.norm(move[:, 1] - move[:, 0], axis=1), 0.1)
     hard = path._hard
     assert hard is not None
     found = np.diff(hard, prepend=0)
-    np.testing.assert_allclose(found[now], expected, atol=2e-4)
+    np.testing.assert_allclose(found[now], expected, atol=1e-3)
     assert not found[data.validation].any()
 
     def calm(moments: np.ndarray) -> float:

@@ -102,7 +102,7 @@ class CameraTask:
             context = latents[:, :k]
             with torch.no_grad():
                 found = model.next_move(context, taken, phases(context[:, -1]), moves(context)[:, 1:])
-            error[now] = (found - exact_move(context[:, -1], latents[:, k])).norm(dim=1).clamp_max(_LOST).square().cpu()
+            error[now] = (found - exact_move(context[:, -1], latents[:, k])).norm(dim=1).clamp_max(_LOST).cpu()
         return error
 
     def _imagine(self, model: TileFlow, count: int, rng: np.random.Generator) -> dict[str, Tensor]:

@@ -30,6 +30,8 @@ from dreamenv.models.tile import (
 
 _ASIDE, _STRIDE, _NO_PATH = 0.003, 0.02, 0.03  # tiles: how slopes of paths are taken, how far a step may go, what is too far
 _LAWS = 16  # linear laws of motion an axis
+_WAVES = (4, 8, 16, 32, 64)  # waves a tile of the speed's finer features
+_FINELY = (50, 10)  # units a tile in which the laws' answers are seen
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,14 @@ class CameraMotion(PlayerView):
 
     A switching linear system: networks weigh a few linear laws of the last two moves, the place and the action, for each axis
     its own (mixture of experts, Jacobs et al. 1991). Running, falling and landing are each linear, and a law that is weighed
-    alone is exact, where a network's answer is off by thousandths of a tile at every step, which add up.
+    alone is exact, where a network's answer is off by thousandths of a tile at every step, which add up. What weighs the laws
+    sees to which moves they would lead, finely near rest: who would be slower than friction allows stands still.
     """
 
     def __init__(self, codes: int, context: int, width: int) -> None:
         super().__init__(codes, context, 48)
-        self.weigh = nn.Sequential(nn.Linear(self.seen, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+        features = self.seen + 4 * len(_WAVES) * min(context - 1, 2) + 2 * len(_FINELY) * _LAWS
+        self.weigh = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
                                    nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2 * _LAWS))  # fmt: skip
         self.laws = zero_init(nn.Linear(2 * min(context - 1, 2) + 2 + NUM_ACTIONS + 1, 2 * _LAWS))
 
@@ -81,8 +85,12 @@ class CameraMotion(PlayerView):
         """Predict the next move (B, 2); see `PlayerView.see`."""
         taken = F.one_hot(actions[:, -1], NUM_ACTIONS + 1).float()
         with fp32(recent):  # what is lost here adds up twice, in speed and in place
-            weights = self.weigh(self.see(recent, place, before, actions)).unflatten(1, (2, _LAWS)).softmax(2)
             changes = self.laws(torch.cat([before[:, -2:].flatten(1), place, taken], 1)).unflatten(1, (2, _LAWS))
+            answers = (before[:, -1, :, None] + changes).detach().flatten(1)
+            turn = 2 * torch.pi * before[:, -2:].detach().flatten(1)  # as of the place
+            fine = [f(n * turn) for n in _WAVES for f in (torch.cos, torch.sin)] + [(n * answers).tanh() for n in _FINELY]
+            seen = torch.cat([self.see(recent, place, before, actions), *fine], 1)
+            weights = self.weigh(seen).unflatten(1, (2, _LAWS)).softmax(2)
             return before[:, -1] + (weights * changes).sum(2)
 
 
