@@ -90,10 +90,10 @@ class CompareConfig:
 
     def quick(self) -> CompareConfig:
         """Less of everything: under a minute on two cores, with wider errors."""
-        return replace(self, clips=min(self.clips, 64), horizon=min(self.horizon, 30), steps=min(self.steps, 20_000), samples=1,
-                       negatives=min(self.negatives, 3000),
-                       branches=min(self.branches, 32), episodes=min(self.episodes, 8), limit=min(self.limit, 60),
-                       endless_steps=min(self.endless_steps, 300))  # fmt: skip
+        return replace(self, clips=min(self.clips, 32), horizon=min(self.horizon, 30), steps=min(self.steps, 10_000), samples=1,
+                       negatives=min(self.negatives, 500),
+                       branches=min(self.branches, 12), episodes=min(self.episodes, 4), limit=min(self.limit, 40),
+                       endless_steps=min(self.endless_steps, 100))  # fmt: skip
 
 
 @dataclass
