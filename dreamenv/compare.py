@@ -64,13 +64,13 @@ class CompareConfig:
     """Real moments branched under every distinct action."""
     branch_steps: int = 4
     """Steps each branch holds its action."""
-    negatives: int = 5_000
+    negatives: int = 4_000
     """Uneventful real steps at which the outcome head is asked; on drifted contexts a fifth."""
     drift: int = 10
     """Steps dreamt before the outcome head is asked on a drifted context."""
     policies: tuple[str, ...] = POLICIES
     """Policies played in both worlds; none skips it."""
-    episodes: int = 48
+    episodes: int = 40
     """Episodes of each policy in each world."""
     limit: int = 150
     """Steps after which these episodes are cut off, in both worlds."""
