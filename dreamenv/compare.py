@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dreamenv.bundle import Bundle
+from dreamenv.bundle import Bundle, GameFacts
 from dreamenv.closed_loop import POLICIES, Episodes, agreement, endless, play_both
 from dreamenv.config import check, to_dict
 from dreamenv.control import (
@@ -29,6 +29,7 @@ from dreamenv.metrics import (
     colour_frequencies,
     confusion_matrix,
     detail,
+    frame_psnr,
     moving_pixels,
     psnr,
     rare_pixels,
@@ -37,11 +38,13 @@ from dreamenv.metrics import (
     ssim,
 )
 from dreamenv.perceptual import feature_distance, features, frechet_distance
-from dreamenv.rollout import HELD_OUT, OutcomeScores, cut_clips, imagine, open_loop, outcome_scores, play_real
+from dreamenv.rollout import HELD_OUT, OutcomeScores, Remembering, cut_clips, imagine, open_loop, outcome_scores, play_real
 from dreamenv.types import Clips
 from dreamenv.world_model import WorldModel
 
 HORIZONS = (1, 5, 10, 30, 50, 100)
+_FRAMES = 10
+"""How many frames GenieRedux's published PSNR is the mean of."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,8 @@ def compare_open_loop(model: WorldModel, clips: Clips, frequencies: np.ndarray, 
     """Paired open-loop fidelity on real clips.
 
     PSNR is that of the mean squared error over all clips, which the worst clips decide; `psnr_mean` is the mean of
-    each clip's PSNR, capped at 60 dB, as papers usually state it.
+    each clip's PSNR, capped at 60 dB, as papers usually state it, and `psnr_frames` that of all of the first ten frames of all
+    clips, as GenieRedux states it (Kazemi et al. 2024; their published evaluation).
 
     Args:
         model: the world model.
@@ -160,6 +164,7 @@ def compare_open_loop(model: WorldModel, clips: Clips, frequencies: np.ndarray, 
         "clips": len(real), "context": k, **to_dict(sampler),
         "uncertainty_error_spearman": spearman(uncertainty[:, 0], per_clip[:, 0]),
     }  # fmt: skip
+    figures["psnr_frames"] = float(frame_psnr(error[:, :_FRAMES]).mean())
     figures |= {"autoencoder_psnr": float(psnr(floor.mean())), "autoencoder_psnr_rare": _masked_psnr(floor, rare),
                 "autoencoder_ssim": float(ssim(ceiling, truth).mean())}  # fmt: skip
     for row in table:
@@ -206,9 +211,8 @@ def _steps(clips: Clips) -> np.ndarray:
 def _row(frames: np.ndarray, real: np.ndarray, rare: np.ndarray, moving: np.ndarray) -> dict[str, Any]:
     """Figures of frames uint8 (N, 64, 64, 3) beside the real ones; masks (N, 64, 64)."""
     error = squared_error(frames, real)
-    each = np.asarray(psnr(error.mean((1, 2)))).clip(max=60)
     return {
-        "mse": float(error.mean()), "psnr": float(psnr(error.mean())), "psnr_mean": float(each.mean()),
+        "mse": float(error.mean()), "psnr": float(psnr(error.mean())), "psnr_mean": float(frame_psnr(error).mean()),
         "ssim": float(ssim(frames, real).mean()),
         "psnr_moving": _masked_psnr(error, moving), "psnr_rare": _masked_psnr(error, rare),
         "detail": float(detail(frames).mean() / max(detail(real).mean(), 1e-9)),
@@ -233,21 +237,23 @@ def _spread(model: WorldModel, clips: Clips, dream: np.ndarray, sampler: Sampler
             "samples_best_psnr": float(psnr(errors[:, :, -1].min(0).mean())), "samples_diversity": float(np.mean(apart))}
 
 
-def _random_player(bundle: Bundle, config: CompareConfig, sampler: SamplerConfig) -> dict[str, float]:
+def _random_player(model: WorldModel, game: GameFacts, config: CompareConfig, sampler: SamplerConfig) -> dict[str, float]:
     """Figures on clips of a player whose every action is random, so that none gives away the next."""
-    model, game, seed, horizon = bundle.world_model, bundle.game, config.seed, 10
+    seed = config.seed
     play = play_real(game.name, 150, 32, "random", config.levels, game.distribution_mode, seed)
-    clips = cut_clips(play, min(config.clips, 128), model.context, horizon, seed)
+    clips = cut_clips(play, config.clips, model.context, _FRAMES, seed)
     dream, _ = open_loop(model, clips, sampler, seed)
     real, k = clips.frames[:, model.context :], model.context
-    error = squared_error(dream, real).mean((2, 3))
+    error = squared_error(dream, real)
     single, _ = imagine(model, clips.frames[:, k - 1 : k], clips.actions[:, :0], clips.actions[:, k - 1 :], sampler, seed)
     delta = delta_psnr(model, clips, dream, sampler, seed)
-    figures = {"random_delta_psnr_4": float(delta[DELTA_STEP - 1]),
-               f"random_one_frame_psnr_{horizon}": float(psnr(squared_error(single, real).mean((0, 2, 3))[-1]))}  # fmt: skip
-    for h in (1, horizon):
+    alone = squared_error(single, real)
+    figures = {"random_delta_psnr_4": float(delta[DELTA_STEP - 1]), "random_psnr_frames": float(frame_psnr(error).mean()),
+               f"random_one_frame_psnr_{_FRAMES}": float(psnr(alone[:, -1].mean())),
+               "random_one_frame_psnr_frames": float(frame_psnr(alone).mean())}  # fmt: skip
+    for h in (1, _FRAMES):
         figures |= {f"random_psnr_{h}": float(psnr(error[:, h - 1].mean())),
-                    f"random_psnr_mean_{h}": float(psnr(error[:, h - 1]).clip(max=60).mean())}  # fmt: skip
+                    f"random_psnr_mean_{h}": float(frame_psnr(error[:, h - 1]).mean())}  # fmt: skip
     figures |= {f"action_shift_{s}": v for s, v in action_shifts(model, clips, sampler, seed).items()}
     return figures | {f"frame_shift_{s}": v for s, v in frame_shifts(clips, dream).items()}
 
@@ -303,7 +309,7 @@ def compare(bundle: Bundle, config: CompareConfig, sampler: SamplerConfig,
         ConfigError: a value outside its range, or too few real steps for the clips.
         PolicyError: an unknown policy.
     """
-    model, game, seed = bundle.world_model, bundle.game, config.seed
+    model, game, seed = Remembering(bundle.world_model), bundle.game, config.seed
     progress("playing the real game")
     play = play_real(game.name, -(-config.steps // 32), 32, config.policy, config.levels, game.distribution_mode, seed)
     frequencies = colour_frequencies(play.frames[:, :: max(play.frames.shape[1] // 128, 1)])
@@ -318,12 +324,13 @@ def compare(bundle: Bundle, config: CompareConfig, sampler: SamplerConfig,
     figures |= outcome_figures(model, result.outcomes["real"]) | {"steps": int(play.first.size)}
     if config.drift:
         progress("outcomes after drift")
-        result.outcomes["drifted"] = outcome_scores(model, play, sampler, config.drift, max(config.negatives // 5, 1), seed)
+        asked = max(config.negatives // 5, 1)
+        result.outcomes["drifted"] = outcome_scores(bundle.world_model, play, sampler, config.drift, asked, seed)
         figures |= outcome_figures(model, result.outcomes["drifted"], "drifted_") | {"drift": config.drift}
     progress("controllability")
     delta = delta_psnr(model, clips, result.dream[:, :DELTA_STEP], sampler, seed)
     figures |= {f"delta_psnr_{h}": float(delta[h - 1]) for h in (1, DELTA_STEP)}
-    figures |= _random_player(bundle, config, sampler)
+    figures |= _random_player(model, game, config, sampler)
     for kind in ("action", "frame"):
         figures[f"{kind}_offset"] = max((-1, 0, 1), key=lambda s, kind=kind: figures[f"{kind}_shift_{s}"])
     progress("branches")

@@ -16,6 +16,11 @@ def psnr(mse: float | np.ndarray) -> np.ndarray:
     return -10 * np.log10(np.maximum(mse, 1e-10))
 
 
+def frame_psnr(error: np.ndarray) -> np.ndarray:
+    """PSNR in dB of each frame, float (...), of squared errors (..., 64, 64); at most 60 dB, so that its mean is finite."""
+    return np.asarray(psnr(error.mean((-2, -1)))).clip(max=60)
+
+
 def squared_error(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Squared error float32 of uint8 frames (..., 64, 64, 3) on the [0, 1] scale, averaged over channels."""
     return (((a.astype(np.float32) - b.astype(np.float32)) / 255) ** 2).mean(-1)

@@ -153,7 +153,9 @@ def _page(out: Path, bundle: Bundle, config: CompareConfig, result: Comparison, 
             "(delta-PSNR). On clips of a random player the PSNR itself is "
             f"{f['random_psnr_1']:.2f} dB after one step and {f['random_psnr_10']:.2f} dB after ten (mean of clips "
             f"{f['random_psnr_mean_10']:.2f} dB; from one frame of context "
-            f"{f['random_one_frame_psnr_10']:.2f} dB), and random actions other than its own cost "
+            f"{f['random_one_frame_psnr_10']:.2f} dB; the mean PSNR of all frames up to the tenth, as GenieRedux states it, "
+            f"{f['random_psnr_frames']:.2f} dB, from one frame {f['random_one_frame_psnr_frames']:.2f} dB), and random actions "
+            "other than its own cost "
             f"{f['random_delta_psnr_4']:.2f} dB after four.</p>",
             f"<p>{f['branches']} real moments, branched under every distinct action for {f['branch_steps']} steps: of "
             f"the dreamt branches, {f['branch_accuracy']:.1%} lie nearest to their own real branch "

@@ -31,9 +31,9 @@ from dreamenv.control import (
 )
 from dreamenv.errors import ConfigError, DreamenvError, PolicyError
 from dreamenv.flow import SamplerConfig
-from dreamenv.metrics import colour_frequencies
+from dreamenv.metrics import colour_frequencies, frame_psnr
 from dreamenv.perceptual import feature_distance, features, frechet_distance
-from dreamenv.rollout import OutcomeScores, cut_clips, open_loop, outcome_scores, play_real
+from dreamenv.rollout import OutcomeScores, Remembering, cut_clips, open_loop, outcome_scores, play_real
 from dreamenv.types import Clips
 from dreamenv.world_model import WorldModel
 from tests.conftest import write_toy_bundle
@@ -108,6 +108,7 @@ def test_the_real_game_as_its_own_dream_is_perfect(recorded: Any) -> None:
     clips = recorded.clips
     result = compare_open_loop(double(recorded), clips, colour_frequencies(clips.frames), SamplerConfig(nfe=1))
     figures = result.figures
+    assert figures["psnr_frames"] == 60
     for h in (1, 5):
         assert figures[f"psnr_{h}"] == 100 and figures[f"psnr_mean_{h}"] == 60 and figures[f"mse_{h}"] == 0
         assert figures[f"ssim_{h}"] == pytest.approx(1) and figures[f"detail_{h}"] == pytest.approx(1)
@@ -194,6 +195,11 @@ def test_metrics_agree_with_scipy_and_scikit() -> None:
     assert metrics.interval(np.arange(1001.0)) == pytest.approx((25, 975))
 
 
+def test_frame_psnr_is_the_mean_over_frames_not_over_errors() -> None:
+    error = np.stack([np.full((64, 64), 1e-2), np.full((64, 64), 1e-4), np.zeros((64, 64))])
+    assert frame_psnr(error).tolist() == pytest.approx([20, 40, 60])
+
+
 def test_detail_and_motion_of_known_pictures() -> None:
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[::2] = 100
@@ -218,6 +224,26 @@ def test_an_oracle_of_outcomes_is_perfect_and_a_constant_is_calibrated_but_blind
     rates = np.bincount(actual) / 5000
     constant = outcome_figures(MODEL, OutcomeScores(np.tile(rates, (5000, 1)), rewards, ended, weights))
     assert constant["death_ap"] == pytest.approx(rates[1]) and constant["end_calibration_error"] < 1e-9
+
+
+def test_a_remembering_model_encodes_no_picture_twice(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_bundle(toy_bundle, "cpu").world_model
+    pictures = np.random.default_rng(0).integers(256, size=(6, 64, 64, 3), dtype=np.uint8)
+    asked: list[int] = []
+    plain = WorldModel.encode
+
+    def counted(self: WorldModel, frames: Any, fine: bool = True) -> torch.Tensor:
+        asked.append(len(frames))
+        return plain(self, frames, fine)
+
+    monkeypatch.setattr(WorldModel, "encode", counted)
+    remembering = Remembering(model)
+    for rows in ([0, 1, 1, 2], [2, 0], [3, 2, 3]):
+        torch.testing.assert_close(remembering.encode(pictures[rows]), plain(model, pictures[rows]))
+    assert asked == [3, 1]
+    state, again = (m.start(pictures[None, :5], np.zeros((1, 4), np.int64)) for m in (model, remembering))
+    torch.testing.assert_close(state.latents, again.latents)
+    assert asked == [3, 1, 4, 1], "of the context's last four pictures only one is new"
 
 
 def test_drifted_contexts_are_dreamt_from_the_right_moment(toy_bundle: Path) -> None:

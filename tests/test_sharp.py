@@ -168,6 +168,26 @@ def test_certainty_weighs_cells_by_the_error_expected_of_them(certainty: float, 
     assert float(metrics["error_1"]) == pytest.approx(float(error.mean()), rel=1e-4)
 
 
+def test_pictures_are_those_of_the_step_that_was_drawn(latents: Path) -> None:
+    """A model that answers with the true next latents, whatever it is asked, draws what the autoencoder draws of them."""
+    config = DynamicsTaskConfig(latents=str(latents), unroll=3, picture=1.0, pad=0, drop_actions=0, val_ratio=0.2)
+    task = DynamicsTask(config, FLOW, 0)
+    batch = task.batch(np.random.default_rng(0), 8)
+    assert set(batch["drawn"].tolist()) == {1, 2, 3} and batch["drawn_live"].all()
+    true = batch["latents"].float()
+    following = iter(true[:, 4:].unbind(1))
+
+    class Oracle(nn.Module):
+        def forward(self, *given: Any) -> Any:
+            return next(following).requires_grad_(), torch.zeros(8, 16, 16)
+
+    total, metrics = task.loss(Oracle(), batch, torch.Generator().manual_seed(0), 0.5)
+    own = task.autoencoder.decode(true[torch.arange(8), 3 + batch["drawn"]])
+    mse = (own - batch["frames"].movedim(-1, 1).float() / 255).square().mean((1, 2, 3))
+    assert float(metrics["picture"]) == pytest.approx(float((mse + 1e-5).log10().mean()), rel=1e-4)
+    assert mse.max() < 0.1 and float(total.detach()) == pytest.approx(float(metrics["picture"]), abs=0.1)
+
+
 HEAD = {"type": "outcome_head", "latent_channels": 8, "width": 16}
 
 

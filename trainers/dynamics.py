@@ -16,7 +16,7 @@ from dreamenv.config import check
 from dreamenv.errors import ConfigError
 from dreamenv.flow import SamplerConfig, interpolate
 from dreamenv.metrics import detail, psnr, spearman, squared_error
-from dreamenv.models.autoencoder import to_frames
+from dreamenv.models.autoencoder import to_frames, to_images
 from dreamenv.models.heads import OutcomeHead
 from dreamenv.models.io import load_model
 from dreamenv.models.latent_flow import NULL_ACTION, draw_next
@@ -31,6 +31,7 @@ from trainers.latents import LatentDataset, channel_weights
 from trainers.losses import energy_score, error_estimate_score
 
 _HORIZON = 10  # steps of the validation's open loop
+_BEST = 1e-5  # mean squared error of a picture from which on it need not become better: 50 dB
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class DynamicsTaskConfig:
     certainty: float = 0.0
     """How far cells that the model expects to know weigh more in the unrolled loss: weight (expected error) ** -certainty
     (beta-NLL, Seitzer et al. 2022). Without it what nobody can know decides nearly all of the loss."""
+    picture: float = 0.0
+    """Weight of what the decoder draws of one dreamt step of each sample: the mean of the pictures' PSNR, in units of -10 dB. A
+    squared error is decided by the pictures that nobody could have known, their mean PSNR by all alike."""
     adversarial: float = 0.0
     """Weight of the adversarial term. Half of each batch is then unrolled through samples of two evaluations: the first
     stays the mean that the squared error makes it, the second answers to the critic and commits to one future."""
@@ -97,6 +101,7 @@ class DynamicsTaskConfig:
         check(1 <= self.unroll <= 64, f"unroll {self.unroll}: must be 1..64")
         check(self.flow >= 0, f"flow {self.flow}: must be >= 0")
         check(0 <= self.certainty <= 1, f"certainty {self.certainty}: must be in 0..1")
+        check(self.picture >= 0, f"picture {self.picture}: must be >= 0")
         check(self.adversarial >= 0, f"adversarial {self.adversarial}: must be >= 0")
         check(self.sampled >= 0, f"sampled {self.sampled}: must be >= 0")
         check(1 <= self.judged <= self.unroll or not self.adversarial,
@@ -150,7 +155,7 @@ class DynamicsTask:
         self.data = LatentDataset(Path(config.latents), config.val_ratio)
         check(not self.data.dataset.facts.get("ends"),
               f"latents {config.latents}: hold ends of episodes only; collect whole ones, or give them to heads as task.also")
-        self.autoencoder = self.data.autoencoder
+        self.autoencoder = self.data.autoencoder.requires_grad_(False)
         torch.manual_seed(seed)
         self.model: nn.Module = build_model(model)
         network = cast(Dynamics, self.model).config
@@ -233,6 +238,11 @@ class DynamicsTask:
             past = np.concatenate([past, begin], 1)
             corner = np.floor(self.data.camera[past])
             out |= {"past": self.data.gather(past[:, :-1]), "past_by": torch.from_numpy(corner[:, 1:] - corner[:, :-1])}
+        if config.picture:
+            drawn = rng.integers(1, u, size=size, endpoint=True)
+            step = np.arange(size), k - 1 + drawn
+            out |= {"drawn": torch.from_numpy(drawn), "drawn_live": torch.from_numpy(live[np.arange(size), drawn - 1]),
+                    "frames": torch.from_numpy(self.data.frames(indices[step]))}  # fmt: skip
         out |= {
             "latents": self.data.gather(indices),
             "actions": torch.from_numpy(actions),
@@ -411,6 +421,14 @@ class DynamicsTask:
             memory = self._next(memory, rolled[:, -1], arrived)
             rolled = torch.cat([rolled[:, 1:], arrived[:, None]], 1)
             trail.append(rolled[:, -1])
+        if config.picture:
+            rows = torch.arange(size, device=device)
+            images = self.autoencoder.to(device).decode(torch.stack(trail, 1)[rows, k - 1 + batch["drawn"]].float())
+            mse = (images.float() - to_images(batch["frames"])).square().mean((1, 2, 3))
+            drawn_live = batch["drawn_live"].float()
+            picture = ((mse + _BEST).log10() * drawn_live).sum() / drawn_live.sum().clamp_min(1)
+            total = total + config.picture * picture
+            metrics["picture"] = picture.detach()
         if self.head is not None:
             outcome = self._answer(torch.stack(trail, 1), taken, batch)
             total = total + config.outcome * outcome
