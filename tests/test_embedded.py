@@ -70,12 +70,13 @@ def test_phases_are_read_to_a_part_of_a_pixel_and_refined(bundle: Bundle) -> Non
         read = autoencoder.read_phase(images)
         fine = autoencoder.refine_phase(images, read)
     off = [(((x - true + 0.5) % 1 - 0.5) * SCALE).abs() for x in (read, fine)]
-    assert off[0].median() < 0.05 and off[1].mean() < 0.8 * off[0].mean()
+    assert off[0].median() < 0.05 and off[1].median() < 0.02
+    assert off[1][:, 0].mean() < 0.5 * off[0][:, 0].mean()  # down, most pictures stand on the ground, which the reader knows
 
 
 def test_coins_and_deaths_outlive_eight_dreamt_steps(bundle: Bundle, play: Segment) -> None:
     model = bundle.world_model
-    figures = outcome_figures(model, outcome_scores(model, play, SamplerConfig(nfe=1), drift=8, negatives=600))
+    figures = outcome_figures(model, outcome_scores(model, play, SamplerConfig(nfe=1), drift=8, negatives=300))
     assert figures["reward_10_ap"] > 0.75 and figures["death_ap"] > 0.12  # a model without the outcome term: 0.75 and 0.04
 
 
