@@ -79,7 +79,7 @@ class ForeignPolicy:
         PolicyError: it is not trusted, missing, damaged, or for other observations or actions.
     """
 
-    remembers = True  # it may
+    remembers, looks = True, True  # it may
 
     def __init__(self, path: Path, algorithm: str, trust: bool) -> None:
         if not trust:

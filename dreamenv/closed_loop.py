@@ -42,23 +42,31 @@ def play_episodes(envs: Any, frames: np.ndarray, policy: VectorPolicy, limit: in
                   films: int = 0) -> tuple[Episodes, list[np.ndarray]]:  # fmt: skip
     """Play every environment of a vector env, which stands at `frames` uint8 (N, 64, 64, 3), to its end or `limit`.
 
+    Dreams that have ended are dropped, for a step of each costs as much as one of those that go on.
+
     Returns:
         The episodes, and of the first `films` the frames before each step, uint8 (T, 64, 64, 3).
     """
-    n = len(frames)
+    n, frames = len(frames), frames.copy()
+    playing = np.arange(n)  # whom the environments of `envs` belong to
     running, first = np.ones(n, bool), np.ones(n, bool)
     returns, lengths, ended = np.zeros(n), np.zeros(n, np.int64), np.zeros(n, bool)
     film: list[np.ndarray] = []
     for _ in range(limit):
         film.append(frames[:films].copy())
-        frames, rewards, terminated, truncated, _ = envs.step(policy.act(frames, first, rng))
-        returns += np.where(running, rewards, 0)
-        lengths += running
-        ended |= running & terminated
-        running &= ~(terminated | truncated)
-        first = terminated | truncated
+        actions = policy.act(frames, first, rng)
+        frames[playing], rewards, terminated, truncated, _ = envs.step(actions[playing])
+        going = running[playing]
+        returns[playing] += np.where(going, rewards, 0)
+        lengths[playing] += going
+        ended[playing] |= going & terminated
+        running[playing] &= ~(terminated | truncated)
+        first[:] = False
+        first[playing] = terminated | truncated
         if not running.any():
             break
+        if isinstance(envs, DreamVectorEnv) and running.sum() <= 0.75 * len(playing):
+            envs, playing = envs.select(np.flatnonzero(running[playing])), np.flatnonzero(running)
     return Episodes(returns, lengths, ended), [np.stack(film, 1)[i, : lengths[i]] for i in range(min(films, n))]
 
 
@@ -93,6 +101,9 @@ def play_both(bundle: Bundle, policies: tuple[str, ...] = POLICIES, episodes: in
     chosen = levels[0] + philox((seed, 0xC105ED)).choice(levels[1], episodes, replace=episodes > levels[1])
     out = {}
     agent = bundled_agent(bundle.folder)
+    frames, _ = real.reset(seed=seed, options={"level": chosen})
+    imagined, _ = dream.reset(seed=seed, options={"frames": frames[:, None]})
+    begun = dream.snapshot()
     for number, spec in enumerate(policies):
         name = spec
         if spec.partition(":")[0] == "bundled":
@@ -100,7 +111,7 @@ def play_both(bundle: Bundle, policies: tuple[str, ...] = POLICIES, episodes: in
                 continue
             name = f"agent:{agent}" + spec[len("bundled") :]
         frames, _ = real.reset(seed=seed, options={"level": chosen})
-        imagined, _ = dream.reset(seed=seed, options={"frames": frames[:, None]})
+        imagined = dream.restore(begun)
         out[spec] = tuple(
             play_episodes(envs, start, make_policy(name, bias), limit, philox((seed, number)))[0]
             for envs, start in ((real, frames), (dream, imagined))
@@ -195,8 +206,10 @@ def endless(bundle: Bundle, clips: Clips, steps: int = 5000, num_envs: int = 4, 
         if gone.any():
             lost |= gone.cpu().numpy()
             state = State.where(gone, start, state)
-        frames = model.decode(state.latents[:, -1]).numpy()
-        if t in shown or t == steps or t % max(steps // 100, 1) == 0:
+        watched = t in shown or t == steps or t % max(steps // 100, 1) == 0
+        if watched or actor.looks:
+            frames = model.decode(state.latents[:, -1]).numpy()
+        if watched:
             rows.append((t, *statistics(state.latents[:, -1], frames)))
         if t in shown:
             kept.append(frames)

@@ -68,7 +68,7 @@ class CompareConfig:
     branch_steps: int = 4
     """Steps each branch holds its action."""
     negatives: int = 4_000
-    """Uneventful real steps at which the outcome head is asked; on drifted contexts a fifth."""
+    """Uneventful real steps at which the outcome head is asked; on drifted contexts an eighth."""
     drift: int = 10
     """Steps dreamt before the outcome head is asked on a drifted context."""
     policies: tuple[str, ...] = POLICIES
@@ -246,7 +246,7 @@ def _random_player(model: WorldModel, game: GameFacts, config: CompareConfig, sa
     real, k = clips.frames[:, model.context :], model.context
     error = squared_error(dream, real)
     single, _ = imagine(model, clips.frames[:, k - 1 : k], clips.actions[:, :0], clips.actions[:, k - 1 :], sampler, seed)
-    delta = delta_psnr(model, clips, dream, sampler, seed)
+    delta = delta_psnr(model, clips, dream[:, :DELTA_STEP], sampler, seed)
     alone = squared_error(single, real)
     figures = {"random_delta_psnr_4": float(delta[DELTA_STEP - 1]), "random_psnr_frames": float(frame_psnr(error).mean()),
                f"random_one_frame_psnr_{_FRAMES}": float(psnr(alone[:, -1].mean())),
@@ -324,7 +324,7 @@ def compare(bundle: Bundle, config: CompareConfig, sampler: SamplerConfig,
     figures |= outcome_figures(model, result.outcomes["real"]) | {"steps": int(play.first.size)}
     if config.drift:
         progress("outcomes after drift")
-        asked = max(config.negatives // 5, 1)
+        asked = max(config.negatives // 8, 1)
         result.outcomes["drifted"] = outcome_scores(bundle.world_model, play, sampler, config.drift, asked, seed)
         figures |= outcome_figures(model, result.outcomes["drifted"], "drifted_") | {"drift": config.drift}
     progress("controllability")

@@ -133,7 +133,7 @@ def branch_real(game: GameFacts, count: int, context: int, steps: int, levels: t
             age = np.where(first, 0, age + 1)
             past, taken = [*past, frames][-context:], [*taken, chosen][-context + 1 :] if context > 1 else []
         moment = envs.unwrapped.snapshot()
-        usable = (age >= context - 1) & (len(past) == context)
+        usable = (age >= context - 1) & (age + steps < envs.unwrapped.game.max_steps) & (len(past) == context)
         if not usable.any():
             continue
         real = np.empty((num_envs, len(actions), steps, 64, 64, 3), np.uint8)

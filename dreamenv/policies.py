@@ -25,9 +25,11 @@ class VectorPolicy(Protocol):
 
     Attributes:
         remembers: whether it goes by what it saw before, so that it has to be asked about the same N at every step.
+        looks: whether it goes by what it is shown at all; who does not may be shown anything.
     """
 
     remembers: bool
+    looks: bool
 
     def act(self, observations: np.ndarray, first: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return int64 actions (N,) for uint8 observations (N, 64, 64, 3); `first` bool (N,) marks new episodes."""
@@ -37,7 +39,7 @@ class VectorPolicy(Protocol):
 class StickyPolicy:
     """Keeps its action with probability `stickiness`, else draws from `weights` (uniform when None)."""
 
-    remembers = True
+    remembers, looks = True, False
 
     def __init__(self, stickiness: float, weights: np.ndarray | None = None) -> None:
         weights = np.ones(NUM_ACTIONS) if weights is None else np.asarray(weights, float)
@@ -57,7 +59,7 @@ class StickyPolicy:
 class HoldPolicy:
     """Always the same action: a policy of known, low skill."""
 
-    remembers = False
+    remembers, looks = False, False
 
     def __init__(self, action: int) -> None:
         self.action = action
@@ -69,6 +71,8 @@ class HoldPolicy:
 
 class AgentPolicy:
     """A saved agent (`agent.json` + `agent.safetensors`), sampled from, epsilon-greedy towards uniform actions."""
+
+    looks = True
 
     def __init__(self, agent: str | ImpalaAgent, epsilon: float = 0.0) -> None:
         from dreamenv.models.impala import load_agent  # needs torch: only when an agent is asked for
@@ -100,6 +104,7 @@ class MixturePolicy:
     def __init__(self, policies: list[VectorPolicy], weights: list[float]) -> None:
         self.policies = policies
         self.weights = np.asarray(weights, float) / np.sum(weights)
+        self.looks = any(policy.looks for policy in policies)
         self.component: np.ndarray | None = None
 
     def act(self, observations: np.ndarray, first: np.ndarray, rng: np.random.Generator) -> np.ndarray:

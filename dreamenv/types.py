@@ -27,8 +27,8 @@ class State:
     actions: Tensor
     memory: Tensor
 
-    def __getitem__(self, index: slice) -> State:
-        """A slice of the batch."""
+    def __getitem__(self, index: slice | Tensor) -> State:
+        """A part of the batch."""
         return State(self.latents[index], self.actions[index], self.memory[index])
 
     @staticmethod

@@ -280,15 +280,41 @@ class DreamVectorEnv(VectorEnv):
         arrays = self._unpack(data)
         if not isinstance(index, (int, np.integer)) or not 0 <= index < len(arrays["frames"]):
             raise SnapshotError(f"index {index}: the snapshot holds environments 0..{len(arrays['frames']) - 1}")
-        envs = DreamVectorEnv(n, bundle=self.bundle, sampler=self.sampler, autoreset_mode=self.autoreset_mode,
-                              render_mode=self.render_mode, exact=self.exact, truncate_above=self.truncate_above)  # fmt: skip
+        envs = self._like(n)
         fanned = {k: np.repeat(v[index : index + 1], n, 0) for k, v in arrays.items()}
         parent = int(arrays["streams"][index])
         fanned["streams"] = np.array([branch_stream(parent, k) for k in range(n)], np.uint64)
         envs.restore(pack("dream", {"bundle": self.bundle.identity, "num_envs": n}, fanned))
         return envs
 
+    def select(self, rows: Any) -> DreamVectorEnv:
+        """Return a new vector env of some of this one's environments, which go on there as they would have here.
+
+        So whoever plays an episode of each need not go on with those that have ended.
+
+        Args:
+            rows: integers (n,), which of them, n >= 1.
+
+        Raises:
+            ResetError: before the first reset.
+            ConfigError: no environment, or one that does not exist.
+        """
+        if not self._started:
+            raise ResetError("select() before reset(): call reset() first")
+        rows = np.asarray(rows)
+        if rows.ndim != 1 or not rows.size or rows.dtype.kind not in "iu" or rows.min() < 0 or rows.max() >= self.num_envs:
+            raise ConfigError(f"rows {rows.tolist()}: expected one or more integers in 0..{self.num_envs - 1}")
+        envs = self._like(len(rows))
+        envs._state, envs._bank, envs._started = self._state[torch.from_numpy(rows.astype(np.int64))], self._bank, True
+        for name in _COUNTERS:
+            setattr(envs, f"_{name}", getattr(self, f"_{name}")[rows])
+        return envs
+
     # -- inside --------------------------------------------------------------------------------------------------
+
+    def _like(self, n: int) -> DreamVectorEnv:
+        return DreamVectorEnv(n, bundle=self.bundle, sampler=self.sampler, autoreset_mode=self.autoreset_mode,
+                              render_mode=self.render_mode, exact=self.exact, truncate_above=self.truncate_above)  # fmt: skip
 
     def _imagine(self, actions: np.ndarray) -> tuple[Transition, np.ndarray]:
         """One model step of every environment, and the uniforms (N,) that decide the outcomes."""

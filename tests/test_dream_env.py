@@ -240,6 +240,24 @@ def test_branch_zero_is_the_original_future_and_the_others_are_not(toy_bundle: P
     assert not np.array_equal(fanned[:, 1], fanned[:, 0]) and not np.array_equal(fanned[:, 2], fanned[:, 1])
 
 
+def test_selected_environments_go_on_as_they_would_have(toy_bundle: Path) -> None:
+    envs = DreamVectorEnv(5, bundle=toy_bundle, sampler=NOISY, exact=True)
+    with pytest.raises(ResetError, match="reset"):
+        envs.select([0])
+    envs.reset(seed=5)
+    envs.step(actions_for(1, 5)[0])
+    rows = np.array([4, 1])
+    some = envs.select(rows)
+    assert some.num_envs == 2 and some.exact and some.truncate_above == envs.truncate_above
+    for actions in actions_for(30, 5, 3):  # beyond the end of some episodes
+        every, part = envs.step(actions), some.step(actions[rows])
+        assert all(np.array_equal(a[rows], b) for a, b in zip(every[:4], part[:4], strict=True))
+        assert np.array_equal(every[4]["dream_step"][rows], part[4]["dream_step"])
+    for bad in ([], [5], [-1], [0.0], [[0]]):
+        with pytest.raises(ConfigError, match="rows"):
+            envs.select(bad)
+
+
 def test_reset_from_real_history(toy_bundle: Path) -> None:
     rng = np.random.default_rng(0)
     frames, actions = rng.integers(0, 256, (6, 64, 64, 3), dtype=np.uint8), rng.integers(15, size=5)

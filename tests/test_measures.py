@@ -18,7 +18,7 @@ from sklearn.metrics import confusion_matrix as sklearn_confusion
 from dreamenv import metrics
 from dreamenv.actions import NOOP
 from dreamenv.bundle import Limits, load_bundle
-from dreamenv.closed_loop import Episodes, agreement, endless, play_both
+from dreamenv.closed_loop import Episodes, agreement, endless, play_both, play_episodes
 from dreamenv.compare import CompareConfig, compare_open_loop, outcome_confusion, outcome_figures
 from dreamenv.control import (
     action_shifts,
@@ -33,8 +33,10 @@ from dreamenv.errors import ConfigError, DreamenvError, PolicyError
 from dreamenv.flow import SamplerConfig
 from dreamenv.metrics import colour_frequencies, frame_psnr
 from dreamenv.perceptual import feature_distance, features, frechet_distance
+from dreamenv.policies import make_policy
 from dreamenv.rollout import OutcomeScores, Remembering, cut_clips, open_loop, outcome_scores, play_real
 from dreamenv.types import Clips
+from dreamenv.vector import DreamVectorEnv
 from dreamenv.world_model import WorldModel
 from tests.conftest import write_toy_bundle
 
@@ -307,6 +309,30 @@ def test_policies_play_the_same_levels_in_both_worlds(tmp_path: Path) -> None:
         play_both(bundle, ("random",), 2, limit=101)
     with pytest.raises(PolicyError, match="hold:fly"):
         play_both(bundle, ("hold:fly",), 2, limit=5)
+
+
+def test_dreams_that_have_ended_are_dropped_and_the_rest_play_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = load_bundle(write_toy_bundle(tmp_path / "toy", calm=1.5, limits=Limits(1e6, 1e6)), "cpu")
+    envs = DreamVectorEnv(12, bundle=bundle, exact=True)
+    policy, rng, frames = make_policy("sticky"), np.random.default_rng(0), envs.reset(seed=3)[0]
+    first, (over, ended) = np.ones(12, bool), np.zeros((2, 12), bool)
+    returns, lengths = np.zeros(12), np.zeros(12, int)
+    shown = []
+    for _ in range(25):  # here every environment goes on to the last step
+        shown.append(frames)
+        frames, rewards, terminated, truncated, _ = envs.step(policy.act(frames, first, rng))
+        first = terminated | truncated
+        returns, lengths, ended, over = returns + rewards * ~over, lengths + ~over, ended | (terminated & ~over), over | first
+    sizes, step = [], DreamVectorEnv.step
+    monkeypatch.setattr(DreamVectorEnv, "step", lambda self, actions: (sizes.append(self.num_envs), step(self, actions))[1])
+    frames, _ = envs.reset(seed=3)
+    episodes, films = play_episodes(envs, frames, make_policy("sticky"), 25, np.random.default_rng(0), 2)
+    assert sizes[0] == 12 and sizes[-1] <= 9 and sizes == sorted(sizes, reverse=True)
+    assert episodes.returns.tolist() == returns.tolist() and episodes.returns.any()
+    assert episodes.lengths.tolist() == lengths.tolist() and len(set(lengths)) > 3
+    assert episodes.ended.tolist() == ended.tolist()
+    for i, film in enumerate(films):
+        assert np.array_equal(film, np.stack(shown)[: lengths[i], i])
 
 
 def test_an_endless_dream_counts_what_leaves_the_range(toy_bundle: Path) -> None:

@@ -266,23 +266,23 @@ class TileAutoencoder(nn.Module):
         return phase_of(torch.stack([torch.atan2(sx, x), torch.atan2(sy, y)], 1) / (2 * math.pi))
 
     def refine_phase(self, images: Tensor, phase: Tensor) -> Tensor:
-        """Phases (B, 2) that were read off images (B, 3, 64, 64), after two Gauss-Newton steps on the reconstruction's error.
+        """Phases (B, 2) that were read off images (B, 3, 64, 64), x after two Gauss-Newton steps on the reconstruction's error.
 
-        Edges jump by whole pixels as the camera moves, so slopes are central differences, and in the second step a pixel counts
-        the less the farther off it is (Cauchy's weights). It costs ten reconstructions.
+        The reader is off by 0.05 pixels in x (median) and by 0.003 in y, which is left. Edges jump by whole pixels as the
+        camera moves, so slopes are central differences, and in the second step a pixel counts the less the farther off it is
+        (Cauchy's weights). It costs six reconstructions.
         """
 
         def drawn(at: Tensor) -> Tensor:
             return self.decode(self.encode(images, phase_of(at))).flatten(1).float()
 
-        aside = _NUDGE * torch.eye(2, device=phase.device)
+        along = torch.tensor([1.0, 0.0], device=phase.device)
         for scale in (math.inf, _FAR_OFF):
-            slopes = torch.stack([(drawn(phase + d) - drawn(phase - d)) / (2 * _NUDGE) for d in aside], 2)
-            residual = (images.flatten(1).float() - drawn(phase))[..., None]
-            weighed = (slopes / (1 + (residual / scale).square())).mT
-            normal = weighed @ slopes + 1e-6 * torch.eye(2, device=phase.device)
-            step = torch.linalg.solve(normal, weighed @ residual)[..., 0]
-            phase = phase_of(phase + step.clamp(-3 * _NUDGE, 3 * _NUDGE))
+            slope = (drawn(phase + _NUDGE * along) - drawn(phase - _NUDGE * along)) / (2 * _NUDGE)
+            residual = images.flatten(1).float() - drawn(phase)
+            weighed = slope / (1 + (residual / scale).square())
+            step = (weighed * residual).sum(1, True) / ((weighed * slope).sum(1, True) + 1e-6)
+            phase = phase_of(phase + along * step.clamp(-3 * _NUDGE, 3 * _NUDGE))
         return phase
 
     def encode(self, images: Tensor, phase: Tensor | None = None) -> Tensor:
