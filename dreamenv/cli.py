@@ -119,7 +119,7 @@ def compare(settings: Annotated[CompareConfig, tyro.conf.arg(name="")] = _COMPAR
         temperature: scales the dream's noise.
         guidance: how far to push the dream towards the action; 1 is off, else each evaluation costs two.
         device: auto, cpu, cuda ...
-        quick: measure less of everything, in under a minute.
+        quick: measure less of everything and leave out the closed loop, in under a minute.
         card: store the figures in the bundle's card.json.
     """
     from tqdm import tqdm
