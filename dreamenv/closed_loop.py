@@ -42,7 +42,8 @@ def play_episodes(envs: Any, frames: np.ndarray, policy: VectorPolicy, limit: in
                   films: int = 0) -> tuple[Episodes, list[np.ndarray]]:  # fmt: skip
     """Play every environment of a vector env, which stands at `frames` uint8 (N, 64, 64, 3), to its end or `limit`.
 
-    Dreams that have ended are dropped, for a step of each costs as much as one of those that go on.
+    Dreams are played in copies: those that have ended are dropped, for a step of each costs as much as one of those that go
+    on, and none is drawn if nobody looks.
 
     Returns:
         The episodes, and of the first `films` the frames before each step, uint8 (T, 64, 64, 3).
@@ -52,6 +53,9 @@ def play_episodes(envs: Any, frames: np.ndarray, policy: VectorPolicy, limit: in
     running, first = np.ones(n, bool), np.ones(n, bool)
     returns, lengths, ended = np.zeros(n), np.zeros(n, np.int64), np.zeros(n, bool)
     film: list[np.ndarray] = []
+    drawn = policy.looks or films > 0
+    if isinstance(envs, DreamVectorEnv):
+        envs = envs.select(playing, drawn)
     for _ in range(limit):
         film.append(frames[:films].copy())
         actions = policy.act(frames, first, rng)
@@ -65,8 +69,8 @@ def play_episodes(envs: Any, frames: np.ndarray, policy: VectorPolicy, limit: in
         first[playing] = terminated | truncated
         if not running.any():
             break
-        if isinstance(envs, DreamVectorEnv) and running.sum() <= 0.75 * len(playing):
-            envs, playing = envs.select(np.flatnonzero(running[playing])), np.flatnonzero(running)
+        if isinstance(envs, DreamVectorEnv) and running.sum() < len(playing):
+            envs, playing = envs.select(np.flatnonzero(running[playing]), drawn), np.flatnonzero(running)
     return Episodes(returns, lengths, ended), [np.stack(film, 1)[i, : lengths[i]] for i in range(min(films, n))]
 
 
@@ -96,7 +100,7 @@ def play_both(bundle: Bundle, policies: tuple[str, ...] = POLICIES, episodes: in
     check(1 <= limit <= bundle.game.max_steps, f"limit {limit}: must be in 1..{bundle.game.max_steps}")
     real: Any = gym.make_vec("envs:RealProcgen-v0", num_envs=episodes, game=bundle.game.name, start_level=levels[0],
                              num_levels=levels[1], distribution_mode=bundle.game.distribution_mode)  # fmt: skip
-    dream = DreamVectorEnv(episodes, bundle=bundle, sampler=sampler)
+    dream = DreamVectorEnv(episodes, bundle=bundle, sampler=sampler, autoreset_mode="Disabled")
     bias = np.asarray(real.unwrapped.game.bias)
     chosen = levels[0] + philox((seed, 0xC105ED)).choice(levels[1], episodes, replace=episodes > levels[1])
     out = {}
