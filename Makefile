@@ -32,7 +32,7 @@ lint: $(VENV)/test
 
 # measures the embedded bundle anew and writes the README's table
 fidelity: $(VENV)/demo
-	$(BIN)/dreamenv compare --card
+	$(BIN)/dreamenv compare --thorough --card
 	$(BIN)/python -m dreamenv.table README.md
 
 clean:

@@ -93,7 +93,7 @@ def evaluate(agent: str | ImpalaAgent | VectorPolicy, world: str = "real", game:
         frames, _ = envs.reset(seed=seed + at, options={"level": batch})
         if world == "dream":
             envs.close()
-            dreams = DreamVectorEnv(len(batch), game, bundle, sampler={"nfe": nfe}, autoreset_mode="Disabled")
+            dreams = DreamVectorEnv(len(batch), game, bundle, sampler={"nfe": nfe})
             frames, _ = dreams.reset(seed=seed + at, options={"frames": frames[:, None]})
             envs = dreams
         filmed = films if at == 0 else 0

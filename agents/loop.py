@@ -22,7 +22,8 @@ from dreamenv.config import check, to_dict
 from dreamenv.errors import ConfigError, DreamenvError
 from dreamenv.stages import begin, run_command, stage
 
-_SHOWN = ("delta_psnr_4", "random_delta_psnr_4", "branch_accuracy", "psnr_1", "psnr_10")
+SHOWN = ("delta_psnr_4", "random_delta_psnr_4", "branch_accuracy", "psnr_1", "psnr_10")
+"""What is measured before the first round and after each."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def loop(config: LoopConfig) -> list[dict[str, Any]]:
                    "--steps", str(max(400 * config.clips, 6400)), "--samples", "1", "--negatives", "1000", "--drift", "0",
                    "--endless-steps", "0", "--policies"]  # fmt: skip
         figures = _last(command)
-        return {name: figures.get(name) for name in _SHOWN}
+        return {name: figures.get(name) for name in SHOWN}
 
     def judge(agent: Path) -> dict[str, Any]:
         figures = _last(_module("agents.evaluate", agent=agent, game=config.game, episodes=config.episodes, seed=config.seed))

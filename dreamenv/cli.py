@@ -106,7 +106,7 @@ def view(data: Annotated[Path, tyro.conf.Positional], episode: int = 0, scale: i
 def compare(settings: Annotated[CompareConfig, tyro.conf.arg(name="")] = _COMPARE, out: Path = Path("out/compare"),
             game: str = "coinrun", bundle: Path | None = None, nfe: int = _SAMPLER.nfe,
             solver: Literal["euler", "heun"] = "euler", temperature: float = 1.0, guidance: float = 1.0, device: str = "auto",
-            quick: bool = False, card: bool = False) -> None:  # fmt: skip
+            quick: bool = False, thorough: bool = False, card: bool = False) -> None:  # fmt: skip
     """Measure a bundle against the real game on held-out levels; the last line printed is JSON.
 
     Args:
@@ -120,15 +120,19 @@ def compare(settings: Annotated[CompareConfig, tyro.conf.arg(name="")] = _COMPAR
         guidance: how far to push the dream towards the action; 1 is off, else each evaluation costs two.
         device: auto, cpu, cuda ...
         quick: measure less of everything and leave out the closed loop, in under a minute.
+        thorough: twice the steps, negatives, episodes and endless dreams; what the embedded card is measured with.
         card: store the figures in the bundle's card.json.
     """
     from tqdm import tqdm
 
     from dreamenv.bundle import load_bundle, resolve_bundle, update_card
     from dreamenv.compare import compare as run
+    from dreamenv.config import check
     from dreamenv.page import save_comparison
 
-    settings = settings.quick() if quick else settings
+    check(not (quick and thorough), "quick and thorough exclude each other: give one")
+    if quick or thorough:
+        settings = settings.quick() if quick else settings.thorough()
     folder = resolve_bundle(bundle, game)
     loaded = load_bundle(folder, device)
     stages = 6 + bool(settings.drift) + bool(settings.policies) + bool(settings.endless_steps)

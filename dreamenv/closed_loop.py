@@ -8,6 +8,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.vector import AutoresetMode
 
 from dreamenv.actions import NUM_ACTIONS
 from dreamenv.bundle import Bundle, bundled_agent
@@ -42,8 +43,8 @@ def play_episodes(envs: Any, frames: np.ndarray, policy: VectorPolicy, limit: in
                   films: int = 0) -> tuple[Episodes, list[np.ndarray]]:  # fmt: skip
     """Play every environment of a vector env, which stands at `frames` uint8 (N, 64, 64, 3), to its end or `limit`.
 
-    Dreams are played in copies: those that have ended are dropped, for a step of each costs as much as one of those that go
-    on, and none is drawn if nobody looks.
+    Dreams are played in copies, and the env handed in stays where it stands: those that have ended are dropped, for a step of
+    each costs as much as one of those that go on, none begins anew, and none is drawn if nobody looks.
 
     Returns:
         The episodes, and of the first `films` the frames before each step, uint8 (T, 64, 64, 3).
@@ -56,6 +57,7 @@ def play_episodes(envs: Any, frames: np.ndarray, policy: VectorPolicy, limit: in
     drawn = policy.looks or films > 0
     if isinstance(envs, DreamVectorEnv):
         envs = envs.select(playing, drawn)
+        envs.autoreset_mode = AutoresetMode.DISABLED
     for _ in range(limit):
         film.append(frames[:films].copy())
         actions = policy.act(frames, first, rng)
@@ -74,7 +76,7 @@ def play_episodes(envs: Any, frames: np.ndarray, policy: VectorPolicy, limit: in
     return Episodes(returns, lengths, ended), [np.stack(film, 1)[i, : lengths[i]] for i in range(min(films, n))]
 
 
-def play_both(bundle: Bundle, policies: tuple[str, ...] = POLICIES, episodes: int = 48, limit: int = 150,
+def play_both(bundle: Bundle, policies: tuple[str, ...] = POLICIES, episodes: int = 20, limit: int = 150,
               sampler: SamplerConfig | None = None, levels: tuple[int, int] = HELD_OUT,
               seed: int = 0) -> dict[str, tuple[Episodes, Episodes]]:  # fmt: skip
     """Play policies in the real game and in the dream of it, from the same first frames (needs procgen).
@@ -100,14 +102,13 @@ def play_both(bundle: Bundle, policies: tuple[str, ...] = POLICIES, episodes: in
     check(1 <= limit <= bundle.game.max_steps, f"limit {limit}: must be in 1..{bundle.game.max_steps}")
     real: Any = gym.make_vec("envs:RealProcgen-v0", num_envs=episodes, game=bundle.game.name, start_level=levels[0],
                              num_levels=levels[1], distribution_mode=bundle.game.distribution_mode)  # fmt: skip
-    dream = DreamVectorEnv(episodes, bundle=bundle, sampler=sampler, autoreset_mode="Disabled")
+    dream = DreamVectorEnv(episodes, bundle=bundle, sampler=sampler)
     bias = np.asarray(real.unwrapped.game.bias)
     chosen = levels[0] + philox((seed, 0xC105ED)).choice(levels[1], episodes, replace=episodes > levels[1])
     out = {}
     agent = bundled_agent(bundle.folder)
     frames, _ = real.reset(seed=seed, options={"level": chosen})
     imagined, _ = dream.reset(seed=seed, options={"frames": frames[:, None]})
-    begun = dream.snapshot()
     for number, spec in enumerate(policies):
         name = spec
         if spec.partition(":")[0] == "bundled":
@@ -115,7 +116,6 @@ def play_both(bundle: Bundle, policies: tuple[str, ...] = POLICIES, episodes: in
                 continue
             name = f"agent:{agent}" + spec[len("bundled") :]
         frames, _ = real.reset(seed=seed, options={"level": chosen})
-        imagined = dream.restore(begun)
         out[spec] = tuple(
             play_episodes(envs, start, make_policy(name, bias), limit, philox((seed, number)))[0]
             for envs, start in ((real, frames), (dream, imagined))
@@ -161,7 +161,7 @@ def agreement(results: dict[str, tuple[Episodes, Episodes]], replicates: int = 2
     return out
 
 
-def endless(bundle: Bundle, clips: Clips, steps: int = 5000, num_envs: int = 4, policy: str = "random",
+def endless(bundle: Bundle, clips: Clips, steps: int = 5000, num_envs: int = 2, policy: str = "random",
             sampler: SamplerConfig | None = None, shown: tuple[int, ...] = (1, 100, 1000, 5000),
             seed: int = 0) -> dict[str, Any]:  # fmt: skip
     """Dream on from real contexts without any reset, ends of episodes ignored, and watch whether the picture holds.

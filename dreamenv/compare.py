@@ -49,7 +49,7 @@ _FRAMES = 10
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """How much is measured. The defaults take a few minutes on two cores."""
+    """How much is measured. The defaults take less than ten minutes on two cores."""
 
     clips: int = 256
     """Real clips to dream on from."""
@@ -59,7 +59,7 @@ class CompareConfig:
     """Who plays the real game for clips, events and branches; see `dreamenv.policies.make_policy`."""
     levels: tuple[int, int] = HELD_OUT
     """First level and number of levels."""
-    steps: int = 60_000
+    steps: int = 30_000
     """Real steps played for clips and events."""
     samples: int = 3
     """Dreams of each clip when the sampler is stochastic: for the best, the mean and the spread."""
@@ -67,29 +67,37 @@ class CompareConfig:
     """Real moments branched under every distinct action."""
     branch_steps: int = 4
     """Steps each branch holds its action."""
-    negatives: int = 4_000
+    negatives: int = 2_000
     """Uneventful real steps at which the outcome head is asked; on drifted contexts an eighth."""
     drift: int = 10
     """Steps dreamt before the outcome head is asked on a drifted context."""
     policies: tuple[str, ...] = POLICIES
     """Policies played in both worlds; none skips it."""
-    episodes: int = 40
+    episodes: int = 20
     """Episodes of each policy in each world."""
     limit: int = 150
     """Steps after which these episodes are cut off, in both worlds."""
     endless_steps: int = 5000
     """Steps dreamt without a reset; 0 skips it."""
+    endless_dreams: int = 2
+    """How many dream so long."""
     seed: int = 0
     """Decides levels, actions and noise."""
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
-        for name in ("clips", "steps", "samples", "branches", "branch_steps", "negatives", "episodes", "limit"):
+        for name in ("clips", "steps", "samples", "branches", "branch_steps", "negatives", "episodes", "limit",
+                     "endless_dreams"):  # fmt: skip
             check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
         check(self.horizon >= 6, f"horizon {self.horizon}: must be >= 6")
         for name in ("drift", "endless_steps"):
             check(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: must be >= 0")
         check(0 <= self.seed < 2**63, f"seed {self.seed}: must be in 0..2^63-1")
+
+    def thorough(self) -> CompareConfig:
+        """Twice as many steps, and so other clips; twice as many uneventful steps, episodes and long dreams. For cards."""
+        return replace(self, steps=2 * self.steps, negatives=2 * self.negatives, episodes=2 * self.episodes,
+                       endless_dreams=2 * self.endless_dreams)  # fmt: skip
 
     def quick(self) -> CompareConfig:
         """Less of everything, with wider errors, and no closed loop, in which so few steps would tell nothing."""
@@ -345,8 +353,9 @@ def compare(bundle: Bundle, config: CompareConfig, sampler: SamplerConfig,
         figures |= {"closed_loop_episodes": config.episodes, "closed_loop_limit": config.limit}
     if config.endless_steps:
         progress("endless dream")
-        result.endless = endless(bundle, clips, config.endless_steps, sampler=sampler, seed=seed)
-        figures |= {"endless_steps": config.endless_steps, "endless_diverged": result.endless["diverged"],
+        result.endless = endless(bundle, clips, config.endless_steps, config.endless_dreams, sampler=sampler, seed=seed)
+        figures |= {"endless_steps": config.endless_steps, "endless_dreams": config.endless_dreams,
+                    "endless_diverged": result.endless["diverged"],
                     "endless_latent_rms": float(result.endless["latent_rms"][-1]),
                     "endless_detail": float(result.endless["detail"][-1] / result.endless["real_detail"])}  # fmt: skip
     return result

@@ -196,8 +196,9 @@ def _page(out: Path, bundle: Bundle, config: CompareConfig, result: Comparison, 
     if result.endless:
         parts += [
             "<h2>Endless dream</h2>",
-            f"<p>{f['endless_steps']} steps of random play without a reset: {f['endless_diverged']:.0%} of the dreams left the "
-            f"trained range. Frames after {', '.join(map(str, result.endless['shown']))} steps, one row for each dream:</p>",
+            f"<p>{f['endless_dreams']} dreams of {f['endless_steps']} steps of random play without a reset: "
+            f"{f['endless_diverged']:.0%} of them left the trained range. Frames after "
+            f"{', '.join(map(str, result.endless['shown']))} steps, one row for each dream:</p>",
             picture("endless_frames.png", "frames"), picture("endless.png", "statistics", "plot"),
         ]  # fmt: skip
     return document(f"{bundle.game.name}: dream against reality", parts)

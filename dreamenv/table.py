@@ -65,10 +65,11 @@ def fidelity_table(card: dict[str, Any]) -> str:
             published="WorldGym: 0.78")  # fmt: skip
         add("the same: Spearman", f"{card['closed_loop_spearman']:.2f} ({_interval(card['closed_loop_spearman_ci'])})")
         add("the same: mean absolute error of the return", f"{card['closed_loop_mean_absolute_error']:.2f}")
-        add(f"{card['endless_steps']:,} steps without reset: dreams that diverged", f"{card['endless_diverged']:.0%}")
+        add(f"{card['endless_dreams']} dreams of {card['endless_steps']:,} steps: share that diverged",
+            f"{card['endless_diverged']:.0%}")  # fmt: skip
         add("uncertainty against the true error, Spearman", f"{card['uncertainty_error_spearman']:.2f}")
     except KeyError as error:
-        raise ConfigError(f"card: has no figure {error}; measure it anew with dreamenv compare --card") from None
+        raise ConfigError(f"card: has no figure {error}; measure it anew with dreamenv compare --thorough --card") from None
     head = (f"{card['clips']} clips, levels {card['levels'][0]}-{sum(card['levels']) - 1}", f"dream, {card['nfe']} NFE",
             "its mean, 1 NFE", "copy last frame", "published")  # fmt: skip
     columns = [0, 1, 2, 3, 4] if sampled else [0, 1, 3, 4]  # one evaluation is the mean

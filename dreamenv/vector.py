@@ -292,11 +292,12 @@ class DreamVectorEnv(VectorEnv):
         """Return a new vector env of some of this one's environments, which go on there as they would have here.
 
         So whoever plays an episode of each need not go on with those that have ended, and who plays without looking at
-        the pictures need not have them drawn, which is two fifths of a step.
+        the pictures need not have them drawn, which is a third of a step.
 
         Args:
             rows: integers (n,), which of them, n >= 1.
-            draw: whether the new one draws what it dreams; if not, its observations stay those of now.
+            draw: whether the new one, and whatever is selected or branched from it, draws what it dreams; if not, it goes on
+                showing the pictures of now, or of a later start.
 
         Raises:
             ResetError: before the first reset.
@@ -309,7 +310,7 @@ class DreamVectorEnv(VectorEnv):
             raise ConfigError(f"rows {rows.tolist()}: expected one or more integers in 0..{self.num_envs - 1}")
         envs = self._like(len(rows))
         envs._state, envs._bank, envs._started = self._state[torch.from_numpy(rows.astype(np.int64))], self._bank, True
-        envs._draw = draw
+        envs._draw = self._draw and draw
         for name in _COUNTERS:
             setattr(envs, f"_{name}", getattr(self, f"_{name}")[rows])
         return envs
@@ -317,8 +318,10 @@ class DreamVectorEnv(VectorEnv):
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _like(self, n: int) -> DreamVectorEnv:
-        return DreamVectorEnv(n, bundle=self.bundle, sampler=self.sampler, autoreset_mode=self.autoreset_mode,
+        envs = DreamVectorEnv(n, bundle=self.bundle, sampler=self.sampler, autoreset_mode=self.autoreset_mode,
                               render_mode=self.render_mode, exact=self.exact, truncate_above=self.truncate_above)  # fmt: skip
+        envs._draw = self._draw
+        return envs
 
     def _imagine(self, actions: np.ndarray) -> tuple[Transition, np.ndarray]:
         """One model step of every environment, and the uniforms (N,) that decide the outcomes."""

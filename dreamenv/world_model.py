@@ -50,7 +50,7 @@ class WorldModel:
     def encode(self, frames: np.ndarray | Tensor, fine: bool = True) -> Tensor:
         """Frames uint8 (B, 64, 64, 3) -> latents float32 (B, C, H, W).
 
-        `fine` refines the camera's phase, for a tile autoencoder, so that dreams begin more exactly: six reconstructions.
+        `fine` refines the camera's phase, for a tile autoencoder, so that dreams begin more exactly: four reconstructions.
         """
         images = to_images(torch.as_tensor(frames).to(self.device)).contiguous(memory_format=torch.channels_last)
         if not (fine and isinstance(self.autoencoder, TileAutoencoder)):

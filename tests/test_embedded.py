@@ -70,7 +70,7 @@ def test_phases_are_read_to_a_part_of_a_pixel_and_refined(bundle: Bundle) -> Non
         read = autoencoder.read_phase(images)
         fine = autoencoder.refine_phase(images, read)
     off = [(((x - true + 0.5) % 1 - 0.5) * SCALE).abs() for x in (read, fine)]
-    assert off[0].median() < 0.05 and off[1].median() < 0.02 and off[1].mean() < 0.8 * off[0].mean()
+    assert off[0].median() < 0.05 and off[1][:, 0].median() < 0.015 and off[1].mean() < 0.8 * off[0].mean()
     assert off[1][:, 0].mean() < 0.5 * off[0][:, 0].mean()  # down, most pictures stand on the ground, which the reader knows
 
 

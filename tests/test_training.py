@@ -188,9 +188,9 @@ def test_from_the_real_game_to_a_dream_through_the_command_line(tmp_path: Path) 
     assert (out / "bundle" / "dynamics.safetensors").read_bytes() == weights
 
     small = ["--bundle", str(out / "bundle"), "--clips", "8", "--horizon", "5"]
-    compared = run("dreamenv", "compare", *small, "--steps", "3200", "--out", str(tmp_path / "compare"), "--nfe", "2", "--card",
-                   "--horizon", "6", "--drift", "2", "--branches", "3", "--episodes", "2", "--limit", "5", "--endless-steps",
-                   "7", "--policies", "random", "hold:right")
+    compared = run("dreamenv", "compare", *small, "--steps", "1600", "--out", str(tmp_path / "compare"), "--nfe", "2", "--card",
+                   "--horizon", "6", "--drift", "2", "--branches", "3", "--episodes", "1", "--limit", "5", "--endless-steps",
+                   "7", "--thorough", "--policies", "random", "hold:right")
     written = {p.name for p in (tmp_path / "compare").iterdir()}
     assert written == {"report.html", "metrics.json", "open_loop.csv", "policies.csv", "horizon.png", "film_strip.png",
                        "side_by_side.mp4", "calibration.png", "branches.png", "policies.png", "endless.png",
@@ -199,6 +199,7 @@ def test_from_the_real_game_to_a_dream_through_the_command_line(tmp_path: Path) 
     assert page.count("data:image/png;base64,") == 7 and "//" not in re.sub(r"base64,[^\"]*", "", page)
     figures = json.loads(compared.splitlines()[-1])
     assert figures["clips"] == 8 and 5 < figures["psnr_1"] < 60 and figures["autoencoder_psnr"] > figures["psnr_5"]
+    assert [figures[k] for k in ("steps", "closed_loop_episodes", "endless_dreams")] == [3200, 2, 4]
     assert load_bundle(out / "bundle", "cpu").card == figures
     run("dreamenv", "demo", *small, "--out", str(tmp_path / "demo"))
     made = {p.name: p.stat().st_size for p in (tmp_path / "demo").iterdir()}
@@ -216,9 +217,12 @@ def test_every_command_has_help(command: list[str]) -> None:
     assert all(name in done.stdout for name in (["demo", "play", "compare", "bench", "info"] if not command else ["--bundle"]))
 
 
-def test_a_user_error_is_one_line(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "dreamenv", "info", "--bundle", str(tmp_path)], capture_output=True, text=True,
-                          check=False)  # fmt: skip
+@pytest.mark.parametrize(("command", "problem"), [(["info", "--bundle", "."], "bundle.json"),
+                                                  (["compare", "--quick", "--thorough"], "exclude each other")])  # fmt: skip
+def test_a_user_error_is_one_line(command: list[str], problem: str, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "dreamenv", *command], capture_output=True, text=True, check=False,
+                          cwd=tmp_path)  # fmt: skip
+    assert problem in done.stderr
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
