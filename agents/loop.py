@@ -121,8 +121,9 @@ def loop(config: LoopConfig) -> list[dict[str, Any]]:
     begin(out, {k: str(v) for k, v in to_dict(config).items() if k not in ("out", "rounds")})
 
     def measure(bundle: Path, folder: Path) -> dict[str, Any]:
+        clips = str(config.clips)
         command = [sys.executable, "-m", "dreamenv", "compare", "--bundle", str(bundle), "--out", str(folder), "--seed",
-                   str(config.seed), "--clips", str(config.clips), "--branches", str(config.clips), "--horizon", "10",
+                   str(config.seed), "--clips", clips, "--random-clips", clips, "--branches", clips, "--horizon", "10",
                    "--steps", str(max(400 * config.clips, 6400)), "--samples", "1", "--negatives", "1000", "--drift", "0",
                    "--endless-steps", "0", "--policies"]  # fmt: skip
         figures = _last(command)

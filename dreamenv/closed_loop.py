@@ -161,7 +161,7 @@ def agreement(results: dict[str, tuple[Episodes, Episodes]], replicates: int = 2
     return out
 
 
-def endless(bundle: Bundle, clips: Clips, steps: int = 5000, num_envs: int = 2, policy: str = "random",
+def endless(bundle: Bundle, clips: Clips, steps: int = 5000, num_envs: int = 1, policy: str = "random",
             sampler: SamplerConfig | None = None, shown: tuple[int, ...] = (1, 100, 1000, 5000),
             seed: int = 0) -> dict[str, Any]:  # fmt: skip
     """Dream on from real contexts without any reset, ends of episodes ignored, and watch whether the picture holds.

@@ -55,6 +55,10 @@ class CompareConfig:
     """Real clips to dream on from."""
     horizon: int = 50
     """Steps dreamt in each."""
+    random_clips: int = 128
+    """More of them, of ten steps, of a player whose every action is random."""
+    perceptual_clips: int = 64
+    """How many of the first the perceptual distance looks at; the Fréchet distance at twice as many."""
     policy: str = "mix"
     """Who plays the real game for clips, events and branches; see `dreamenv.policies.make_policy`."""
     levels: tuple[int, int] = HELD_OUT
@@ -79,15 +83,15 @@ class CompareConfig:
     """Steps after which these episodes are cut off, in both worlds."""
     endless_steps: int = 5000
     """Steps dreamt without a reset; 0 skips it."""
-    endless_dreams: int = 2
+    endless_dreams: int = 1
     """How many dream so long."""
     seed: int = 0
     """Decides levels, actions and noise."""
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
-        for name in ("clips", "steps", "samples", "branches", "branch_steps", "negatives", "episodes", "limit",
-                     "endless_dreams"):  # fmt: skip
+        for name in ("clips", "random_clips", "perceptual_clips", "steps", "samples", "branches", "branch_steps", "negatives",
+                     "episodes", "limit", "endless_dreams"):  # fmt: skip
             check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
         check(self.horizon >= 6, f"horizon {self.horizon}: must be >= 6")
         for name in ("drift", "endless_steps"):
@@ -95,15 +99,16 @@ class CompareConfig:
         check(0 <= self.seed < 2**63, f"seed {self.seed}: must be in 0..2^63-1")
 
     def thorough(self) -> CompareConfig:
-        """Twice as many steps, and so other clips; twice as many uneventful steps, episodes and long dreams. For cards."""
-        return replace(self, steps=2 * self.steps, negatives=2 * self.negatives, episodes=2 * self.episodes,
-                       endless_dreams=2 * self.endless_dreams)  # fmt: skip
+        """Twice as many steps, and so other clips; twice the negatives, episodes and so on, four long dreams. For cards."""
+        names = ("random_clips", "perceptual_clips", "steps", "negatives", "episodes")
+        twice = {name: 2 * getattr(self, name) for name in names}
+        return replace(self, **twice, endless_dreams=4 * self.endless_dreams)
 
     def quick(self) -> CompareConfig:
         """Less of everything, with wider errors, and no closed loop, in which so few steps would tell nothing."""
-        return replace(self, clips=min(self.clips, 16), horizon=min(self.horizon, 30), steps=min(self.steps, 4_000), samples=1,
-                       negatives=min(self.negatives, 160), branches=min(self.branches, 12), policies=(),
-                       endless_steps=min(self.endless_steps, 100))  # fmt: skip
+        return replace(self, clips=min(self.clips, 16), random_clips=min(self.random_clips, 16), horizon=min(self.horizon, 30),
+                       steps=min(self.steps, 4_000), samples=1, negatives=min(self.negatives, 160), policies=(),
+                       branches=min(self.branches, 12), endless_steps=min(self.endless_steps, 100))  # fmt: skip
 
 
 @dataclass
@@ -188,14 +193,14 @@ def _figure(row: dict[str, Any], name: str) -> str:
     return f"{prefix[row['what']]}{name}_{row['step']}"
 
 
-def add_perceptual(result: Comparison, clips: int = 128, later: int = 10) -> None:
-    """Add the perceptual distance of each row of the table, and the Fréchet distance of all later frames.
+def add_perceptual(result: Comparison, clips: int = 64, later: int = 10) -> None:
+    """Add the perceptual distance of each row of the table, and the Fréchet distance of later frames.
 
     Args:
         result: extended in place: `perceptual` in the table and the figures (0 is equal, 2 the most), and `frechet`
             of the dream (>= 0, no unit).
         clips: how many clips are looked at.
-        later: frames of every so many steps go into the Fréchet distance, over all clips.
+        later: frames of every so many steps go into the Fréchet distance, over twice as many clips.
     """
     real = result.clips.frames[:, result.clips.context :]
     at = _steps(result.clips).tolist()
@@ -206,7 +211,7 @@ def add_perceptual(result: Comparison, clips: int = 128, later: int = 10) -> Non
         result.figures[_figure(row, "perceptual")] = row["perceptual"]
     steps = np.arange(later - 1, result.clips.horizon, later)
     if len(steps) * len(real) > 1:
-        worlds = (x[:, steps].reshape(-1, 64, 64, 3) for x in (real, result.dream))
+        worlds = (x[: 2 * clips, steps].reshape(-1, 64, 64, 3) for x in (real, result.dream))
         result.figures["frechet"] = frechet_distance(*(features(frames)[1] for frames in worlds))
 
 
@@ -248,7 +253,7 @@ def _random_player(model: WorldModel, game: GameFacts, config: CompareConfig, sa
     """Figures on clips of a player whose every action is random, so that none gives away the next."""
     seed = config.seed
     play = play_real(game.name, 150, 32, "random", config.levels, game.distribution_mode, seed)
-    clips = cut_clips(play, config.clips, model.context, _FRAMES, seed)
+    clips = cut_clips(play, config.random_clips, model.context, _FRAMES, seed)
     dream, _ = open_loop(model, clips, sampler, seed)
     real, k = clips.frames[:, model.context :], model.context
     error = squared_error(dream, real)
@@ -261,7 +266,7 @@ def _random_player(model: WorldModel, game: GameFacts, config: CompareConfig, sa
     for h in (1, _FRAMES):
         figures |= {f"random_psnr_{h}": float(psnr(error[:, h - 1].mean())),
                     f"random_psnr_mean_{h}": float(frame_psnr(error[:, h - 1]).mean())}  # fmt: skip
-    figures |= {f"action_shift_{s}": v for s, v in action_shifts(model, clips, sampler, seed).items()}
+    figures |= {f"action_shift_{s}": v for s, v in action_shifts(model, clips, dream, sampler, seed).items()}
     return figures | {f"frame_shift_{s}": v for s, v in frame_shifts(clips, dream).items()}
 
 
@@ -325,7 +330,7 @@ def compare(bundle: Bundle, config: CompareConfig, sampler: SamplerConfig,
     result = compare_open_loop(model, clips, frequencies, sampler, seed, config.samples)
     figures = result.figures
     progress("perceptual distance")
-    add_perceptual(result)
+    add_perceptual(result, config.perceptual_clips)
     progress("outcomes")
     result.outcomes["real"] = outcome_scores(model, play, sampler, negatives=config.negatives, seed=seed)
     figures |= outcome_figures(model, result.outcomes["real"]) | {"steps": int(play.first.size)}

@@ -40,7 +40,8 @@ def delta_psnr(model: WorldModel, clips: Clips, dream: np.ndarray, sampler: Samp
     return np.asarray(psnr(squared_error(dream, real).mean((0, 2, 3))) - psnr(squared_error(other, real).mean((0, 2, 3))))
 
 
-def action_shifts(model: WorldModel, clips: Clips, sampler: SamplerConfig, seed: int = 0, steps: int = 4) -> dict[int, float]:
+def action_shifts(model: WorldModel, clips: Clips, dream: np.ndarray, sampler: SamplerConfig, seed: int = 0,
+                  steps: int = 4) -> dict[int, float]:  # fmt: skip
     """PSNR over the first steps when the dream is given each action one step late (-1), in time (0), one early (1).
 
     A model that was trained off by one dreams best under shifted actions.
@@ -48,7 +49,8 @@ def action_shifts(model: WorldModel, clips: Clips, sampler: SamplerConfig, seed:
     Args:
         model: the world model.
         clips: real clips, with a horizon beyond `steps`.
-        sampler: how the dream is drawn.
+        dream: uint8 (N, H, 64, 64, 3) with H >= `steps`, the dream of the clips under their actions in time.
+        sampler: how it was drawn.
         seed: decides its noise.
         steps: how many are compared.
 
@@ -64,8 +66,8 @@ def action_shifts(model: WorldModel, clips: Clips, sampler: SamplerConfig, seed:
     for shift in (-1, 0, 1):
         moved = np.concatenate([clips.actions[:, :1], clips.actions], 1)[:, 1 + shift :][:, : k - 1 + steps]
         shifted = Clips(clips.frames[:, : k + steps], moved, clips.level_seeds, k)
-        dream, _ = open_loop(model, shifted, sampler, seed)
-        out[shift] = float(psnr(squared_error(dream, clips.frames[:, k : k + steps]).mean()))
+        shown = open_loop(model, shifted, sampler, seed)[0] if shift else dream[:, :steps]
+        out[shift] = float(psnr(squared_error(shown, clips.frames[:, k : k + steps]).mean()))
     return out
 
 

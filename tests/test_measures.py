@@ -117,7 +117,7 @@ def test_the_real_game_as_its_own_dream_is_perfect(recorded: Any) -> None:
         assert figures[f"copy_psnr_{h}"] < 40 and figures[f"copy_ssim_{h}"] < 0.99
     model = double(recorded)
     assert delta_psnr(model, clips, result.dream, SamplerConfig(nfe=1))[3] > 50
-    shifts = action_shifts(model, clips, SamplerConfig(nfe=1))
+    shifts = action_shifts(model, clips, result.dream, SamplerConfig(nfe=1))
     assert shifts[0] == 100 and max(shifts[-1], shifts[1]) < 50
     shifts = frame_shifts(clips, result.dream)
     assert shifts[0] == 100 and max(shifts[-1], shifts[1]) < 50
@@ -127,12 +127,13 @@ def test_a_model_blind_to_actions_has_no_controllability(recorded: Any) -> None:
     model = double(recorded, blind=True)
     dream, _ = open_loop(model, recorded.clips, SamplerConfig(nfe=1))
     assert np.abs(delta_psnr(model, recorded.clips, dream, SamplerConfig(nfe=1))).max() == 0
-    assert len(set(action_shifts(model, recorded.clips, SamplerConfig(nfe=1)).values())) == 1
+    assert len(set(action_shifts(model, recorded.clips, dream, SamplerConfig(nfe=1)).values())) == 1
 
 
 def test_a_model_trained_off_by_one_is_caught(recorded: Any) -> None:
     model = double(recorded, late=True)
-    shifts = action_shifts(model, recorded.clips, SamplerConfig(nfe=1))
+    dream, _ = open_loop(model, recorded.clips, SamplerConfig(nfe=1))
+    shifts = action_shifts(model, recorded.clips, dream, SamplerConfig(nfe=1))
     assert max(shifts, key=lambda s: shifts[s]) == 1  # it wants its actions one step early
     dream, _ = open_loop(double(recorded), recorded.clips, SamplerConfig(nfe=1))
     shifts = frame_shifts(recorded.clips, np.concatenate([recorded.clips.frames[:, CONTEXT - 1 : CONTEXT], dream[:, :-1]], 1))

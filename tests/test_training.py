@@ -190,7 +190,7 @@ def test_from_the_real_game_to_a_dream_through_the_command_line(tmp_path: Path) 
     small = ["--bundle", str(out / "bundle"), "--clips", "8", "--horizon", "5"]
     compared = run("dreamenv", "compare", *small, "--steps", "1600", "--out", str(tmp_path / "compare"), "--nfe", "2", "--card",
                    "--horizon", "6", "--drift", "2", "--branches", "3", "--episodes", "1", "--limit", "5", "--endless-steps",
-                   "7", "--thorough", "--policies", "random", "hold:right")
+                   "7", "--random-clips", "4", "--thorough", "--policies", "random", "hold:right")
     written = {p.name for p in (tmp_path / "compare").iterdir()}
     assert written == {"report.html", "metrics.json", "open_loop.csv", "policies.csv", "horizon.png", "film_strip.png",
                        "side_by_side.mp4", "calibration.png", "branches.png", "policies.png", "endless.png",
