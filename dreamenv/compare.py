@@ -57,8 +57,9 @@ class CompareConfig:
     """Steps dreamt in each."""
     random_clips: int = 128
     """More of them, of ten steps, of a player whose every action is random."""
-    perceptual_clips: int = 64
-    """How many of the first the perceptual distance looks at; the Fréchet distance at twice as many."""
+    examined: int = 64
+    """How many of the first clips the perceptual distance looks at; the Fréchet distance and the autoencoder's ceiling are of
+    twice as many."""
     policy: str = "mix"
     """Who plays the real game for clips, events and branches; see `dreamenv.policies.make_policy`."""
     levels: tuple[int, int] = HELD_OUT
@@ -90,7 +91,7 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
-        for name in ("clips", "random_clips", "perceptual_clips", "steps", "samples", "branches", "branch_steps", "negatives",
+        for name in ("clips", "random_clips", "examined", "steps", "samples", "branches", "branch_steps", "negatives",
                      "episodes", "limit", "endless_dreams"):  # fmt: skip
             check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
         check(self.horizon >= 6, f"horizon {self.horizon}: must be >= 6")
@@ -100,7 +101,7 @@ class CompareConfig:
 
     def thorough(self) -> CompareConfig:
         """Twice as many steps, and so other clips; twice the negatives, episodes and so on, four long dreams. For cards."""
-        names = ("random_clips", "perceptual_clips", "steps", "negatives", "episodes")
+        names = ("random_clips", "examined", "steps", "negatives", "episodes")
         twice = {name: 2 * getattr(self, name) for name in names}
         return replace(self, **twice, endless_dreams=4 * self.endless_dreams)
 
@@ -120,7 +121,7 @@ class Comparison:
         table: rows of the open loop, one per (what, step).
         curves: name -> PSNR per step, float (H,).
         clips: the real clips; dream: that of each, uint8 (N, H, 64, 64, 3).
-        rows: what is compared with the clips at the steps of `HORIZONS`, each uint8 (N, steps, 64, 64, 3).
+        rows: what is compared with the clips, or with the first n, at the steps of `HORIZONS`, uint8 (n, steps, 64, 64, 3).
         outcomes: name -> scores, on real and on drifted contexts.
         branches: real branches and the dreamt ones, uint8 (N, A, H, 64, 64, 3).
         episodes: policy -> (real, dreamt) episodes; endless: see `dreamenv.closed_loop.endless`.
@@ -139,7 +140,7 @@ class Comparison:
 
 
 def compare_open_loop(model: WorldModel, clips: Clips, frequencies: np.ndarray, sampler: SamplerConfig, seed: int = 0,
-                      samples: int = 1) -> Comparison:  # fmt: skip
+                      samples: int = 1, encoded: int | None = None) -> Comparison:  # fmt: skip
     """Paired open-loop fidelity on real clips.
 
     PSNR is that of the mean squared error over all clips, which the worst clips decide; `psnr_mean` is the mean of
@@ -153,23 +154,24 @@ def compare_open_loop(model: WorldModel, clips: Clips, frequencies: np.ndarray, 
         sampler: how the dream is drawn.
         seed: decides its noise.
         samples: dreams of each clip, if the sampler is stochastic.
+        encoded: of how many of the first clips the autoencoder's ceiling is; all by default.
     """
     k = clips.context
     real, before, last = clips.frames[:, k:], clips.frames[:, k - 1 : -1], clips.frames[:, k - 1 : k]
     dream, uncertainty = open_loop(model, clips, sampler, seed)
     steps = _steps(clips)
     truth = real[:, steps - 1]
-    ceiling = np.stack([model.decode(model.encode(frames)).numpy() for frames in truth])
+    ceiling = np.stack([model.decode(model.encode(frames)).numpy() for frames in truth[:encoded]])
     whole = {"dream": dream, "copy last frame": np.broadcast_to(last, real.shape)}
     if sampler.nfe > 1:
         whole["deterministic predictor"] = open_loop(model, clips, SamplerConfig(nfe=1), seed)[0]
     error = squared_error(dream, real)
-    floor = squared_error(ceiling, truth)
+    floor = squared_error(ceiling, truth[:encoded])
     curves = {name: np.asarray(psnr(squared_error(frames, real).mean((0, 2, 3)))) for name, frames in whole.items()}
     curves["autoencoder ceiling"] = np.full(clips.horizon, psnr(floor.mean()))
     rows = {name: frames[:, steps - 1] for name, frames in whole.items()} | {"autoencoder ceiling": ceiling}
     rare, moving = rare_pixels(truth, frequencies), moving_pixels(truth, before[:, steps - 1])
-    table = [{"what": name, "step": int(step)} | _row(frames[:, i], truth[:, i], rare[:, i], moving[:, i])
+    table = [{"what": name, "step": int(step)} | _row(frames[:, i], *(x[: len(frames), i] for x in (truth, rare, moving)))
              for name, frames in rows.items() for i, step in enumerate(steps)]  # fmt: skip
     per_clip = error.mean((2, 3))
     figures: dict[str, Any] = {
@@ -177,8 +179,8 @@ def compare_open_loop(model: WorldModel, clips: Clips, frequencies: np.ndarray, 
         "uncertainty_error_spearman": spearman(uncertainty[:, 0], per_clip[:, 0]),
     }  # fmt: skip
     figures["psnr_frames"] = float(frame_psnr(error[:, :_FRAMES]).mean())
-    figures |= {"autoencoder_psnr": float(psnr(floor.mean())), "autoencoder_psnr_rare": _masked_psnr(floor, rare),
-                "autoencoder_ssim": float(ssim(ceiling, truth).mean())}  # fmt: skip
+    figures |= {"autoencoder_psnr": float(psnr(floor.mean())), "autoencoder_psnr_rare": _masked_psnr(floor, rare[:encoded]),
+                "autoencoder_ssim": float(ssim(ceiling, truth[:encoded]).mean())}  # fmt: skip
     for row in table:
         figures |= {_figure(row, name): v for name, v in row.items() if name not in ("what", "step")}
     if sampler.stochastic and samples > 1:
@@ -327,10 +329,10 @@ def compare(bundle: Bundle, config: CompareConfig, sampler: SamplerConfig,
     frequencies = colour_frequencies(play.frames[:, :: max(play.frames.shape[1] // 128, 1)])
     clips = cut_clips(play, config.clips, model.context, config.horizon, seed)
     progress("open loop")
-    result = compare_open_loop(model, clips, frequencies, sampler, seed, config.samples)
+    result = compare_open_loop(model, clips, frequencies, sampler, seed, config.samples, 2 * config.examined)
     figures = result.figures
     progress("perceptual distance")
-    add_perceptual(result, config.perceptual_clips)
+    add_perceptual(result, config.examined)
     progress("outcomes")
     result.outcomes["real"] = outcome_scores(model, play, sampler, negatives=config.negatives, seed=seed)
     figures |= outcome_figures(model, result.outcomes["real"]) | {"steps": int(play.first.size)}
