@@ -17,6 +17,7 @@ import dreamenv
 from agents.evaluate import evaluate
 from dreamenv.bundle import Bundle, bundled_agent, load_bundle, resolve_bundle
 from dreamenv.compare import compare_open_loop, outcome_figures
+from dreamenv.control import branch_accuracy, branch_dream, branch_real
 from dreamenv.flow import SamplerConfig
 from dreamenv.metrics import colour_frequencies
 from dreamenv.models.tile import SCALE, TileAutoencoder, phase_of
@@ -70,7 +71,8 @@ def test_phases_are_read_to_a_part_of_a_pixel_and_refined(bundle: Bundle) -> Non
         read = autoencoder.read_phase(images)
         fine = autoencoder.refine_phase(images, read)
     off = [(((x - true + 0.5) % 1 - 0.5) * SCALE).abs() for x in (read, fine)]
-    assert off[0].median() < 0.05 and off[1][:, 0].median() < 0.015 and off[1].mean() < 0.8 * off[0].mean()
+    assert off[0].median() < 0.05 and off[1].median() < 0.02 and off[1].mean() < 0.8 * off[0].mean()
+    assert off[1][:, 0].median() < 0.015
     assert off[1][:, 0].mean() < 0.5 * off[0][:, 0].mean()  # down, most pictures stand on the ground, which the reader knows
 
 
@@ -78,6 +80,13 @@ def test_coins_and_deaths_outlive_eight_dreamt_steps(bundle: Bundle, play: Segme
     model = bundle.world_model
     figures = outcome_figures(model, outcome_scores(model, play, SamplerConfig(nfe=1), drift=8, negatives=600))
     assert figures["reward_10_ap"] > 0.75 and figures["death_ap"] > 0.12  # a model without the outcome term: 0.75 and 0.04
+
+
+def test_most_branches_are_nearest_their_own_real_one(bundle: Bundle) -> None:
+    branches = branch_real(bundle.game, 16, bundle.world_model.context, 4, seed=3)
+    dreamt = branch_dream(bundle.world_model, branches, SamplerConfig(nfe=1))
+    accuracy = branch_accuracy(branches.real[:, :, -1], dreamt[:, :, -1])
+    assert accuracy["accuracy"] > 0.75 > 2 * accuracy["chance"]
 
 
 def test_the_readme_shows_what_the_card_says(bundle: Bundle) -> None:
