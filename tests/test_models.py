@@ -44,6 +44,10 @@ def test_the_linear_path_starts_as_pca() -> None:
     assert torch.allclose(ours, theirs, atol=1e-4)
     assert torch.allclose(latents.var((0, 2, 3)), torch.ones(6), atol=1e-2)
     assert float(variance_penalty(latents.detach())) < 1e-3
+    cells = torch.rand(latents.shape[0], 1, *latents.shape[2:], generator=torch.Generator().manual_seed(0)) < 0.3
+    those = latents.detach().movedim(1, -1)[cells[:, 0]].double().numpy() + 0.5
+    expected = ((those.var(0, ddof=1) - 1) ** 2 + those.mean(0) ** 2).mean()
+    assert float(variance_penalty(latents.detach() + 0.5, cells)) == pytest.approx(expected, rel=1e-4)
 
 
 def test_frames_and_images_are_inverse() -> None:

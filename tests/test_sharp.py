@@ -111,10 +111,10 @@ def test_a_sharpening_run_resumes_to_the_same_bytes(term: dict[str, float], late
     assert {"psnr_10", "sampled_psnr_10", "sampled_detail_10"} <= set(figures)
     update = Loop._update
 
-    def killed(self: Loop) -> Any:
+    def killed(self: Loop, *drawn: Any) -> Any:
         if self.step == 5:
             raise KeyboardInterrupt
-        return update(self)
+        return update(self, *drawn)
 
     monkeypatch.setattr(Loop, "_update", killed)
     with pytest.raises(KeyboardInterrupt):

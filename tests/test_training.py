@@ -145,9 +145,59 @@ class _Less:
 def test_some_parameters_learn_faster_and_do_not_decay(tmp_path: Path) -> None:
     """AdamW's first step is the learning rate along the slope's sign, and as much of the weight as decays."""
     task = _Less()
-    Loop(LoopConfig(steps=1, lr=1e-2, warmup=0.0, weight_decay=0.5, device="cpu"), task, tmp_path, {})._update()
+    loop = Loop(LoopConfig(steps=1, lr=1e-2, warmup=0.0, weight_decay=0.5, device="cpu"), task, tmp_path, {})
+    loop._update(0, {"one": torch.ones(1)})
     torch.testing.assert_close(task.model.slow, torch.full((3, 3), 1 - 0.01 * 0.5 - 0.01))
     torch.testing.assert_close(task.model.fast, torch.full((3, 3), 1 - 0.1))
+
+
+def test_workers_change_no_weight(data: Path, tmp_path: Path) -> None:
+    for workers in (0, 2):
+        train(config(data, steps=6, workers=workers), tmp_path / str(workers))
+    for name in ("model/model", "checkpoint/optimizer"):
+        own, theirs = ((tmp_path / workers / f"{name}.safetensors").read_bytes() for workers in ("0", "2"))
+        assert own == theirs, name
+
+
+class _Noisy:
+    """Fits a layer to noise, twice as hard in the second half of the training."""
+
+    critic = None
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Linear(8, 8)
+
+    def batch(self, rng: np.random.Generator, size: int) -> dict[str, Tensor]:
+        return {"x": torch.from_numpy(rng.standard_normal((size, 8), np.float32))}
+
+    def stage(self, progress: float) -> int:
+        return int(progress >= 0.5)
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator,
+             progress: float) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        noise = torch.randn(batch["x"].shape, generator=generator, device=batch["x"].device)
+        return (1 + self.stage(progress)) * (model(batch["x"]) - noise).square().mean(), {"noise": noise.mean()}
+
+    def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        return {}
+
+    def facts(self) -> dict[str, object]:
+        return {}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_recorded_steps_learn_what_others_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Loop, "_save", lambda self: None)  # a bare layer is no registered model
+    weights = []
+    for graphs in (False, True):
+        settings = LoopConfig(steps=12, lr=0.1, batch_size=16, device="cuda", precision="fp32", cuda_graphs=graphs, workers=1)
+        loop = Loop(settings, _Noisy(), tmp_path / str(graphs), {})
+        loop.run()
+        assert loop.step == 12
+        weights.append({name: value.clone() for name, value in loop.model.state_dict().items()})
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value)
 
 
 def test_two_processes_train_together(data: Path, tmp_path: Path) -> None:

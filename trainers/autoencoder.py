@@ -85,7 +85,7 @@ class AutoencoderTask:
              progress: float) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """Weighted squared error + variance regulariser."""
         frames = batch["frames"]
-        weights = self._weights.to(frames.device)[colour_bins(frames)]
+        weights = self._rarity(frames)
         weights = weights * (1 + self.config.motion_weight * motion_mask(frames, batch["previous"]))
         images = to_images(frames).contiguous(memory_format=torch.channels_last)
         c, h, w = cast(Autoencoder, self.model).latent_shape
@@ -96,6 +96,15 @@ class AutoencoderTask:
         regulariser = variance_penalty(latents)
         psnr = -10 * error.detach().mean().log10()
         return reconstruction_loss * 100 + self.config.var_reg * regulariser, {"psnr": psnr, "var_reg": regulariser.detach()}
+
+    def _rarity(self, frames: Tensor) -> Tensor:
+        """The weight of each pixel's colour, (B, 64, 64), of frames uint8 (B, 64, 64, 3)."""
+        self._weights = self._weights.to(frames.device)
+        return self._weights[colour_bins(frames)]
+
+    def stage(self, progress: float) -> int:
+        """See `trainers.loop.Task`: one all along."""
+        return 0
 
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
         """PSNR over validation levels, over rare colours, latent statistics; writes a picture grid."""

@@ -21,6 +21,7 @@ from dreamenv.models.player import place_in_tile, surroundings
 from dreamenv.models.tile import arrived, exact_move, moves, phases
 from dreamenv.models.tile_flow import TileFlow
 from dreamenv.noise import philox
+from trainers.ahead import ahead, pick_workers
 from trainers.dynamics import DynamicsTask, DynamicsTaskConfig
 
 _AHEAD = 6  # steps by which the dreams are longer than what is unrolled
@@ -96,9 +97,14 @@ class CameraTask:
         data, k, device = self.task.data, self.task.context, pick_device("auto")
         error = np.zeros(len(data.start))
         parts = np.array_split(np.flatnonzero(self._whole), max(self._whole.sum() // 1024, 1))
-        for now in tqdm(parts, desc="look for hard moves", unit="k"):
+
+        def load(now: np.ndarray) -> tuple[np.ndarray, Tensor, Tensor]:
             indices, actions = data.contexts(now, k, 1)
-            latents, taken = data.gather(indices).to(device), torch.from_numpy(actions[:, :k]).to(device)
+            return now, data.gather(indices), torch.from_numpy(actions[:, :k])
+
+        loaded = ahead(load, parts, pick_workers(None, device), device)
+        for now, latents, taken in tqdm(loaded, desc="look for hard moves", unit="k", total=len(parts)):
+            latents, taken = latents.to(device), taken.to(device)
             context = latents[:, :k]
             with torch.no_grad():
                 found = model.next_move(context, taken, phases(context[:, -1]), moves(context)[:, 1:])
@@ -171,7 +177,7 @@ class CameraTask:
         misread = normal(k, 2, most=self.config.misread)
         away, before = misread[:, -1], moves(latents[:, 1:k]) + misread.diff(dim=1)
         total, metrics, counts = torch.zeros((), device=device), {}, torch.ones(size, device=device)
-        reach = 1 if progress < 0.05 else -(-self.config.unroll // 3) if progress < 0.15 else self.config.unroll
+        reach = self.stage(progress)
         for u in range(reach):
             now = latents[:, u : u + k]
             phase = phases(now[:, -1]) + away
@@ -189,6 +195,10 @@ class CameraTask:
             counts = counts * (away.detach().norm(dim=1) < _LOST)
         metrics["lost"] = 1 - counts.mean()
         return total, metrics
+
+    def stage(self, progress: float) -> int:
+        """See `trainers.loop.Task`: how many steps a path has now."""
+        return 1 if progress < 0.05 else -(-self.config.unroll // 3) if progress < 0.15 else self.config.unroll
 
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
         """See `trainers.dynamics.DynamicsTask.validate`."""

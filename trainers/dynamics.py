@@ -63,6 +63,9 @@ class DynamicsTaskConfig:
     """Weight of the energy score: some samples are dreamt twice, each time going on from draws of two evaluations, and the two
     dreams are scored as an ensemble (Gneiting & Raftery 2007; for weather models Alet et al. 2025). Its optimum is the true
     distribution, so each dream commits to one future where the squared error draws the mean of all."""
+    energy_from: float = 0.0
+    """Part of the training after which the energy score begins: many evaluations of few samples take a GPU nearly as long
+    as all others."""
     drawn: float = 0.34
     """Share of samples dreamt so, where there is an energy score; the others go on from means."""
     flow_draws: int = 1
@@ -107,6 +110,7 @@ class DynamicsTaskConfig:
         check(1 <= self.judged <= self.unroll or not self.adversarial,
               f"judged {self.judged}: must be in 1..unroll, which is {self.unroll}")
         check(self.energy >= 0, f"energy {self.energy}: must be >= 0")
+        check(0 <= self.energy_from < 1, f"energy_from {self.energy_from}: must be in [0, 1)")
         check(0 < self.drawn < 1, f"drawn {self.drawn}: must be in (0, 1)")
         check(not (self.energy and self.adversarial), f"energy {self.energy}: cannot go with an adversarial term; set one to 0")
         check(1 <= self.flow_draws <= 64, f"flow_draws {self.flow_draws}: must be in 1..64")
@@ -254,7 +258,7 @@ class DynamicsTask:
     def loss(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator,
              progress: float) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """The terms of the dreams that go on from means and, with an energy score, of those that go on from draws."""
-        if not self.config.energy:
+        if not self.config.energy or progress < self.config.energy_from:
             return self._from_means(model, batch, generator, progress)
         size = len(batch["actions"])
         n = size - max(round(size * self.config.drawn), 1)
@@ -270,7 +274,7 @@ class DynamicsTask:
         latents = batch["latents"].float()
         live = self._live(batch, latents)
         device = latents.device
-        channels, cells = self._channels.to(device)[:, None, None], self._cells(batch)
+        channels, cells = self._weights(device), self._cells(batch)
         context, sigma = self._noised(latents[:, :k], generator)
         rolled, actions, sigma = context.repeat(2, 1, 1, 1, 1), batch["actions"].repeat(2, 1), sigma.repeat(2)
         zero, half = torch.zeros_like(sigma), torch.full_like(sigma, 0.5)
@@ -341,6 +345,11 @@ class DynamicsTask:
     def _arrived(self, clean: Tensor, target: Tensor) -> Tensor:
         return arrived(clean, target) if self.autoencoder.camera_channels else clean
 
+    def _weights(self, device: torch.device) -> Tensor:
+        """The weight of each channel's square, (C, 1, 1)."""
+        self._channels = self._channels.to(device)
+        return self._channels[:, None, None]
+
     def _cells(self, batch: dict[str, Tensor]) -> Tensor:
         """The weight of each cell of the steps to predict, (B, U, H, W)."""
         return 1 + self.config.importance * (batch["importance"].float() / 16 - 1).clamp_min(0)
@@ -358,8 +367,7 @@ class DynamicsTask:
         config, k = self.config, self.context
         latents, actions = batch["latents"].float(), batch["actions"]
         device, size = latents.device, len(latents)
-        channels = self._channels.to(device)[:, None, None]
-        cells = self._cells(batch)
+        channels, cells = self._weights(device), self._cells(batch)
 
         def uniform() -> Tensor:
             return torch.rand(size, generator=generator, device=device)
@@ -373,7 +381,7 @@ class DynamicsTask:
 
         live = self._live(batch, latents)
         taken = actions
-        actions = torch.where(uniform()[:, None] < config.drop_actions, NULL_ACTION, actions)
+        actions = actions.masked_fill(uniform()[:, None] < config.drop_actions, NULL_ACTION)
         context, sigma = self._noised(latents[:, :k], generator)
         zero = torch.zeros(size, device=device)
         metrics: dict[str, Tensor] = {}
@@ -449,6 +457,10 @@ class DynamicsTask:
             metrics |= {"fooled": fooled.detach(), "critic": judged.detach(), "critic_right": right}
         return total, metrics
 
+    def stage(self, progress: float) -> int | None:
+        """See `trainers.loop.Task`: without and with the energy score; with a critic, whose weight grows, none."""
+        return int(progress >= self.config.energy_from) if self.critic is None else None
+
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
         """Open-loop PSNR (of the mean squared error, against real frames) at 1, 5, 10 steps; writes a strip and a video.
 
@@ -488,7 +500,7 @@ class DynamicsTask:
                 figures["sampled_detail_10"] = float(detail(frames[:, -1]).mean() / detail(real[:, -1]).mean())
             shown[f"dream, {nfe} NFE"] = frames[:4]
         save_grid(folder / f"prediction-{step:07d}.png", [rows[i] for i in range(len(real[:4])) for rows in shown.values()])
-        save_video(folder / f"rollout-{step:07d}.mp4", side_by_side({n: rows[0] for n, rows in shown.items()}), fps=5)
+        save_video(folder / f"rollout-{step:07d}.gif", side_by_side({n: rows[0] for n, rows in shown.items()}), fps=5)
         return figures
 
     def facts(self) -> dict[str, Any]:

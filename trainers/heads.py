@@ -26,6 +26,7 @@ from dreamenv.noise import philox
 from dreamenv.world_model import Dynamics
 from trainers.latents import LatentDataset
 
+_TOGETHER = {"cpu": 128, "cuda": 1024}  # dreams dreamt at once
 _DEPTHS = 8  # depths at which each uneventful dream of the validation is asked: there are few, and they weigh much
 
 
@@ -150,11 +151,11 @@ class HeadsTask:
         order = np.argsort(length, kind="stable")  # dreams of one length together: none is dreamt on for the sake of others
         latents = np.zeros((count, k + drift, *self.data.latents.shape[1:]), np.float16)
         bar = tqdm(total=int(length.sum()), desc="dream", unit="step", unit_scale=True)
-        dynamics = dynamics.to(device, memory_format=torch.channels_last)
+        dynamics, together = dynamics.to(device, memory_format=torch.channels_last), _TOGETHER.get(device.type, 128)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=pick_precision("auto", device) == "bf16"):
-            for at in range(0, count, 128):
-                rows = order[at : at + 128]
-                sampler = SamplerConfig(nfe=1 + at // 128 % 2)
+            for at in range(0, count, together):
+                rows = order[at : at + together]
+                sampler = SamplerConfig(nfe=1 + at // together % 2)
                 context = self._gather(begin[rows])[0].float().to(device)
                 latents[rows, :k] = context.half().cpu().numpy()
                 memory = dynamics.recall(context)
@@ -210,6 +211,10 @@ class HeadsTask:
         logits = model(context + noise * sigma[:, None, None, None, None], batch["actions"])
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
         return F.cross_entropy(logits, labels), {"accuracy": accuracy}
+
+    def stage(self, progress: float) -> int:
+        """See `trainers.loop.Task`: one all along."""
+        return 0
 
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
         """Calibrate on validation levels (stored with the model), then average precision and negative log-likelihood.

@@ -24,7 +24,7 @@ from dreamenv.models.tile import TileAutoencoder, phase_of
 from dreamenv.world_model import FrameCodec
 from trainers.losses import colour_bins, colour_weights
 
-_BATCH = 64  # frames encoded at once
+_BATCH = {"cpu": 64, "cuda": 1024}  # frames encoded at once
 
 
 def training_data(folder: str | Path) -> Dataset:
@@ -71,6 +71,7 @@ def encode_dataset(data: Path, autoencoder: Path, out: Path, device: str = "auto
     (out / "latents.json").unlink(missing_ok=True)
     target = pick_device(device)
     model = model.to(target, memory_format=torch.channels_last)
+    size = _BATCH.get(target.type, 64)
     rng = np.random.default_rng(0)
     sample = np.concatenate([s.frames[np.sort(rng.choice(len(s), min(len(s), 256), replace=False))] for s in dataset.shards])
     weights = colour_weights(torch.from_numpy(colour_frequencies(sample)).float())
@@ -81,17 +82,17 @@ def encode_dataset(data: Path, autoencoder: Path, out: Path, device: str = "auto
         latents = np.empty((len(shard), *model.latent_shape), np.float16)
         importance = np.empty((len(shard), *model.latent_shape[1:]), np.uint8)
         with torch.no_grad(), torch.autocast(target.type, torch.bfloat16, enabled=False):
-            for at in range(0, len(shard), _BATCH):
-                frames = torch.from_numpy(np.array(shard.frames[at : at + _BATCH])).to(target)
+            for at in range(0, len(shard), size):
+                frames = torch.from_numpy(np.array(shard.frames[at : at + size])).to(target)
                 images = to_images(frames).contiguous(memory_format=torch.channels_last)
                 if isinstance(model, TileAutoencoder):
-                    camera = torch.from_numpy(np.array(shard.camera[at : at + _BATCH])).to(target)
+                    camera = torch.from_numpy(np.array(shard.camera[at : at + size])).to(target)
                     encoded = model.encode(images, phase_of(camera))
                 else:
                     encoded = model.encode(images)
-                latents[at : at + _BATCH] = encoded.half().cpu().numpy()
+                latents[at : at + size] = encoded.half().cpu().numpy()
                 cells = model.pool(weights.to(target)[colour_bins(frames)], encoded)
-                importance[at : at + _BATCH] = (cells * 16).round().clamp(0, 255).byte().cpu().numpy()
+                importance[at : at + size] = (cells * 16).round().clamp(0, 255).byte().cpu().numpy()
         if model.camera_channels:
             latents[:, -2:] = camera_moves(shard.camera, shard.first)[..., None, None]
         for path, array in zip(paths, (latents, importance), strict=True):

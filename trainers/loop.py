@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from dreamenv.config import check
 from dreamenv.errors import CheckpointError
 from dreamenv.models.io import save_model
 from dreamenv.noise import philox
+from trainers.ahead import ahead, pick_workers
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class LoopConfig:
     """auto: bf16 autocast on CUDA and on CPUs with instructions for it, fp32 elsewhere."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 ..."""
+    workers: int | None = None
+    """Processes that draw batches ahead of time, which changes no batch; None: on CUDA one a spare core, up to 8, else none."""
+    cuda_graphs: bool = True
+    """On CUDA, record a step once and replay it (CUDA graphs): small networks wait for Python otherwise. Tasks whose steps
+    differ, and training in several processes, go without."""
     seed: int = 0
     """Decides initial weights, samples and noise."""
     log_every: int = 50
@@ -77,6 +84,7 @@ class LoopConfig:
         check(0 <= self.warmup < 1, f"warmup {self.warmup}: must be in [0, 1)")
         check(0 <= self.final_lr <= 1, f"final_lr {self.final_lr}: must be in [0, 1]")
         check(0 <= self.ema < 1, f"ema {self.ema}: must be in [0, 1)")
+        check(self.workers is None or self.workers >= 0, f"workers {self.workers}: must be >= 0")
         check(self.grad_clip > 0, f"grad_clip {self.grad_clip}: must be > 0")
         check(0 <= self.seed < 2**63, f"seed {self.seed}: must be in 0..2^63-1")
         check(self.weight_decay >= 0, f"weight_decay {self.weight_decay}: must be >= 0")
@@ -92,6 +100,14 @@ class Task(Protocol):
 
     def batch(self, rng: np.random.Generator, size: int) -> dict[str, Tensor]:
         """Draw one batch of CPU tensors; all randomness from `rng`."""
+        ...
+
+    def stage(self, progress: float) -> int | None:
+        """Which computation `loss` is now; None: one that must not be recorded.
+
+        While it stays the same, on tensors of the same shapes, a step is recorded once and replayed. What is recorded must not
+        ask the device for a value, nor use tensors that lie elsewhere.
+        """
         ...
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator,
@@ -145,6 +161,9 @@ class Loop:
         )  # fmt: skip
         self.ema = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.step, self.elapsed = 0, 0.0
+        self._recorded: _Recorded | None = None
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # the shapes stay the same
 
     @property
     def progress(self) -> float:
@@ -177,10 +196,12 @@ class Loop:
 
     def _train(self, log: _Log | None) -> dict[str, float]:
         validated = self._validate() if self.progress >= 1 and self.rank == 0 else {}
+        workers = pick_workers(self.config.workers, self.device)
+        batches = ahead(self._draw, itertools.count(self.step), workers, self.device)
         window, since = time.monotonic(), self.step
         while self.progress < 1:
             began = time.monotonic()
-            metrics = self._update()
+            metrics = self._update(*next(batches))
             self.step += 1
             self.elapsed = self._agree(self.elapsed + time.monotonic() - began)
             if log and (self.step % self.config.log_every == 0 or self.step == 1):
@@ -206,14 +227,35 @@ class Loop:
         dist.broadcast(shared, 0)
         return float(shared)
 
-    def _update(self) -> dict[str, Tensor]:
-        rng = philox((self.config.seed, self.step * self.world + self.rank))  # a step's data depends on its number alone
-        generator = torch.Generator(self.device).manual_seed(int(rng.integers(2**62)))
-        batch = {k: v.to(self.device, non_blocking=True) for k, v in self.task.batch(rng, self.config.batch_size).items()}
+    def _draw(self, step: int) -> tuple[int, dict[str, Tensor]]:
+        """The seed of a step's noise and its batch, which depend on its number alone."""
+        rng = philox((self.config.seed, step * self.world + self.rank))
+        seed = int(rng.integers(2**62))
+        return seed, self.task.batch(rng, self.config.batch_size)
+
+    def _update(self, seed: int, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
         rate = learning_rate(self.config, self.progress)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("rate", 1.0)
         self.trained.train()
+        stage = self.task.stage(self.progress) if self.config.cuda_graphs and self.device.type == "cuda" else None
+        if stage is None or self.world > 1:
+            metrics, norms = self.gradients(batch, torch.Generator(self.device).manual_seed(seed))
+        else:
+            if self._recorded is None or self._recorded.stage != stage:
+                self._recorded = _Recorded(self, stage, batch)
+            metrics, norms = self._recorded.replay(batch, seed)
+        if all(torch.isfinite(n) for n in norms):  # one bad batch must not end a long run
+            self.optimizer.step()
+        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            state = self.model.state_dict()
+            torch._foreach_lerp_(list(self.ema.values()), [state[k] for k in self.ema], 1 - decay)
+        return {"grad_norm": norms[0], "lr": torch.tensor(rate), **metrics}
+
+    def gradients(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Clipped gradients of a batch's loss, in the parameters; returns the metrics and the norms before clipping."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             loss, metrics = self.task.loss(self.trained, batch, generator, self.progress)
         self.optimizer.zero_grad(set_to_none=True)
@@ -224,16 +266,7 @@ class Loop:
                     dist.all_reduce(parameter.grad)
                     parameter.grad /= self.world
         norms = [nn.utils.clip_grad_norm_(group, self.config.grad_clip) for group in self.groups if group]
-        norm = norms[0]
-        if not all(torch.isfinite(n) for n in norms):  # one bad batch must not end a long run
-            self.optimizer.zero_grad(set_to_none=True)
-        else:
-            self.optimizer.step()
-        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            state = self.model.state_dict()
-            torch._foreach_lerp_(list(self.ema.values()), [state[k] for k in self.ema], 1 - decay)
-        return {"loss": loss.detach(), "grad_norm": norm, "lr": torch.tensor(rate), **metrics}
+        return {"loss": loss.detach(), **metrics}, norms
 
     def _validate(self) -> dict[str, float]:
         live = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
@@ -292,6 +325,33 @@ class Loop:
                     for k, v in values.items()
                 }  # fmt: skip
         self.step, self.elapsed = state["step"], state["elapsed"]
+
+
+class _Recorded:
+    """A step's loss and gradients as a CUDA graph, to be replayed on other batches of the same shapes."""
+
+    def __init__(self, loop: Loop, stage: int, batch: dict[str, Tensor]) -> None:
+        self.stage = stage
+        self._batch = {k: v.clone() for k, v in batch.items()}
+        self._generator = torch.Generator(loop.device).manual_seed(0)
+        stream = torch.cuda.Stream(loop.device)
+        stream.wait_stream(torch.cuda.current_stream(loop.device))
+        with torch.cuda.stream(stream):  # what is chosen or set up at a first use must not be recorded
+            for _ in range(3):
+                loop.gradients(self._batch, self._generator)
+        torch.cuda.current_stream(loop.device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        self._graph.register_generator_state(self._generator)
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._result = loop.gradients(self._batch, self._generator)
+
+    def replay(self, batch: dict[str, Tensor], seed: int) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """See `Loop.gradients`; what it returns holds until the next replay."""
+        for name, value in batch.items():
+            self._batch[name].copy_(value, non_blocking=True)
+        self._generator.manual_seed(seed)
+        self._graph.replay()
+        return self._result
 
 
 def _format(parameter: Tensor) -> torch.memory_format:

@@ -37,10 +37,14 @@ def motion_mask(frames: Tensor, previous: Tensor, threshold: int = 12) -> Tensor
     return F.max_pool2d(moved[:, None].float(), 3, 1, 1)[:, 0] > 0
 
 
-def variance_penalty(latents: Tensor, target: float = 1.0) -> Tensor:
-    """Mean over channels of (Var - target)^2 + mean^2, of latents (B, C, H, W) (SEED 2.8)."""
+def variance_penalty(latents: Tensor, counted: Tensor | None = None, target: float = 1.0) -> Tensor:
+    """Mean over channels of (Var - target)^2 + mean^2, of latents (B, C, H, W) (SEED 2.8), where bool (B, 1, H, W) says so."""
     z = latents.float()
-    return ((z.var((0, 2, 3)) - target) ** 2 + z.mean((0, 2, 3)) ** 2).mean()
+    weight = torch.ones_like(z[:, :1]) if counted is None else counted.float()
+    number = weight.sum()
+    mean = (z * weight).sum((0, 2, 3)) / number
+    variance = ((z - mean[:, None, None]).square() * weight).sum((0, 2, 3)) / (number - 1)
+    return ((variance - target) ** 2 + mean**2).mean()
 
 
 def error_estimate_score(log_error: Tensor, error: Tensor) -> Tensor:

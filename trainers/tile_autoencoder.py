@@ -99,7 +99,7 @@ class TileAutoencoderTask(AutoencoderTask):
         size = (2 * len(frames), *cast(TileAutoencoder, self.model).latent_shape)
         noise = torch.randn(size, generator=generator, device=frames.device)[:, :-4] * config.latent_noise
         own, later, codes, carried, answers = model(images, phase, earlier, earlier_phase, by, noise)
-        rarity = self._weights.to(frames.device)[colour_bins(frames)]
+        rarity = self._rarity(frames)
         weights = rarity * (1 + config.motion_weight * motion_mask(frames, batch["previous"]))
         error = (own.float() - images).square().mean(1)
         total = (weights * error).sum() / weights.sum() * 100
@@ -110,8 +110,7 @@ class TileAutoencoderTask(AutoencoderTask):
         both = known & (shown(phase) > 0.99)
         difference = (carried[:, :-1] - codes.float()).square()
         agreement = (difference / (1 + difference) * both).sum() / both.sum().clamp_min(1) / codes.shape[1]
-        visible = codes.float().movedim(1, -1)[(shown(phase) > 0.99)[:, 0]]
-        regulariser = variance_penalty(visible[:, :, None, None])
+        regulariser = variance_penalty(codes, shown(phase) > 0.99)
         reading = _misread(answers, phase)
         total = total + config.agreement * agreement + config.var_reg * regulariser + 0.1 * reading
         return total, {"psnr": -10 * error.detach().mean().log10(), "reading": reading.detach(),

@@ -94,7 +94,7 @@ def train(values: dict[str, Any], out: Path, resume: bool = False) -> dict[str, 
     loop = from_dict(LoopConfig, values.get("loop", {}), "loop")
     pick_device(loop.device)
     task = build_task(values, loop.seed)
-    budget = {k: v for k, v in to_dict(loop).items() if k not in ("log_every", "wandb")}
+    budget = {k: v for k, v in to_dict(loop).items() if k not in ("log_every", "wandb", "workers", "cuda_graphs")}
     identity = {"model": values["model"], "task": values.get("task", {}), "loop": budget}
     return Loop(loop, task, out, identity).run(resume)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ class Dataset:
             raise DatasetError(f"{self.folder / 'manifest.json'}: {have} of {all_shards} shards; "
                                "run the same collection again to finish it")  # fmt: skip
         self.facts: dict[str, Any] = self.manifest["facts"]
-        self.shards = [self._open(entry, verify) for entry in self.manifest["shards"]]
+        with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+            self.shards = list(pool.map(lambda entry: self._open(entry, verify), self.manifest["shards"]))
 
     def __len__(self) -> int:
         """Steps in the dataset."""

@@ -54,8 +54,10 @@ def surroundings(context: Tensor, tile: Tensor) -> Tensor:
         tile: (B, 2), the player's, see `place_in_tile`.
     """
     c, last = context.shape[2] - CAMERA, [max(context.shape[1] - _PICTURES + i, 0) for i in range(_PICTURES)]
-    at = behind(context)[:, last] + tile[:, None] + (_PLAYER - _AROUND)
-    recent = _cut(context[:, last, :c].flatten(0, 1), at.flatten(0, 1), 2 * _AROUND + 1)
+    by = behind(context)
+    at = torch.stack([by[:, i] for i in last], 1) + tile[:, None] + (_PLAYER - _AROUND)
+    pictures = torch.stack([context[:, i, :c] for i in last], 1)
+    recent = _cut(pictures.flatten(0, 1), at.flatten(0, 1), 2 * _AROUND + 1)
     return recent.unflatten(0, (-1, _PICTURES)).flatten(1, 2)
 
 
