@@ -20,6 +20,7 @@ from dreamenv.world_model import WorldModel
 
 HELD_OUT = (HELD_OUT_FROM, 1000)
 """First level and number of the held-out levels; no model or agent ever trains on them."""
+_KEPT = 16384  # pictures whose latents a remembering model keeps
 
 
 def parse_levels(text: str) -> tuple[int, int]:
@@ -81,25 +82,23 @@ def cut_clips(play: Segment, count: int, context: int, horizon: int, seed: int =
 
 
 class Remembering(WorldModel):
-    """A world model that encodes no picture twice: measures begin dreams at the same few contexts again and again.
+    """A world model that encodes hardly a picture twice: measures begin dreams at the same few contexts again and again.
 
     For one program that encodes the same pictures in the same order only, for which pictures come first decides in what company
-    they are encoded, and so their last bits. It keeps all of them, 28 KiB each.
+    they are encoded, and so their last bits. It keeps the first 16,384, of 28 KiB each.
     """
 
     def __init__(self, model: WorldModel) -> None:
         self.__dict__.update(model.__dict__)
         self._known: dict[bytes, torch.Tensor] = {}
 
-    def encode(self, frames: np.ndarray | torch.Tensor, fine: bool = True) -> torch.Tensor:
-        """See `WorldModel.encode`; only what is fine is kept."""
-        if not fine:
-            return super().encode(frames, fine)
+    def encode(self, frames: np.ndarray | torch.Tensor) -> torch.Tensor:
+        """See `WorldModel.encode`."""
         each = [frame.tobytes() for frame in np.asarray(frames)]
         new = {key: i for i, key in enumerate(each) if key not in self._known}
-        if new:
-            self._known.update(zip(new, super().encode(frames[list(new.values())]), strict=True))
-        return torch.stack([self._known[key] for key in each])
+        fresh = dict(zip(new, super().encode(frames[list(new.values())]), strict=True)) if new else {}
+        self._known.update(list(fresh.items())[: max(_KEPT - len(self._known), 0)])
+        return torch.stack([fresh[key] if key in fresh else self._known[key] for key in each])
 
 
 def imagine(model: WorldModel, frames: np.ndarray, history: np.ndarray, actions: np.ndarray, sampler: SamplerConfig,
@@ -200,7 +199,7 @@ def outcome_scores(model: WorldModel, play: Segment, sampler: SamplerConfig, dri
         raw = now[:, None] - drift + np.arange(-model.context + 1, 1)
         index = np.maximum(raw, start[env, now][:, None])
         history = np.where(raw == index, play.actions[env[:, None], index], NOOP)[:, :-1]
-        state = model.start(play.frames[env[:, None], index], history, fine=drift > 0)  # without drift many, and not dreamt on
+        state = model.start(play.frames[env[:, None], index], history)
         for d in range(drift):
             noise = step_noise(model, sampler, seed, np.arange(rows.start, rows.stop), d)
             state = model.step(state, play.actions[env, now - drift + d], noise, sampler).state

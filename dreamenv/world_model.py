@@ -47,17 +47,10 @@ class WorldModel:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted and self.precision == "bf16")
 
     @torch.inference_mode()
-    def encode(self, frames: np.ndarray | Tensor, fine: bool = True) -> Tensor:
-        """Frames uint8 (B, 64, 64, 3) -> latents float32 (B, C, H, W).
-
-        `fine` refines the camera's phase, for a tile autoencoder, so that dreams begin more exactly: four reconstructions.
-        """
+    def encode(self, frames: np.ndarray | Tensor) -> Tensor:
+        """Frames uint8 (B, 64, 64, 3) -> latents float32 (B, C, H, W)."""
         images = to_images(torch.as_tensor(frames).to(self.device)).contiguous(memory_format=torch.channels_last)
-        if not (fine and isinstance(self.autoencoder, TileAutoencoder)):
-            with self._autocast(isinstance(self.autoencoder, TileAutoencoder)):
-                return self.autoencoder.encode(images).contiguous()
-        phase = self.autoencoder.refine_phase(images, self.autoencoder.read_phase(images))
-        return self.autoencoder.encode(images, phase).contiguous()
+        return self.autoencoder.encode(images).contiguous()
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
@@ -66,18 +59,17 @@ class WorldModel:
             images = self.autoencoder.decode(latents.contiguous(memory_format=torch.channels_last))
         return to_frames(images).cpu()
 
-    def start(self, frames: np.ndarray | Tensor, actions: np.ndarray | Tensor, fine: bool = True) -> State:
+    def start(self, frames: np.ndarray | Tensor, actions: np.ndarray | Tensor) -> State:
         """Build a state from real history.
 
         Args:
             frames: uint8 (B, T, 64, 64, 3), T >= 1; the last K count, a shorter history repeats its first frame.
             actions: integers (B, T - 1), the action between each two frames; padding is no-ops.
-            fine: see `encode`.
         """
         frames, actions = torch.as_tensor(frames), torch.as_tensor(actions).long()
         b, t = frames.shape[:2]
         frames, actions = frames[:, -self.context :], actions[:, max(t - self.context, 0) :]
-        latents = self.encode(frames.flatten(0, 1), fine).unflatten(0, (b, frames.shape[1]))
+        latents = self.encode(frames.flatten(0, 1)).unflatten(0, (b, frames.shape[1]))
         latents = self._follow(latents, actions.to(self.device))
         missing = self.context - frames.shape[1]
         latents = torch.cat([latents[:, :1].expand(-1, missing, -1, -1, -1), latents], 1)

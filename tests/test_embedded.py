@@ -57,7 +57,7 @@ def test_it_is_faithful_on_held_out_levels(bundle: Bundle, play: Segment) -> Non
     assert figures["end_calibration_error"] < 0.05
 
 
-def test_phases_are_read_to_a_part_of_a_pixel_and_refined(bundle: Bundle) -> None:
+def test_phases_are_read_to_a_part_of_a_pixel(bundle: Bundle) -> None:
     autoencoder = bundle.world_model.autoencoder
     assert isinstance(autoencoder, TileAutoencoder)
     envs = RealProcgenVectorEnv(24, start_level=20_000, num_levels=500)
@@ -68,12 +68,8 @@ def test_phases_are_read_to_a_part_of_a_pixel_and_refined(bundle: Bundle) -> Non
     envs.close()
     images = torch.from_numpy(frames).movedim(-1, 1).float() / 255
     with torch.inference_mode():
-        read = autoencoder.read_phase(images)
-        fine = autoencoder.refine_phase(images, read)
-    off = [(((x - true + 0.5) % 1 - 0.5) * SCALE).abs() for x in (read, fine)]
-    assert off[0].median() < 0.05 and off[1].median() < 0.02 and off[1].mean() < 0.8 * off[0].mean()
-    assert off[1][:, 0].median() < 0.015
-    assert off[1][:, 0].mean() < 0.5 * off[0][:, 0].mean()  # down, most pictures stand on the ground, which the reader knows
+        off = ((autoencoder.read_phase(images) - true + 0.5) % 1 - 0.5).abs() * SCALE
+    assert off.median() < 0.01 and off.mean() < 0.02 and off.max() < 0.5
 
 
 def test_coins_and_deaths_outlive_eight_dreamt_steps(bundle: Bundle, play: Segment) -> None:

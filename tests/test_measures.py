@@ -235,9 +235,9 @@ def test_a_remembering_model_encodes_no_picture_twice(toy_bundle: Path, monkeypa
     asked: list[int] = []
     plain = WorldModel.encode
 
-    def counted(self: WorldModel, frames: Any, fine: bool = True) -> torch.Tensor:
+    def counted(self: WorldModel, frames: Any) -> torch.Tensor:
         asked.append(len(frames))
-        return plain(self, frames, fine)
+        return plain(self, frames)
 
     monkeypatch.setattr(WorldModel, "encode", counted)
     remembering = Remembering(model)
@@ -247,6 +247,10 @@ def test_a_remembering_model_encodes_no_picture_twice(toy_bundle: Path, monkeypa
     state, again = (m.start(pictures[None, :5], np.zeros((1, 4), np.int64)) for m in (model, remembering))
     torch.testing.assert_close(state.latents, again.latents)
     assert asked == [3, 1, 4, 1], "of the context's last four pictures only one is new"
+    monkeypatch.setattr("dreamenv.rollout._KEPT", 5)  # all of what is known by now
+    torch.testing.assert_close(remembering.encode(pictures), plain(model, pictures))
+    remembering.encode(pictures)
+    assert asked == [3, 1, 4, 1, 1, 1], "what there is no room for is encoded anew"
 
 
 def test_drifted_contexts_are_dreamt_from_the_right_moment(toy_bundle: Path) -> None:
@@ -258,8 +262,7 @@ def test_drifted_contexts_are_dreamt_from_the_right_moment(toy_bundle: Path) -> 
     class Probe:
         context, rewards = model.context, model.rewards
 
-        def start(self, frames: np.ndarray, history: np.ndarray, fine: bool) -> Any:
-            assert fine, "a dream begins as finely as any other"
+        def start(self, frames: np.ndarray, history: np.ndarray) -> Any:
             return SimpleNamespace(frame=frames[:, -1], actions=[])
 
         def step(self, state: Any, actions: np.ndarray, noise: None, sampler: SamplerConfig) -> Any:

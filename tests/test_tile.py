@@ -550,7 +550,7 @@ def test_half_precision_hardly_changes_a_picture(trained: Path) -> None:
     drawn = []
     for precision in ("fp32", "bf16"):
         model = WorldModel(*cast(Any, networks), precision=precision)
-        latents = model.encode(frames, fine=False)
+        latents = model.encode(frames)
         assert latents.dtype == torch.float32
         drawn.append(model.decode(latents).numpy().astype(int))
     assert np.abs(drawn[0] - drawn[1]).max() <= 2 and not np.array_equal(drawn[0], 0 * drawn[0])

@@ -30,8 +30,6 @@ CAMERA = 4
 """Channels that hold phase and move."""
 MEMORY = 32
 """Tiles each way of what is remembered of the level, the latent's window in its middle."""
-_NUDGE = 0.1 / SCALE  # tiles by which a phase is moved to see how the reconstruction changes
-_FAR_OFF = 0.05  # error of a pixel's channel that is rather another pixel's colour than a slope
 _REACH = 2  # tiles that the camera moves in one step, at most
 _MARGIN = (MEMORY - WINDOW) // 2
 
@@ -264,26 +262,6 @@ class TileAutoencoder(nn.Module):
         """Images (B, 3, 64, 64) in [0, 1] -> phases (B, 2)."""
         x, y, sx, sy = self.reader(images).float().unbind(1)
         return phase_of(torch.stack([torch.atan2(sx, x), torch.atan2(sy, y)], 1) / (2 * math.pi))
-
-    def refine_phase(self, images: Tensor, phase: Tensor) -> Tensor:
-        """Phases (B, 2) that were read off images (B, 3, 64, 64), x after two Gauss-Newton steps on the reconstruction's error.
-
-        The reader is off by 0.05 pixels in x (median) and by 0.003 in y, which is left. Edges jump by whole pixels as the
-        camera moves, so slopes are central differences, the error is that of the mean of their two reconstructions, and in the
-        second step a pixel counts the less the farther off it is (Cauchy's weights). It costs four reconstructions.
-        """
-
-        def drawn(at: Tensor) -> Tensor:
-            return self.decode(self.encode(images, phase_of(at))).flatten(1).float()
-
-        along = torch.tensor([1.0, 0.0], device=phase.device)
-        for scale in (math.inf, _FAR_OFF):
-            ahead, back = drawn(phase + _NUDGE * along), drawn(phase - _NUDGE * along)
-            slope, residual = (ahead - back) / (2 * _NUDGE), images.flatten(1).float() - (ahead + back) / 2
-            weighed = slope / (1 + (residual / scale).square())
-            step = (weighed * residual).sum(1, True) / ((weighed * slope).sum(1, True) + 1e-6)
-            phase = phase_of(phase + along * step.clamp(-3 * _NUDGE, 3 * _NUDGE))
-        return phase
 
     def encode(self, images: Tensor, phase: Tensor | None = None) -> Tensor:
         """Images (B, 3, 64, 64) in [0, 1] -> latents (B, C, 16, 16) with a move of zero; without `phase` (B, 2) it is read."""
