@@ -334,7 +334,7 @@ def compare(bundle: Bundle, config: CompareConfig, sampler: SamplerConfig,
     progress("perceptual distance")
     add_perceptual(result, config.examined)
     progress("outcomes")
-    result.outcomes["real"] = outcome_scores(model, play, sampler, negatives=config.negatives, seed=seed)
+    result.outcomes["real"] = outcome_scores(bundle.world_model, play, sampler, negatives=config.negatives, seed=seed)
     figures |= outcome_figures(model, result.outcomes["real"]) | {"steps": int(play.first.size)}
     if config.drift:
         progress("outcomes after drift")

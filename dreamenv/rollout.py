@@ -20,7 +20,6 @@ from dreamenv.world_model import WorldModel
 
 HELD_OUT = (HELD_OUT_FROM, 1000)
 """First level and number of the held-out levels; no model or agent ever trains on them."""
-_KEPT = 16384  # pictures whose latents a remembering model keeps
 
 
 def parse_levels(text: str) -> tuple[int, int]:
@@ -82,10 +81,10 @@ def cut_clips(play: Segment, count: int, context: int, horizon: int, seed: int =
 
 
 class Remembering(WorldModel):
-    """A world model that encodes hardly a picture twice: measures begin dreams at the same few contexts again and again.
+    """A world model that encodes no picture twice: measures begin dreams at the same few contexts again and again.
 
     For one program that encodes the same pictures in the same order only, for which pictures come first decides in what company
-    they are encoded, and so their last bits. It keeps the first 16,384, of 28 KiB each.
+    they are encoded, and so their last bits. It keeps all of them, 40 KiB each.
     """
 
     def __init__(self, model: WorldModel) -> None:
@@ -96,9 +95,9 @@ class Remembering(WorldModel):
         """See `WorldModel.encode`."""
         each = [frame.tobytes() for frame in np.asarray(frames)]
         new = {key: i for i, key in enumerate(each) if key not in self._known}
-        fresh = dict(zip(new, super().encode(frames[list(new.values())]), strict=True)) if new else {}
-        self._known.update(list(fresh.items())[: max(_KEPT - len(self._known), 0)])
-        return torch.stack([fresh[key] if key in fresh else self._known[key] for key in each])
+        if new:
+            self._known.update(zip(new, super().encode(frames[list(new.values())]), strict=True))
+        return torch.stack([self._known[key] for key in each])
 
 
 def imagine(model: WorldModel, frames: np.ndarray, history: np.ndarray, actions: np.ndarray, sampler: SamplerConfig,

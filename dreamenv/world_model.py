@@ -25,8 +25,8 @@ class WorldModel:
     Args:
         autoencoder, dynamics, head: the three networks.
         device: where they run.
-        precision: "fp32", or "bf16" autocast of dynamics and head, and of the inner blocks of a tile autoencoder; the rest of
-            an autoencoder is always fp32, for bf16 has no more digits than a pixel.
+        precision: "fp32", or "bf16" autocast of dynamics and head, and of the inner blocks of a tile autoencoder's decoder; the
+            rest of an autoencoder is always fp32, for bf16 has no more digits than a pixel.
     """
 
     def __init__(self, autoencoder: FrameCodec, dynamics: Dynamics, head: OutcomeHead,

@@ -247,10 +247,6 @@ def test_a_remembering_model_encodes_no_picture_twice(toy_bundle: Path, monkeypa
     state, again = (m.start(pictures[None, :5], np.zeros((1, 4), np.int64)) for m in (model, remembering))
     torch.testing.assert_close(state.latents, again.latents)
     assert asked == [3, 1, 4, 1], "of the context's last four pictures only one is new"
-    monkeypatch.setattr("dreamenv.rollout._KEPT", 5)  # all of what is known by now
-    torch.testing.assert_close(remembering.encode(pictures), plain(model, pictures))
-    remembering.encode(pictures)
-    assert asked == [3, 1, 4, 1, 1, 1], "what there is no room for is encoded anew"
 
 
 def test_drifted_contexts_are_dreamt_from_the_right_moment(toy_bundle: Path) -> None:

@@ -18,7 +18,7 @@ from dreamenv.models.latent_flow import LatentFlow, draw_next
 from envs.collect import CollectConfig, collect
 from trainers.critic import Critic, fool, judge
 from trainers.dynamics import DynamicsTask, DynamicsTaskConfig
-from trainers.heads import HeadsTask, HeadsTaskConfig
+from trainers.heads import HeadsTask, HeadsTaskConfig, shared_out
 from trainers.latents import encode_dataset
 from trainers.loop import Loop
 from trainers.losses import energy_score, error_estimate_score
@@ -225,6 +225,27 @@ def test_dreamt_contexts_of_the_head_lead_to_the_moment_they_are_labelled_with(l
     assert 80 < seen < 180, "balance 0.4"
 
 
+@pytest.mark.parametrize("count", [1, 130, 514, 4096])
+def test_dreams_of_each_length_are_drawn_with_one_evaluation_and_with_two(count: int) -> None:
+    length = np.sort((64 ** np.random.default_rng(0).random(count)).round().astype(np.int64))
+    length[count * 3 // 4 :] = 64
+    for together in (128, 1024):
+        batches = shared_out(length, together)
+        assert np.array_equal(np.sort(np.concatenate([rows for rows, _ in batches])), np.arange(count))
+        assert max(len(rows) for rows, _ in batches) <= together
+        twice = np.concatenate([rows for rows, nfe in batches if nfe == 2] or [np.zeros(0, np.int64)])
+        for part in (length < 8, length == 64):
+            assert abs(part[twice].sum() - part.sum() / 2) <= len(batches)
+
+
+def test_the_energy_score_begins_when_it_is_told_to(latents: Path) -> None:
+    task = DynamicsTask(DynamicsTaskConfig(latents=str(latents), energy=1.0, energy_from=0.5, unroll=2, val_ratio=0.2), FLOW, 0)
+    batch = task.batch(np.random.default_rng(0), 4)
+    for progress, begun in ((0.4, False), (0.5, True)):
+        _, metrics = task.loss(task.model, batch, torch.Generator().manual_seed(0), progress)
+        assert ("energy_1" in metrics) == begun == bool(task.stage(progress))
+
+
 def test_a_head_trained_on_dreams_reports_both_kinds_of_context(latents: Path, dynamics: str, tmp_path: Path) -> None:
     figures = train({"model": HEAD, "task": {"latents": str(latents), "dynamics": dynamics, "val_ratio": 0.2, "dreams": 64},
                      "loop": {"steps": 3, "batch_size": 16}}, tmp_path / "head")  # fmt: skip
@@ -305,7 +326,8 @@ def test_steps_after_the_end_of_an_episode_cost_nothing(energy: float, latents: 
 
 def test_bad_adversarial_and_head_settings_are_refused(latents: Path) -> None:
     for bad in ({"certainty": 2.0}, {"adversarial": -1.0}, {"judged": 9, "adversarial": 0.1}, {"sampled": -1.0},
-                {"energy": -1.0}, {"drawn": 1.0}, {"energy": 0.1, "adversarial": 0.1, "judged": 2}):  # fmt: skip
+                {"energy": -1.0}, {"energy_from": 0.5},
+                {"drawn": 1.0}, {"energy": 0.1, "adversarial": 0.1, "judged": 2}):  # fmt: skip
         with pytest.raises(ConfigError, match=next(iter(bad))):
             DynamicsTaskConfig(unroll=3, **bad)
     with pytest.raises(ConfigError, match="outcome 0.1: needs a head"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
 import re
 import signal
@@ -18,9 +19,10 @@ import yaml
 from torch import Tensor, nn
 
 from dreamenv.bundle import load_bundle, pick_precision
-from dreamenv.errors import BundleError, CheckpointError, ConfigError
+from dreamenv.errors import BundleError, CheckpointError, ConfigError, DatasetError
 from dreamenv.models.io import load_model
 from envs.collect import CollectConfig, collect
+from trainers.ahead import ahead
 from trainers.loop import Loop, LoopConfig, learning_rate
 from trainers.train import train
 
@@ -157,6 +159,19 @@ def test_workers_change_no_weight(data: Path, tmp_path: Path) -> None:
     for name in ("model/model", "checkpoint/optimizer"):
         own, theirs = ((tmp_path / workers / f"{name}.safetensors").read_bytes() for workers in ("0", "2"))
         assert own == theirs, name
+    assert not multiprocessing.active_children()
+
+
+def test_workers_hand_on_errors_as_they_are() -> None:
+    def make(item: int) -> int:
+        if item == 2:
+            raise DatasetError("item 2: is damaged")
+        return item * item
+
+    made = ahead(make, [0, 1, 2, 3], 2, torch.device("cpu"))
+    assert [next(made), next(made)] == [0, 1]
+    with pytest.raises(DatasetError, match="^item 2: is damaged$"):
+        next(made)
 
 
 class _Noisy:
@@ -194,7 +209,8 @@ def test_recorded_steps_learn_what_others_do(tmp_path: Path, monkeypatch: pytest
         settings = LoopConfig(steps=12, lr=0.1, batch_size=16, device="cuda", precision="fp32", cuda_graphs=graphs, workers=1)
         loop = Loop(settings, _Noisy(), tmp_path / str(graphs), {})
         loop.run()
-        assert loop.step == 12
+        recorded = loop._recorded
+        assert loop.step == 12 and (recorded.stage == 1 if recorded is not None else not graphs)
         weights.append({name: value.clone() for name, value in loop.model.state_dict().items()})
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value)

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import os
+import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from dreamenv.errors import DreamenvError
+
 _MOST = 8  # processes, where none are asked for
+_ROOM = 4 * 2**30  # bytes of shared memory that they want: two batches each, of up to 100 MB and more
+_SHARED = "/dev/shm"
 
 
 class _Items(Dataset[Any]):
-    """The items as a dataset: asked for one, it makes what belongs to it."""
+    """The items as a dataset: asked for one, it makes what belongs to it, or returns the error that says why it cannot."""
 
     def __init__(self, make: Callable[[Any], Any]) -> None:
         self._make = make
 
     def __getitem__(self, item: Any) -> Any:
-        return self._make(item)
+        try:
+            return self._make(item)
+        except DreamenvError as error:  # raised here, its text would be lost in a worker's traceback
+            return error
 
 
 def _same(made: Any) -> Any:
@@ -27,10 +36,15 @@ def _same(made: Any) -> Any:
 
 
 def pick_workers(workers: int | None, device: torch.device) -> int:
-    """How many processes work ahead: as many as asked for, else on CUDA one a spare core, up to 8, and none on a CPU."""
+    """How many processes work ahead: as many as asked for, else on CUDA one a spare core, up to 8, and none on a CPU.
+
+    Nor are there any, unless asked for, where shared memory is small, as in a container by default.
+    """
     if workers is not None:
         return workers
-    return min((os.cpu_count() or 1) - 1, _MOST) if device.type == "cuda" else 0
+    if device.type != "cuda" or not os.path.isdir(_SHARED) or shutil.disk_usage(_SHARED).free < _ROOM:
+        return 0
+    return min(len(os.sched_getaffinity(0)) - 1, _MOST)
 
 
 def ahead(make: Callable[[Any], Any], items: Iterable[Any], workers: int, device: torch.device) -> Iterator[Any]:
@@ -43,7 +57,14 @@ def ahead(make: Callable[[Any], Any], items: Iterable[Any], workers: int, device
         device: where the tensors go next: for CUDA they come in pinned memory.
     """
     if not workers:
-        return map(make, items)
+        yield from map(make, items)
+        return
     loader = DataLoader(_Items(make), batch_size=None, sampler=cast(Any, items), num_workers=workers, collate_fn=_same,
                         pin_memory=device.type == "cuda", multiprocessing_context="fork")  # fmt: skip
-    return iter(loader)
+    with warnings.catch_warnings():  # the workers use one thread and no device
+        warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
+        made = iter(loader)
+    for result in made:
+        if isinstance(result, DreamenvError):
+            raise result
+        yield result

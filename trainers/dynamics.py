@@ -111,6 +111,7 @@ class DynamicsTaskConfig:
               f"judged {self.judged}: must be in 1..unroll, which is {self.unroll}")
         check(self.energy >= 0, f"energy {self.energy}: must be >= 0")
         check(0 <= self.energy_from < 1, f"energy_from {self.energy_from}: must be in [0, 1)")
+        check(not self.energy_from or self.energy > 0, f"energy_from {self.energy_from}: needs an energy above 0")
         check(0 < self.drawn < 1, f"drawn {self.drawn}: must be in (0, 1)")
         check(not (self.energy and self.adversarial), f"energy {self.energy}: cannot go with an adversarial term; set one to 0")
         check(1 <= self.flow_draws <= 64, f"flow_draws {self.flow_draws}: must be in 1..64")
@@ -258,11 +259,11 @@ class DynamicsTask:
     def loss(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator,
              progress: float) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """The terms of the dreams that go on from means and, with an energy score, of those that go on from draws."""
+        size = len(batch["actions"])
+        n = size - max(round(size * self.config.drawn), 1) if self.config.energy else size
+        check(n > 0, f"batch_size {size}: too small to share with the energy score, needs 2 or more")
         if not self.config.energy or progress < self.config.energy_from:
             return self._from_means(model, batch, generator, progress)
-        size = len(batch["actions"])
-        n = size - max(round(size * self.config.drawn), 1)
-        check(n > 0, f"batch_size {size}: too small to share with the energy score, needs 2 or more")
         total, metrics = self._from_means(model, {name: value[:n] for name, value in batch.items()}, generator, progress)
         score, others = self._from_draws(model, {name: value[n:] for name, value in batch.items()}, generator)
         return total + score, metrics | others

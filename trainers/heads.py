@@ -148,14 +148,12 @@ class HeadsTask:
         length[each * len(rare) :] = drift
         begin = np.maximum(ends - length, self.data.start[ends])
         length = ends - begin
-        order = np.argsort(length, kind="stable")  # dreams of one length together: none is dreamt on for the sake of others
         latents = np.zeros((count, k + drift, *self.data.latents.shape[1:]), np.float16)
         bar = tqdm(total=int(length.sum()), desc="dream", unit="step", unit_scale=True)
         dynamics, together = dynamics.to(device, memory_format=torch.channels_last), _TOGETHER.get(device.type, 128)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=pick_precision("auto", device) == "bf16"):
-            for at in range(0, count, together):
-                rows = order[at : at + together]
-                sampler = SamplerConfig(nfe=1 + at // together % 2)
+            for rows, nfe in shared_out(length, together):
+                sampler = SamplerConfig(nfe=nfe)
                 context = self._gather(begin[rows])[0].float().to(device)
                 latents[rows, :k] = context.half().cpu().numpy()
                 memory = dynamics.recall(context)
@@ -301,6 +299,19 @@ class _Dreams:
     def contexts(self, row: np.ndarray, depth: np.ndarray, context: int) -> Tensor:
         """The contexts float16 (B, K, C, H, W) after `depth` dreamt steps."""
         return torch.from_numpy(self.latents[row[:, None], depth[:, None] + np.arange(context)])
+
+
+def shared_out(length: np.ndarray, together: int) -> list[tuple[np.ndarray, int]]:
+    """Share dreams of lengths int64 (D,) out to batches of up to `together`: their rows, and the evaluations a step, 1 or 2.
+
+    Dreams of about one length are dreamt together, few on for others' sake, and half of each length with either: the long ones
+    are the uneventful, and what two evaluations draw must not be taken for a sign of that.
+    """
+    order, batches = np.argsort(length, kind="stable"), []
+    for at in range(0, len(order), 2 * together):
+        block = order[at : at + 2 * together]
+        batches += [(block[i::2], i + 1) for i in range(min(2, len(block)))]
+    return batches
 
 
 def _fitting_dynamics(folder: str, data: LatentDataset, context: int) -> Dynamics:

@@ -1,4 +1,4 @@
-"""The only training loop: step or minute budget, EMA, checkpoints that resume to the same weights bit for bit."""
+"""The only training loop: step or minute budget, EMA, checkpoints that resume to the same weights, on a CPU bit for bit."""
 
 from __future__ import annotations
 
@@ -195,7 +195,9 @@ class Loop:
         return validated
 
     def _train(self, log: _Log | None) -> dict[str, float]:
-        validated = self._validate() if self.progress >= 1 and self.rank == 0 else {}
+        if self.progress >= 1:
+            return self._validate() if self.rank == 0 else {}
+        validated: dict[str, float] = {}
         workers = pick_workers(self.config.workers, self.device)
         batches = ahead(self._draw, itertools.count(self.step), workers, self.device)
         window, since = time.monotonic(), self.step
@@ -244,6 +246,7 @@ class Loop:
             metrics, norms = self.gradients(batch, torch.Generator(self.device).manual_seed(seed))
         else:
             if self._recorded is None or self._recorded.stage != stage:
+                self._recorded = None  # its memory is free for the next
                 self._recorded = _Recorded(self, stage, batch)
             metrics, norms = self._recorded.replay(batch, seed)
         if all(torch.isfinite(n) for n in norms):  # one bad batch must not end a long run
@@ -334,16 +337,17 @@ class _Recorded:
         self.stage = stage
         self._batch = {k: v.clone() for k, v in batch.items()}
         self._generator = torch.Generator(loop.device).manual_seed(0)
-        stream = torch.cuda.Stream(loop.device)
-        stream.wait_stream(torch.cuda.current_stream(loop.device))
-        with torch.cuda.stream(stream):  # what is chosen or set up at a first use must not be recorded
-            for _ in range(3):
-                loop.gradients(self._batch, self._generator)
-        torch.cuda.current_stream(loop.device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        self._graph.register_generator_state(self._generator)
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._result = loop.gradients(self._batch, self._generator)
+        with torch.cuda.device(loop.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # what is chosen or set up at a first use must not be recorded
+                for _ in range(3):
+                    loop.gradients(self._batch, self._generator)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            self._graph.register_generator_state(self._generator)
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                self._result = loop.gradients(self._batch, self._generator)
 
     def replay(self, batch: dict[str, Tensor], seed: int) -> tuple[dict[str, Tensor], list[Tensor]]:
         """See `Loop.gradients`; what it returns holds until the next replay."""
