@@ -55,6 +55,9 @@ def ahead(make: Callable[[Any], Any], items: Iterable[Any], workers: int, device
         items: any length, also without an end.
         workers: processes; 0 makes each in this one when it is asked for.
         device: where the tensors go next: for CUDA they come in pinned memory.
+
+    Raises:
+        DreamenvError: what `make` raised, as it is, also from a worker.
     """
     if not workers:
         yield from map(make, items)
