@@ -466,6 +466,19 @@ def test_outcomes_are_learnt_from_ends_of_more_episodes_too(trained: Path, tmp_p
         else:
             raise AssertionError("a context of neither dataset")
     assert min(seen) > 0
+    dreaming = HeadsTask(replace(config, dynamics=str(trained / "flow" / "model"), dreams=60, drift=6), spec, 0)
+    for dreams, part in ((dreaming._dreams, False), (dreaming._val_dreams, True)):
+        assert dreams is not None
+        into = np.zeros(2, int)
+        for row in range(dreams.eventful):
+            now = int(dreams.begin[row])
+            k, data = int(now >= len(own.start)), (own, also)[int(now >= len(own.start))]
+            begin = now - k * len(own.start)
+            end = begin + int(dreams.length[row])
+            assert np.array_equal(dreams.latents[row, 3], data.latents[begin]) and data.validation[end] == part
+            assert data.terminated[end] and data.start[end] == data.start[begin] and begin - data.start[begin] >= 3 * k
+            into[k] += 1
+        assert into.min() > 0 or part, "dreams lead to events of both"
     task = {"latents": str(trained / "latents"), "also": str(tmp_path / "latents"), "val_ratio": 0.2}
     figures = train({"model": spec, "task": task, "loop": loop(2, 8)}, tmp_path / "head")
     assert np.isfinite(figures["nll"])

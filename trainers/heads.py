@@ -37,8 +37,8 @@ class HeadsTaskConfig:
     latents: str = "runs/coinrun/latents"
     """Folder of the encoded dataset."""
     also: str = ""
-    """Folder of more encoded data, from whose levels that are trained on rare outcomes are drawn too; its uneventful steps are
-    not, so it may hold ends of episodes only (`python -m envs.collect --ends 16`)."""
+    """Folder of more encoded data, whose rare outcomes are drawn too; its uneventful steps are not, so it may hold ends of
+    episodes only (`python -m envs.collect --ends 16`)."""
     init_from: str = ""
     """Model folder to start from; empty starts anew."""
     balance: float = 0.4
@@ -51,8 +51,8 @@ class HeadsTaskConfig:
     """Most steps dreamt before the head is asked."""
     dreams: int = 8192
     """How many dreams there are, dreamt once before training. Three quarters end in rare outcomes, after 1 to `drift` steps,
-    each doubling as likely; the others are `drift` steps long, so that a long dream of nothing is not taken for an ending one.
-    Half are drawn with two evaluations a step instead of one."""
+    each doubling as likely, of those that have so many steps before them; the others are `drift` steps long, so that a long
+    dream of nothing is not taken for an ending one. Half are drawn with two evaluations a step instead of one."""
     dreamt: float = 0.5
     """Share of each batch with a dreamt context."""
     context_noise: float = 0.2
@@ -100,24 +100,23 @@ class HeadsTask:
         wanted, found = (network.latent_channels, network.latent_size), self.data.latents.shape[1:3]
         check(wanted == found, f"latent_channels, latent_size {wanted}: the latents have {found}")
         self.context = network.context
-        train = np.flatnonzero(~self.data.validation)
-        check(0 < len(train) < len(self.labels),
+        check(0 < int(self.data.validation.sum()) < len(self.labels),
               f"val_ratio {config.val_ratio}: leaves no levels to train on or none to validate on; collect more levels")
-        self._train, self._all_labels, self._start = self._moments(train), self.labels, self.data.start
-        self._also = LatentDataset(Path(config.also), config.val_ratio) if config.also else None
-        if self._also is not None:
-            self._take(self._also)
+        self._all_labels, self._start, self._also, self._added = self.labels, self.data.start, None, (np.zeros(0, np.int64),) * 2
+        if config.also:
+            self._take(LatentDataset(Path(config.also), config.val_ratio))
+        self._train, self._val = self._moments(False), self._moments(True)
         self._dreams: _Dreams | None = None
         self._val_dreams: _Dreams | None = None
         if config.dynamics:
             dynamics = _fitting_dynamics(config.dynamics, self.data, self.context)
             device = pick_device("auto")
-            rng, val = philox((seed, 1)), np.flatnonzero(self.data.validation)
-            self._dreams = self._imagine(dynamics, train, config.dreams, rng, device)
-            self._val_dreams = self._imagine(dynamics, val, config.dreams // 8 + 2, rng, device)
+            rng = philox((seed, 1))
+            self._dreams = self._imagine(dynamics, self._train, config.dreams, rng, device)
+            self._val_dreams = self._imagine(dynamics, self._val, config.dreams // 8 + 2, rng, device)
 
     def _take(self, also: LatentDataset) -> None:
-        """Add the rare outcomes of other data's training levels to those drawn; its steps are counted on from our own."""
+        """Add other data, its steps counted on from our own; those with a whole context before them are its moments."""
         check(also.facts["autoencoder_sha256"] == self.data.facts["autoencoder_sha256"],
               f"also {also.folder}: was encoded by another autoencoder than {self.data.folder}; encode it with that one")
         network, own = cast(OutcomeHead, self.model).config, len(self.labels)
@@ -126,27 +125,28 @@ class HeadsTask:
             labels[(np.round(also.rewards.astype(np.float64), 4) == reward) & (also.terminated == end)] = i
         begin = also.start + self.context - 1  # of episodes cut short the first contexts are not whole
         self._all_labels, self._start = np.concatenate([self.labels, labels]), np.concatenate([self._start, own + begin])
-        whole = own + np.flatnonzero(~also.validation & (np.arange(len(labels)) >= begin))
-        every = self._train[-1]
-        steps = np.concatenate([every, whole])
-        rare = [steps[self._all_labels[steps] == c] for c in range(1, len(network.rewards))]
-        self._train = [*(c for c in rare if len(c)), every]
+        whole = np.arange(len(labels)) >= begin
+        self._also = also
+        self._added = own + np.flatnonzero(whole & ~also.validation), own + np.flatnonzero(whole & also.validation)
 
-    def _moments(self, steps: np.ndarray) -> list[np.ndarray]:
-        """The steps int64 of each outcome, the uneventful last."""
-        rare = [steps[self.labels[steps] == c] for c in range(1, int(self.labels.max()) + 1)]
-        return [*(c for c in rare if len(c)), steps]
+    def _moments(self, validation: bool) -> list[np.ndarray]:
+        """The steps int64 of each outcome in one part of the split, the uneventful last and with all others of our own data."""
+        every = np.flatnonzero(self.data.validation == validation)
+        steps = np.concatenate([every, self._added[validation]])
+        rare = [steps[self._all_labels[steps] == c] for c in range(1, int(self._all_labels.max()) + 1)]
+        return [*(c for c in rare if len(c)), every]
 
-    def _imagine(self, dynamics: Dynamics, steps: np.ndarray, count: int, rng: np.random.Generator,
+    def _imagine(self, dynamics: Dynamics, moments: list[np.ndarray], count: int, rng: np.random.Generator,
                  device: torch.device) -> _Dreams:  # fmt: skip
-        """Dream from real contexts to `count` of the moments `steps`: the first three quarters to rare outcomes, evenly."""
-        *rare, every = self._moments(steps)
+        """Dream from real contexts to `count` of the `moments`: the first three quarters to rare outcomes, evenly."""
+        *rare, every = moments
         each = count * 3 // 4 // len(rare) if rare else 0
-        ends = np.concatenate([*(rng.choice(c, each) for c in rare), rng.choice(every, count - each * len(rare))])
         k, drift = self.context, self.config.drift
         length = (drift ** rng.random(count)).round().astype(np.int64)
         length[each * len(rare) :] = drift
-        begin = np.maximum(ends - length, self.data.start[ends])
+        ends = np.concatenate([*(self._far(c, length[i * each : (i + 1) * each], rng) for i, c in enumerate(rare)),
+                               rng.choice(every, count - each * len(rare))])  # fmt: skip
+        begin = np.maximum(ends - length, self._start[ends])
         length = ends - begin
         latents = np.zeros((count, k + drift, *self.data.latents.shape[1:]), np.float16)
         bar = tqdm(total=int(length.sum()), desc="dream", unit="step", unit_scale=True)
@@ -160,7 +160,7 @@ class HeadsTask:
                 for step in range(length[rows].max()):
                     now = np.minimum(begin[rows] + step, ends[rows])
                     noise = torch.from_numpy(rng.standard_normal(context[:, 0].shape, np.float32)).to(device)
-                    actions = torch.from_numpy(self.data.contexts(now, k)[1]).to(device)
+                    actions = torch.from_numpy(self._taken(now)).to(device)
                     clean, _ = draw_next(dynamics, context, actions, noise, sampler, memory)
                     memory = dynamics.remember(memory, context[:, -1], clean)
                     context = torch.cat([context[:, 1:], clean[:, None]], 1)
@@ -195,7 +195,7 @@ class HeadsTask:
         context, actions = self._gather(now[rows:])
         if dreams is not None:
             context = torch.cat([dreams.contexts(row, depth, self.context), context])
-            actions = torch.cat([torch.from_numpy(self.data.contexts(now[:rows], self.context)[1]), actions])
+            actions = torch.cat([torch.from_numpy(self._taken(now[:rows])), actions])
         return {"context": context, "actions": actions, "labels": torch.from_numpy(self._all_labels[now])}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator,
@@ -220,25 +220,25 @@ class HeadsTask:
         With dreams, half of the calibration's weight lies on dreamt contexts, whose figures are called `dreamt ...`.
         """
         head = cast(OutcomeHead, model)
-        val = np.flatnonzero(self.data.validation)
-        rare, common = val[self.labels[val] > 0], val[self.labels[val] == 0]
-        kept = np.random.default_rng(0).permutation(common)[:12000]
-        sets = {"": (np.concatenate([rare, kept]), None)}
+        *rare, val = self._val
+        kept = np.random.default_rng(0).permutation(val[self.labels[val] == 0])[:12000]
+        sets = {"": (np.concatenate([*rare, kept]), None)}
         if (dreams := self._val_dreams) is not None:
             calm = np.repeat(np.arange(dreams.eventful, len(dreams.begin)), _DEPTHS)
             depth = np.random.default_rng(0).integers(0, dreams.length[calm], endpoint=True)
             row = np.concatenate([np.arange(dreams.eventful), calm])
             depth = np.concatenate([dreams.length[: dreams.eventful], depth])
             at = dreams.begin[row] + depth
-            fair = (row < dreams.eventful) == (self.labels[at] > 0)
+            fair = (row < dreams.eventful) == (self._all_labels[at] > 0)
             sets["dreamt "] = (at[fair], dreams.contexts(row[fair], depth[fair], self.context))
         share = np.bincount(self.labels[val], minlength=len(head.config.rewards)) / len(val)
         logits, labels, weights = {}, {}, {}
         for name, (now, contexts) in sets.items():
             logits[name] = self._logits(head, now, contexts)
-            labels[name] = torch.from_numpy(self.labels[now])
-            found = np.bincount(self.labels[now], minlength=len(share)) / len(now)
-            weights[name] = torch.from_numpy((share / np.maximum(found, 1e-12))[self.labels[now]] / len(now))
+            which = self._all_labels[now]
+            labels[name] = torch.from_numpy(which)
+            found = np.bincount(which, minlength=len(share)) / len(now)
+            weights[name] = torch.from_numpy((share / np.maximum(found, 1e-12))[which] / len(now))
         scale, bias, nll = calibrate(*(torch.cat(list(part.values())) for part in (logits, labels, weights)))
         head.config = replace(head.config, scale=scale, bias=tuple(bias))
         figures = {"nll": nll}
@@ -267,18 +267,32 @@ class HeadsTask:
                 "also": None if self._also is None else self._also.dataset.facts,
                 "autoencoder_sha256": self.data.facts["autoencoder_sha256"]}  # fmt: skip
 
+    def _of(self, now: np.ndarray) -> list[tuple[LatentDataset, np.ndarray, np.ndarray]]:
+        """Which data steps int64 (B,) belong to: each with the rows bool (B,) that are its own, and their indices in it."""
+        own = len(self.labels)
+        parts = [(self.data, now < own, now[now < own])]
+        return parts if self._also is None else [*parts, (self._also, now >= own, now[now >= own] - own)]
+
+    def _taken(self, now: np.ndarray) -> np.ndarray:
+        """Actions int64 (B, K) of the contexts that end at steps of either data."""
+        taken = np.empty((len(now), self.context), np.int64)
+        for data, rows, at in self._of(now):
+            taken[rows] = data.contexts(at, self.context)[1]
+        return taken
+
     def _gather(self, now: np.ndarray) -> tuple[Tensor, Tensor]:
         """Contexts float16 (B, K, C, H, W) and actions int64 (B, K) of steps of either data."""
-        k, own = self.context, len(self.labels)
-        if self._also is None:
-            indices, taken = self.data.contexts(now, k)
-            return self.data.gather(indices), torch.from_numpy(taken)
-        context = torch.empty((len(now), k, *self.data.latents.shape[1:]), dtype=torch.float16)
-        actions = torch.empty((len(now), k), dtype=torch.int64)
-        for data, rows, before in ((self.data, now < own, 0), (self._also, now >= own, own)):
-            indices, taken = data.contexts(now[rows] - before, k)
-            context[rows], actions[rows] = data.gather(indices), torch.from_numpy(taken)
-        return context, actions
+        context = torch.empty((len(now), self.context, *self.data.latents.shape[1:]), dtype=torch.float16)
+        for data, rows, at in self._of(now):
+            context[rows] = data.gather(data.contexts(at, self.context)[0])
+        return context, torch.from_numpy(self._taken(now))
+
+    def _far(self, steps: np.ndarray, length: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """One of `steps` for each length int64 (D,), with so many steps of its episode before it where there are such."""
+        room = self._start[steps] - steps
+        order = np.argsort(room, kind="stable")
+        fit = np.searchsorted(room[order], -length, side="right").clip(1)
+        return steps[order[(rng.random(len(length)) * fit).astype(np.int64)]]
 
 
 @dataclass(frozen=True)
