@@ -102,16 +102,18 @@ class WorldModel:
         latents = torch.cat([state.latents[:, 1:], clean[:, None]], 1)
         memory = self.dynamics.remember(state.memory, state.latents[:, -1], clean)
         uncertainty = log_error.exp().mean((1, 2)).sqrt()
-        return Transition(State(latents, taken[:, 1:], memory), self._outcomes(state.latents, taken), uncertainty)
+        outcomes = self._outcomes(state.latents, taken, self.dynamics.beside(clean).get("move"))
+        return Transition(State(latents, taken[:, 1:], memory), outcomes, uncertainty)
 
     @torch.inference_mode()
     def outcomes(self, state: State, actions: np.ndarray | Tensor) -> Tensor:
         """Log-probabilities float32 (B, outcomes) of what the actions int64 (B,) would bring at `state`."""
-        return self._outcomes(state.latents, self._taken(state, actions))
+        taken = self._taken(state, actions)
+        return self._outcomes(state.latents, taken, self.dynamics.ahead(state.latents, taken))
 
-    def _outcomes(self, latents: Tensor, taken: Tensor) -> Tensor:
+    def _outcomes(self, latents: Tensor, taken: Tensor, move: Tensor | None) -> Tensor:
         with self._autocast():
-            return self.head.log_probabilities(latents, taken)
+            return self.head.log_probabilities(latents, taken, move)
 
     def _taken(self, state: State, actions: np.ndarray | Tensor) -> Tensor:
         return torch.cat([state.actions, torch.as_tensor(actions, device=self.device).long()[:, None]], 1)

@@ -270,7 +270,7 @@ class Judge(nn.Module):
 
     config = OutcomeHeadConfig(latent_channels=8, width=16)
 
-    def forward(self, context: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    def forward(self, context: torch.Tensor, actions: torch.Tensor, move: None) -> torch.Tensor:
         self.context, self.actions = context, actions
         return context[:, -1, :3].mean((2, 3))
 

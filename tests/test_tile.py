@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from dreamenv.artifacts import sha256_file
 from dreamenv.bundle import GameFacts, Limits, Starts, load_bundle, save_bundle
 from dreamenv.data import Dataset
 from dreamenv.data.writer import DatasetWriter
@@ -21,7 +23,7 @@ from dreamenv.errors import BundleError, ConfigError, DatasetError
 from dreamenv.flow import SamplerConfig
 from dreamenv.models.autoencoder import Autoencoder, AutoencoderConfig
 from dreamenv.models.heads import OutcomeHead, OutcomeHeadConfig, TileOutcomeHead
-from dreamenv.models.io import load_model, save_model
+from dreamenv.models.io import load_model, load_weights, save_model
 from dreamenv.models.latent_flow import LatentFlow, LatentFlowConfig, draw_next
 from dreamenv.models.tile import (
     MEMORY,
@@ -432,18 +434,50 @@ def test_energy_score_and_outcomes_train_on_tiles_too(trained: Path, tmp_path: P
 def test_an_outcome_head_sees_what_surrounds_the_player_and_no_more(level: Tensor) -> None:
     head = TileOutcomeHead(OutcomeHeadConfig(latent_channels=10, width=8)).eval()
     context = walk(level, torch.tensor([[20.3, 14.2]]), torch.zeros(1, 3, 2))
-    actions = torch.full((1, 4), 7)
+    actions, move = torch.full((1, 4), 7), torch.full((1, 2), 0.1)
     far, near = torch.ones(WINDOW, WINDOW), torch.zeros(WINDOW, WINDOW)
     far[4:12, 4:12], near[6:9, 6:9] = 0, 1  # the player is in the middle of 13 tiles that begin at one
     answers = []
     for where in (far, near):
         changed = context.clone()
         changed[:, :, :-4] += where
-        answers.append(head.log_probabilities(changed, actions))
-    assert torch.equal(answers[0], head.log_probabilities(context, actions)) and not torch.allclose(*answers)
-    assert not torch.allclose(answers[0], head.log_probabilities(context, torch.full((1, 4), 1)))
+        answers.append(head.log_probabilities(changed, actions, move))
+    assert torch.equal(answers[0], head.log_probabilities(context, actions, move)) and not torch.allclose(*answers)
+    assert not torch.allclose(answers[0], head.log_probabilities(context, torch.full((1, 4), 1), move))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(head.log_probabilities(context, actions), answers[0])
+        assert torch.equal(head.log_probabilities(context, actions, move), answers[0])
+
+
+def test_an_outcome_head_on_tiles_is_told_the_next_move(level: Tensor, tmp_path: Path) -> None:
+    head = TileOutcomeHead(OutcomeHeadConfig(latent_channels=10, width=8)).eval()
+    context, actions = walk(level, torch.tensor([[20.3, 14.2]]), torch.zeros(1, 3, 2)), torch.full((1, 4), 7)
+    rest, falling = torch.zeros(1, 2), torch.tensor([[0.0, 0.2]])
+    assert not torch.allclose(head(context, actions, rest), head(context, actions, falling))
+    with pytest.raises(ConfigError, match="next move"):
+        head(context, actions)
+    older = {k: v[:, : head.view.seen].contiguous() if k == "decide.0.weight" else v for k, v in head.state_dict().items()}
+    (tmp_path / "older.safetensors").write_bytes(save_tensors(older))
+    load_weights(head, tmp_path / "older.safetensors", sha256_file(tmp_path / "older.safetensors"))
+    assert torch.equal(head(context, actions, rest), head(context, actions, falling)), "heads of before were not told"
+    assert torch.equal(head.decide[0].weight[:, : head.view.seen], older["decide.0.weight"])
+
+
+@pytest.mark.parametrize("sampler", [SamplerConfig(), SamplerConfig(nfe=2), SamplerConfig(nfe=3, solver="heun"),
+                                     SamplerConfig(guidance_scale=2.0)])  # fmt: skip
+def test_what_a_step_says_of_outcomes_is_what_the_state_says(sampler: SamplerConfig, trained: Path, tmp_path: Path) -> None:
+    bundle = load_bundle(make_tile_bundle(trained, tmp_path / "bundle"), "cpu")
+    model = bundle.world_model
+    state = model.start(bundle.starts.frames, bundle.starts.actions)
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        actions = rng.integers(15, size=5)
+        noise = rng.standard_normal((5, *model.latent_shape), np.float32)
+        imagined = model.step(state, actions, noise, sampler)
+        assert torch.equal(imagined.log_probabilities, model.outcomes(state, actions))
+        context, taken = state.latents, torch.cat([state.actions, torch.from_numpy(actions)[:, None]], 1)
+        move = moves(imagined.state.latents)[:, -1]
+        assert torch.equal(imagined.log_probabilities, model.head.log_probabilities(context, taken, move))
+        state = imagined.state
 
 
 def test_outcomes_are_learnt_from_ends_of_more_episodes_too(trained: Path, tmp_path: Path) -> None:
@@ -451,8 +485,11 @@ def test_outcomes_are_learnt_from_ends_of_more_episodes_too(trained: Path, tmp_p
                                  policy="biased", seed=5), progress=False)  # fmt: skip
     encode_dataset(ends, trained / "ae" / "model", tmp_path / "latents", "cpu")
     spec = {"type": "tile_outcome_head", "latent_channels": 10, "width": 8}
-    config = HeadsTaskConfig(latents=str(trained / "latents"), also=str(tmp_path / "latents"), val_ratio=0.2)
+    config = HeadsTaskConfig(latents=str(trained / "latents"), also=str(tmp_path / "latents"), val_ratio=0.2,
+                             dynamics=str(trained / "flow" / "model"), dreams=0)  # fmt: skip
     task = HeadsTask(config, spec, 0)
+    with pytest.raises(ConfigError, match="needs them for the player's move"):
+        HeadsTask(replace(config, dynamics=""), spec, 0)
     own, also = LatentDataset(trained / "latents", 0.2), LatentDataset(tmp_path / "latents", 0.2)
     batch = task.batch(np.random.default_rng(0), 100)
     seen = [0, 0]
@@ -466,7 +503,7 @@ def test_outcomes_are_learnt_from_ends_of_more_episodes_too(trained: Path, tmp_p
         else:
             raise AssertionError("a context of neither dataset")
     assert min(seen) > 0
-    dreaming = HeadsTask(replace(config, dynamics=str(trained / "flow" / "model"), dreams=60, drift=6), spec, 0)
+    dreaming = HeadsTask(replace(config, dreams=60, drift=6), spec, 0)
     for dreams, part in ((dreaming._dreams, False), (dreaming._val_dreams, True)):
         assert dreams is not None
         into = np.zeros(2, int)
@@ -479,7 +516,7 @@ def test_outcomes_are_learnt_from_ends_of_more_episodes_too(trained: Path, tmp_p
             assert data.terminated[end] and data.start[end] == data.start[begin] and begin - data.start[begin] >= 3 * k
             into[k] += 1
         assert into.min() > 0 or part, "dreams lead to events of both"
-    task = {"latents": str(trained / "latents"), "also": str(tmp_path / "latents"), "val_ratio": 0.2}
+    task = {"latents": config.latents, "also": config.also, "dynamics": config.dynamics, "dreams": 0, "val_ratio": 0.2}
     figures = train({"model": spec, "task": task, "loop": loop(2, 8)}, tmp_path / "head")
     assert np.isfinite(figures["nll"])
     with pytest.raises(ConfigError, match="ends of episodes only"):

@@ -360,7 +360,10 @@ class DynamicsTask:
         assert self.head is not None
         rows = torch.arange(len(trail), device=trail.device)[:, None]
         steps = batch["asked"][:, None] + torch.arange(self.context, device=trail.device)
-        return F.cross_entropy(self.head.to(trail.device)(trail[rows, steps], actions[rows, steps]), batch["labels"])
+        context, taken = trail[rows, steps], actions[rows, steps]
+        with torch.no_grad():  # the head's answer must not bend the player's path
+            move = cast(Dynamics, self.model).ahead(context, taken)
+        return F.cross_entropy(self.head.to(trail.device)(context, taken, move), batch["labels"])
 
     def _from_means(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator,
                     progress: float) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip

@@ -46,13 +46,14 @@ class HeadsTaskConfig:
     near: float = 0.2
     """Share drawn from the last steps before a rare outcome, the hardest negatives."""
     dynamics: str = ""
-    """Model folder of trained dynamics; some contexts are then dreamt, as they will be when the head is used."""
+    """Model folder of trained dynamics; some contexts are then dreamt, as they will be when the head is used. A head on tiles
+    needs them for the player's next move too."""
     drift: int = 64
     """Most steps dreamt before the head is asked."""
     dreams: int = 8192
-    """How many dreams there are, dreamt once before training. Three quarters end in rare outcomes, after 1 to `drift` steps,
-    each doubling as likely, of those that have so many steps before them; the others are `drift` steps long, so that a long
-    dream of nothing is not taken for an ending one. Half are drawn with two evaluations a step instead of one."""
+    """How many dreams there are, dreamt once before training; 0 for none. Three quarters end in rare outcomes, after 1 to
+    `drift` steps, each doubling as likely, of those that have so many steps before them; the others are `drift` steps long, so
+    that a long dream of nothing is not taken for an ending one. Half are drawn with two evaluations a step instead of one."""
     dreamt: float = 0.5
     """Share of each batch with a dreamt context."""
     context_noise: float = 0.2
@@ -67,7 +68,7 @@ class HeadsTaskConfig:
         check(0 <= self.balance < 1, f"balance {self.balance}: must be in [0, 1)")
         check(0 <= self.near < 1 - self.balance, f"near {self.near}: must be in [0, 1 - balance)")
         check(1 <= self.drift <= 64, f"drift {self.drift}: must be in 1..64")
-        check(self.dreams >= 2, f"dreams {self.dreams}: must be >= 2")
+        check(self.dreams == 0 or self.dreams >= 2, f"dreams {self.dreams}: must be 0, or 2 or more")
         check(0 <= self.dreamt <= 1, f"dreamt {self.dreamt}: must be in 0..1")
         check(self.context_noise >= 0, f"context_noise {self.context_noise}: must be >= 0")
         check(0 < self.val_ratio < 1, f"val_ratio {self.val_ratio}: must be in (0, 1)")
@@ -102,18 +103,21 @@ class HeadsTask:
         self.context = network.context
         check(0 < int(self.data.validation.sum()) < len(self.labels),
               f"val_ratio {config.val_ratio}: leaves no levels to train on or none to validate on; collect more levels")
-        self._all_labels, self._start, self._also, self._added = self.labels, self.data.start, None, (np.zeros(0, np.int64),) * 2
+        self._all_labels, self._start = self.labels, self.data.start
+        self._also: LatentDataset | None = None
+        self._added = (np.zeros(0, np.int64),) * 2  # other data's moments of training and of validation
         if config.also:
             self._take(LatentDataset(Path(config.also), config.val_ratio))
         self._train, self._val = self._moments(False), self._moments(True)
+        check(bool(config.dynamics) or not isinstance(self.model, TileOutcomeHead),
+              f"dynamics {config.dynamics!r}: a {model['type']} needs them for the player's move; dreams: 0 if for no more")
+        self._dynamics = _fitting_dynamics(config.dynamics, self.data, self.context) if config.dynamics else None
         self._dreams: _Dreams | None = None
         self._val_dreams: _Dreams | None = None
-        if config.dynamics:
-            dynamics = _fitting_dynamics(config.dynamics, self.data, self.context)
-            device = pick_device("auto")
-            rng = philox((seed, 1))
-            self._dreams = self._imagine(dynamics, self._train, config.dreams, rng, device)
-            self._val_dreams = self._imagine(dynamics, self._val, config.dreams // 8 + 2, rng, device)
+        if self._dynamics is not None and config.dreams:
+            device, rng = pick_device("auto"), philox((seed, 1))
+            self._dreams = self._imagine(self._dynamics, self._train, config.dreams, rng, device)
+            self._val_dreams = self._imagine(self._dynamics, self._val, config.dreams // 8 + 2, rng, device)
 
     def _take(self, also: LatentDataset) -> None:
         """Add other data, its steps counted on from our own; those with a whole context before them are its moments."""
@@ -206,7 +210,8 @@ class HeadsTask:
         noise = torch.randn(context.shape, generator=generator, device=context.device)
         if camera := self.data.autoencoder.camera_channels:
             noise[:, :, -camera:] = 0
-        logits = model(context + noise * sigma[:, None, None, None, None], batch["actions"])
+        noised = context + noise * sigma[:, None, None, None, None]
+        logits = model(noised, batch["actions"], self._ahead(context, batch["actions"]))
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
         return F.cross_entropy(logits, labels), {"accuracy": accuracy}
 
@@ -257,8 +262,16 @@ class HeadsTask:
             context, actions = self._gather(now[at : at + 256])
             if contexts is not None:
                 context = contexts[at : at + 256]
-            out.append(head(context.float().to(device), actions.to(device)).cpu())
+            context, actions = context.float().to(device), actions.to(device)
+            out.append(head(context, actions, self._ahead(context, actions)).cpu())
         return torch.cat(out)
+
+    def _ahead(self, context: Tensor, actions: Tensor) -> Tensor | None:
+        """What the head is told of the next step, of a context without noise, as when it is used."""
+        if self._dynamics is None:
+            return None
+        with torch.no_grad():
+            return self._dynamics.to(context.device).ahead(context, actions)
 
     def facts(self) -> dict[str, Any]:
         """Share of each joint outcome in the data, and what other data there was."""

@@ -131,7 +131,8 @@ def run_pipeline(config: PipelineConfig) -> Path:
     stage(out, "unrolled", lambda: _train(config, "unrolled", task | {"init_from": str(out / "predictor" / "model")}))
     stage(out, "flow", lambda: _train(config, "flow", task | {"init_from": str(out / "unrolled" / "model")}))
     outcomes, last = str(out / "outcomes" / "model"), "settled"
-    stage(out, "outcomes", lambda: _train(config, "outcomes", task | also))
+    moving = {"dynamics": str(out / "flow" / "model"), "dreams": 0} if tiles else {}
+    stage(out, "outcomes", lambda: _train(config, "outcomes", task | also | moving))
     answering = {"init_from": str(out / "flow" / "model"), "head": outcomes}
     stage(out, "settled", lambda: _train(config, "settled", task | answering))
     dreams = {"dreams": dreams_for(config.minutes, config.stage_steps)}

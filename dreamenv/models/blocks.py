@@ -92,6 +92,10 @@ class UNet(nn.Module):
         """What is remembered one step on, when `latent` (B, C, H, W) follows `last`."""
         return memory
 
+    def ahead(self, context: Tensor, actions: Tensor) -> Tensor | None:
+        """What an outcome head is told of the step after a context (B, K, C, H, W) and actions (B, K); here nothing."""
+        return None
+
     def beside(self, clean: Tensor) -> dict[str, Tensor]:
         """Options of `forward` that make another prediction comparable with `clean`, cell by cell; none here."""
         return {}

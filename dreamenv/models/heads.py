@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from dreamenv.actions import NUM_ACTIONS
 from dreamenv.config import check
 from dreamenv.models.blocks import ResBlock, group_norm
-from dreamenv.models.player import PlayerView, place_in_tile, surroundings
+from dreamenv.models.player import FINE_PLACE, PlayerView, fine_place, place_in_tile, surroundings
 from dreamenv.models.registry import register_model
 from dreamenv.models.tile import CAMERA, fp32, moves, phases
+
+_AHEAD = 4 + FINE_PLACE  # numbers that a head on tiles is told of the player's next move
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,9 @@ class OutcomeHead(nn.Module):
         self.config = config
         self.register_buffer("prior", torch.tensor(config.bias or (0.0,) * len(config.rewards)), persistent=False)
 
-    def log_probabilities(self, context: Tensor, actions: Tensor) -> Tensor:
+    def log_probabilities(self, context: Tensor, actions: Tensor, move: Tensor | None = None) -> Tensor:
         """Calibrated log-probabilities (B, outcomes) of the joint outcomes; takes what `forward` takes."""
-        return (self.config.scale * self(context, actions) + self.prior).log_softmax(1)
+        return (self.config.scale * self(context, actions, move) + self.prior).log_softmax(1)
 
 
 @register_model("outcome_head", OutcomeHeadConfig)
@@ -81,8 +83,8 @@ class PictureOutcomeHead(OutcomeHead):
         self.hidden = nn.Linear(w * side * side + w, 128)
         self.out = nn.Linear(128, len(config.rewards))
 
-    def forward(self, context: Tensor, actions: Tensor) -> Tensor:
-        """Context (B, K, C, H, W), actions int64 (B, K) -> uncorrected logits (B, outcomes)."""
+    def forward(self, context: Tensor, actions: Tensor, move: Tensor | None = None) -> Tensor:
+        """Context (B, K, C, H, W), actions int64 (B, K) -> uncorrected logits (B, outcomes); it heeds no move."""
         cond = self.action(actions).flatten(1)
         x = self.stem(context.flatten(1, 2))
         for i, block in enumerate(self.blocks):
@@ -99,7 +101,9 @@ class TileOutcomeHead(OutcomeHead):
     """A head that looks only at what surrounds the player, of latents on the grid of tiles.
 
     Coins and deaths are touched: where exactly the player is and what is within three tiles decides, wherever that is in the
-    level, and a head that sees no more learns it from far fewer events.
+    level, and a head that sees no more learns it from far fewer events. Procgen asks what is touched once all have moved, so
+    the head is told the player's next move as the dynamics predict it (`TileFlow.ahead`): they have learnt how it runs, falls
+    and lands from every step, of which one in hundreds brings an outcome.
     """
 
     def __init__(self, config: OutcomeHeadConfig) -> None:
@@ -108,11 +112,28 @@ class TileOutcomeHead(OutcomeHead):
         check(config.context >= 2, f"context {config.context}: must be 2..64")
         w = config.width
         self.view = PlayerView(config.latent_channels - CAMERA, config.context, w)
-        self.decide = nn.Sequential(nn.Linear(self.view.seen, 3 * w), nn.SiLU(), nn.Linear(3 * w, 3 * w), nn.SiLU(),
+        self.decide = nn.Sequential(nn.Linear(self.view.seen + _AHEAD, 3 * w), nn.SiLU(), nn.Linear(3 * w, 3 * w), nn.SiLU(),
                                     nn.Linear(3 * w, len(config.rewards)))  # fmt: skip
 
-    def forward(self, context: Tensor, actions: Tensor) -> Tensor:
-        """Context (B, K, C, H, W), actions int64 (B, K) -> uncorrected logits (B, outcomes)."""
+    def forward(self, context: Tensor, actions: Tensor, move: Tensor | None = None) -> Tensor:
+        """Predict the outcome's uncorrected logits (B, outcomes).
+
+        Args:
+            context: (B, K, C, H, W), past latents.
+            actions: int64 (B, K).
+            move: (B, 2), the camera's next move in tiles, see `TileFlow.ahead`; required.
+        """
+        check(move is not None, "move None: a head on tiles needs the next move that the dynamics predict")
+        assert move is not None
         tile, place = place_in_tile(phases(context)[:, -1])
         with fp32(context):
-            return self.decide(self.view.see(surroundings(context, tile), place, moves(context)[:, 1:], actions))
+            seen = self.view.see(surroundings(context, tile), place, moves(context)[:, 1:], actions)
+            return self.decide(torch.cat([seen, move, place + move, fine_place(place + move)], 1))
+
+    def grown(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights from before it was told the next move, which then counts for nothing."""
+        name = "decide.0.weight"
+        found = weights.get(name)
+        if found is not None and found.ndim == 2 and found.shape[1] == self.view.seen:
+            weights = weights | {name: F.pad(found, (0, _AHEAD))}
+        return weights

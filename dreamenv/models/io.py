@@ -57,6 +57,8 @@ def load_weights(model: nn.Module, path: Path, sha256: str) -> None:
     except SafetensorError as error:
         raise BundleError(f"{path}: is not a safetensors file ({error}); re-download or retrain") from None
     expected = model.state_dict()
+    if (grown := getattr(model, "grown", None)) is not None:
+        tensors = grown(tensors)
     if missing := sorted(set(expected) - set(tensors)):
         raise BundleError(f"{path}: tensor {missing[0]} is missing; re-download or retrain")
     if extra := sorted(set(tensors) - set(expected)):

@@ -13,6 +13,7 @@ _PLAYER = 1 + VIEW // 2  # the tile in which the picture's middle, the player's 
 _AROUND = 3  # tiles on each side of the player's that are looked at
 _PICTURES = 3  # so many of the last ones
 _FINE = (4, 8, 16)  # waves a tile of the place's finer features: a foot a hundredth of a tile above the ground does not stand
+FINE_PLACE = 4 + 4 * len(_FINE)  # numbers of `fine_place`
 
 
 def _cut(codes: Tensor, at: Tensor, size: int) -> Tensor:
@@ -90,3 +91,10 @@ class PlayerView(nn.Module):
         taken = F.one_hot(actions, NUM_ACTIONS + 1).float()
         facts = [taken.flatten(1), before.flatten(1), place, angle.cos(), angle.sin(), fine.cos(), fine.sin()]
         return torch.cat([self.look(recent), *facts], 1)
+
+
+def fine_place(place: Tensor) -> Tensor:
+    """Waves of one and more a tile of a place (B, 2) in tiles, (B, FINE_PLACE); of no slope but the widest."""
+    angle = 2 * torch.pi * place
+    fine = 2 * torch.pi * torch.cat([n * place for n in _FINE], 1).detach()
+    return torch.cat([angle.cos(), angle.sin(), fine.cos(), fine.sin()], 1)

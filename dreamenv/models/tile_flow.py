@@ -131,6 +131,10 @@ class TileFlow(UNet):
         self.condition = nn.Sequential(nn.Linear(seen, 2 * e), nn.SiLU(), nn.Linear(2 * e, e), nn.SiLU())
         self.motion = CameraMotion(c, k, config.motion)
 
+    def ahead(self, context: Tensor, actions: Tensor) -> Tensor:
+        """The camera's next move (B, 2) in tiles, which is the player's: the game asks what it touches after that move."""
+        return self.next_move(context, actions, phases(context)[:, -1], moves(context)[:, 1:])
+
     def beside(self, clean: Tensor) -> dict[str, Tensor]:
         """The move of `clean`, so that another prediction is of the same window."""
         return {"move": moves(clean)}
