@@ -120,7 +120,7 @@ def compare(settings: Annotated[CompareConfig, tyro.conf.arg(name="")] = _COMPAR
         guidance: how far to push the dream towards the action; 1 is off, else each evaluation costs two.
         device: auto, cpu, cuda ...
         quick: measure less of everything and leave out the closed loop, in under a minute.
-        thorough: twice the steps, negatives, episodes and so on, four long dreams; what the embedded card is measured with.
+        thorough: twice the steps, negatives and so on, four long dreams; what the embedded card is measured with.
         card: store the figures in the bundle's card.json.
     """
     from tqdm import tqdm

@@ -78,7 +78,7 @@ class CompareConfig:
     """Steps dreamt before the outcome head is asked on a drifted context."""
     policies: tuple[str, ...] = POLICIES
     """Policies played in both worlds; none skips it."""
-    episodes: int = 20
+    episodes: int = 40
     """Episodes of each policy in each world."""
     limit: int = 150
     """Steps after which these episodes are cut off, in both worlds."""
@@ -100,8 +100,8 @@ class CompareConfig:
         check(0 <= self.seed < 2**63, f"seed {self.seed}: must be in 0..2^63-1")
 
     def thorough(self) -> CompareConfig:
-        """Twice as many steps, and so other clips; twice the negatives, episodes and so on, four long dreams. For cards."""
-        names = ("random_clips", "examined", "steps", "negatives", "episodes")
+        """Twice as many steps, and so other clips; twice the negatives and so on, four long dreams. For cards."""
+        names = ("random_clips", "examined", "steps", "negatives")
         twice = {name: 2 * getattr(self, name) for name in names}
         return replace(self, **twice, endless_dreams=4 * self.endless_dreams)
 
