@@ -25,9 +25,9 @@ from dreamenv.models.latent_flow import LatentFlow, LatentFlowConfig, alternatin
 from dreamenv.noise import branch_stream, draw_step, reset_generator
 from tests.conftest import toy_world_model
 from trainers.dynamics import _grown
-from trainers.heads import calibrate, joint_outcomes
 from trainers.latents import channel_weights
 from trainers.losses import colour_bins, colour_weights, motion_mask, variance_penalty
+from trainers.outcomes import calibrate, joint_outcomes
 
 
 def test_the_linear_path_starts_as_pca() -> None:

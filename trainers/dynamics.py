@@ -26,9 +26,10 @@ from dreamenv.models.tile_flow import TileFlow, recall
 from dreamenv.report import save_grid, save_video, side_by_side
 from dreamenv.world_model import Dynamics
 from trainers.critic import Critic, fool, judge
-from trainers.heads import outcome_labels, trained_head
+from trainers.heads import trained_head
 from trainers.latents import LatentDataset, channel_weights
 from trainers.losses import energy_score, error_estimate_score
+from trainers.outcomes import outcome_labels
 
 _HORIZON = 10  # steps of the validation's open loop
 _BEST = 1e-5  # mean squared error of a picture from which on it need not become better: 50 dB

@@ -25,6 +25,7 @@ from dreamenv.models.tile_flow import TileFlow
 from dreamenv.noise import philox
 from dreamenv.world_model import Dynamics
 from trainers.latents import LatentDataset
+from trainers.outcomes import calibrate, outcome_labels
 
 _TOGETHER = {"cpu": 128, "cuda": 1024}  # dreams dreamt at once
 _DEPTHS = 8  # depths at which each uneventful dream of the validation is asked: there are few, and they weigh much
@@ -296,9 +297,11 @@ class HeadsTask:
     def _gather(self, now: np.ndarray) -> tuple[Tensor, Tensor]:
         """Contexts float16 (B, K, C, H, W) and actions int64 (B, K) of steps of either data."""
         context = torch.empty((len(now), self.context, *self.data.latents.shape[1:]), dtype=torch.float16)
+        taken = np.empty((len(now), self.context), np.int64)
         for data, rows, at in self._of(now):
-            context[rows] = data.gather(data.contexts(at, self.context)[0])
-        return context, torch.from_numpy(self._taken(now))
+            indices, taken[rows] = data.contexts(at, self.context)
+            context[rows] = data.gather(indices)
+        return context, torch.from_numpy(taken)
 
     def _far(self, steps: np.ndarray, length: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """One of `steps` for each length int64 (D,), with so many steps of its episode before it where there are such."""
@@ -361,60 +364,3 @@ def trained_head(folder: str, option: str) -> OutcomeHead:
 def dreams_for(minutes: float, steps: int | None) -> int:
     """How many dreams a training is worth that takes so many minutes in all its stages, or steps where they are given."""
     return max(min(HeadsTaskConfig.dreams, int(40 * minutes) if steps is None else 64 * steps), 2)
-
-
-def outcome_labels(data: LatentDataset, head: OutcomeHead | None, limit: int) -> tuple[list[tuple[float, bool]], np.ndarray]:
-    """`joint_outcomes` of a dataset, and labels int64 (N,); where there is a trained head, its outcomes in its order.
-
-    Raises:
-        ConfigError: the data holds an outcome that the head does not know.
-    """
-    outcomes, labels = joint_outcomes(data.rewards, data.terminated, limit)
-    if head is None:
-        return outcomes, labels
-    known = list(zip(head.config.rewards, head.config.terminated, strict=True))
-    unknown = [o for o in outcomes if o not in known]
-    check(not unknown, f"head: does not know the outcomes {unknown} of this data; train a new one")
-    return known, np.array([known.index(o) for o in outcomes])[labels]
-
-
-def joint_outcomes(rewards: np.ndarray, terminated: np.ndarray, limit: int) -> tuple[list[tuple[float, bool]], np.ndarray]:
-    """Return the joint outcomes, (0, False) first and then by frequency, and each step's label int64 (N,)."""
-    pairs = np.stack([np.round(rewards.astype(np.float64), 4), terminated.astype(np.float64)], 1)
-    values, inverse, counts = np.unique(pairs, axis=0, return_inverse=True, return_counts=True)
-    inverse = inverse.reshape(-1)
-    null = (values == 0).all(1)
-    order = np.argsort(np.where(null, -np.inf, -counts), kind="stable")
-    if not null.any():  # an odd dataset without an uneventful step: the null outcome exists all the same
-        values = np.concatenate([[[0.0, 0.0]], values])
-        order, inverse = np.arange(len(values)), inverse + 1
-    kept = order[:limit]
-    ends = [o for o in order if values[o][1]]
-    if ends and ends[0] not in kept:  # an episode must be able to end
-        kept = np.append(kept[:-1], ends[0])
-    new = np.zeros(len(values), np.int64)
-    for old in range(len(values)):
-        same = [k for k, o in enumerate(kept) if values[o][1] == values[old][1]] or [0]
-        new[old] = min(same, key=lambda k: abs(values[kept[k]][0] - values[old][0]))
-    return [(float(values[o][0]), bool(values[o][1])) for o in kept], new[inverse]
-
-
-def calibrate(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[float, list[float], float]:
-    """Fit one scale and a bias per outcome by weighted likelihood (vector-bias Platt scaling, Guo et al. 2017)."""
-    with torch.enable_grad():
-        log_scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
-        bias = torch.zeros(logits.shape[1], dtype=torch.float64, requires_grad=True)
-        x, w = logits.double(), weights.double() / weights.sum()
-        optimizer = torch.optim.LBFGS([log_scale, bias], max_iter=200, line_search_fn="strong_wolfe")
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            nll = (F.cross_entropy(log_scale.exp() * x + bias, labels, reduction="none") * w).sum()
-            nll = nll + 1e-6 * (bias**2).sum()  # an outcome absent from validation must not run away
-            nll.backward()
-            return nll
-
-        optimizer.step(closure)  # pyright: ignore[reportArgumentType]
-        final = closure()
-    bias = bias.detach() - bias.detach()[0]
-    return float(log_scale.detach().exp()), [float(b) for b in bias], float(final.detach())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dreamenv.actions import NUM_ACTIONS
 from dreamenv.config import check
+from dreamenv.errors import ConfigError
 from dreamenv.models.blocks import ResBlock, group_norm
 from dreamenv.models.player import FINE_PLACE, PlayerView, fine_place, place_in_tile, surroundings
 from dreamenv.models.registry import register_model
@@ -122,9 +123,12 @@ class TileOutcomeHead(OutcomeHead):
             context: (B, K, C, H, W), past latents.
             actions: int64 (B, K).
             move: (B, 2), the camera's next move in tiles, see `TileFlow.ahead`; required.
+
+        Raises:
+            ConfigError: there is no move.
         """
-        check(move is not None, "move None: a head on tiles needs the next move that the dynamics predict")
-        assert move is not None
+        if move is None:
+            raise ConfigError("move None: a head on tiles needs the next move that the dynamics predict (TileFlow.ahead)")
         tile, place = place_in_tile(phases(context)[:, -1])
         with fp32(context):
             seen = self.view.see(surroundings(context, tile), place, moves(context)[:, 1:], actions)

@@ -13,7 +13,7 @@ _PLAYER = 1 + VIEW // 2  # the tile in which the picture's middle, the player's 
 _AROUND = 3  # tiles on each side of the player's that are looked at
 _PICTURES = 3  # so many of the last ones
 _FINE = (4, 8, 16)  # waves a tile of the place's finer features: a foot a hundredth of a tile above the ground does not stand
-FINE_PLACE = 4 + 4 * len(_FINE)  # numbers of `fine_place`
+FINE_PLACE = 4 + 4 * len(_FINE)  # numbers of `fine_place`, of one wide wave
 
 
 def _cut(codes: Tensor, at: Tensor, size: int) -> Tensor:
@@ -86,15 +86,15 @@ class PlayerView(nn.Module):
             before: the camera's moves between the pictures, (B, K - 1, 2).
             actions: int64 (B, K).
         """
-        angle = 2 * torch.pi * torch.cat([place, 2 * place], 1)
-        fine = 2 * torch.pi * torch.cat([n * place for n in _FINE], 1).detach()  # through many steps their slopes explode
         taken = F.one_hot(actions, NUM_ACTIONS + 1).float()
-        facts = [taken.flatten(1), before.flatten(1), place, angle.cos(), angle.sin(), fine.cos(), fine.sin()]
-        return torch.cat([self.look(recent), *facts], 1)
+        return torch.cat([self.look(recent), taken.flatten(1), before.flatten(1), place, fine_place(place, (1, 2))], 1)
 
 
-def fine_place(place: Tensor) -> Tensor:
-    """Waves of one and more a tile of a place (B, 2) in tiles, (B, FINE_PLACE); of no slope but the widest."""
-    angle = 2 * torch.pi * place
+def fine_place(place: Tensor, wide: tuple[int, ...] = (1,)) -> Tensor:
+    """Cosines and sines of a place (B, 2) in tiles, of `wide` and of 4, 8 and 16 waves a tile, float32 (B, 4 len(wide) + 12).
+
+    Only the wide ones have slopes: through many steps those of the others explode.
+    """
+    angle = 2 * torch.pi * torch.cat([n * place for n in wide], 1)
     fine = 2 * torch.pi * torch.cat([n * place for n in _FINE], 1).detach()
     return torch.cat([angle.cos(), angle.sin(), fine.cos(), fine.sin()], 1)
