@@ -33,7 +33,7 @@ lint: $(VENV)/test
 # measures the embedded bundle anew and writes the README's table
 fidelity: $(VENV)/demo
 	$(BIN)/dreamenv compare --thorough --card
-	$(BIN)/python -m dreamenv.table README.md
+	$(BIN)/python -m dreamenv.evaluation.card README.md
 
 clean:
 	rm -rf $(VENV) out

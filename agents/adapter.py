@@ -11,8 +11,8 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvStepReturn
 
+from dreamenv.contract.single import split_infos
 from dreamenv.errors import ConfigError
-from dreamenv.single import split_infos
 
 
 class NativeVecEnv(VecEnv):
@@ -20,8 +20,8 @@ class NativeVecEnv(VecEnv):
 
     The batch stays one batch: a step is one call, not `num_envs` of them. `terminal_observation` is given where the
     world shows the terminal frame: the dream does, Procgen does not (its frame is the next level's already), and then
-    the key is absent rather than wrong, and `TimeLimit.truncated` is False with it, so that no algorithm bootstraps from
-    another level's frame.
+    the key is absent rather than wrong, and `TimeLimit.truncated` is False with it, so that no algorithm bootstraps
+    from another level's frame.
 
     Args:
         envs: a vector environment in SAME_STEP autoreset mode, e.g.
@@ -85,7 +85,9 @@ class NativeVecEnv(VecEnv):
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """The batch's attribute, once for each environment asked for."""
-        value = getattr(self.envs, attr_name) if hasattr(self.envs, attr_name) else getattr(self.envs.unwrapped, attr_name)
+        value = (
+            getattr(self.envs, attr_name) if hasattr(self.envs, attr_name) else getattr(self.envs.unwrapped, attr_name)
+        )
         return [value for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
@@ -98,7 +100,9 @@ class NativeVecEnv(VecEnv):
             raise ConfigError(f"indices {indices}: the environments are one batch; set {attr_name!r} for all of them")
         setattr(self.envs.unwrapped, attr_name, value)
 
-    def env_method(self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any) -> list[Any]:
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
+    ) -> list[Any]:
         """Call a method of the batch, once; a result with one entry per environment is handed out accordingly."""
         method = self.get_attr(method_name)[0]
         result = method(*method_args, **method_kwargs)

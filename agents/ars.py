@@ -21,11 +21,19 @@ class ImpalaARSPolicy(ARSPolicy):
         net_arch, features_extractor_class, features_extractor_kwargs: as other policies of SB3 have them.
     """
 
-    def __init__(self, observation_space: gym.Space, action_space: gym.Space, net_arch: list[int],
-                 features_extractor_class: type[BaseFeaturesExtractor],
-                 features_extractor_kwargs: dict[str, Any]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        observation_space: gym.Space,
+        action_space: gym.Space,
+        net_arch: list[int],
+        features_extractor_class: type[BaseFeaturesExtractor],
+        features_extractor_kwargs: dict[str, Any],
+    ) -> None:
         super().__init__(observation_space, action_space, net_arch)
-        self.features_extractor_class, self.features_extractor_kwargs = features_extractor_class, features_extractor_kwargs
+        self.features_extractor_class, self.features_extractor_kwargs = (
+            features_extractor_class,
+            features_extractor_kwargs,
+        )
         self.features_extractor = self.make_features_extractor()
         self.features_dim = self.features_extractor.features_dim
         first = self.action_net[0]
@@ -41,7 +49,9 @@ class ARS(sb3_contrib.ARS):
 
     _last = -1  # the environment that told last; a step's tellings come in rising order
 
-    def _trigger_callback(self, _locals: dict[str, Any], _globals: dict[str, Any], callback: BaseCallback, n_envs: int) -> None:
+    def _trigger_callback(
+        self, _locals: dict[str, Any], _globals: dict[str, Any], callback: BaseCallback, n_envs: int
+    ) -> None:
         if _locals["i"] <= self._last or self._last < 0:
             super()._trigger_callback(_locals, _globals, callback, n_envs)
         self._last = _locals["i"]

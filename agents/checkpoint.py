@@ -1,4 +1,4 @@
-"""Checkpoints of an on-policy run between two rollouts: with the environments' own state, so a resume changes nothing."""
+"""Checkpoints of an on-policy run between two rollouts, with the environments' own state: a resume changes nothing."""
 
 from __future__ import annotations
 
@@ -35,17 +35,23 @@ def save_checkpoint(folder: Path, model: OnPolicyAlgorithm, identity: str) -> No
     for i, data in enumerate(model.env.env_method("snapshot", indices=_leaders(model.env))):
         arrays[f"env.{i}"] = np.frombuffer(data, np.uint8)
     state: dict[str, Any] = {
-        "identity": identity, "steps": model.num_timesteps, "updates": model._n_updates,
-        "progress_remaining": model._current_progress_remaining, "numpy": [kind, int(position), int(has_gauss), float(cached)],
+        "identity": identity,
+        "steps": model.num_timesteps,
+        "updates": model._n_updates,
+        "progress_remaining": model._current_progress_remaining,
+        "numpy": [kind, int(position), int(has_gauss), float(cached)],
         "episodes": [[float(e["r"]), int(e["l"]), float(e["t"])] for e in model.ep_info_buffer or ()],
-    }  # fmt: skip
+    }
     if (monitor := unwrap_vec_wrapper(model.env, VecMonitor)) is not None:
         assert isinstance(monitor, VecMonitor)
         arrays |= {"monitor.returns": monitor.episode_returns, "monitor.lengths": monitor.episode_lengths}
     if (scaler := unwrap_vec_wrapper(model.env, VecNormalize)) is not None:
         assert isinstance(scaler, VecNormalize)
-        arrays |= {"scaler.returns": scaler.returns, "scaler.mean": np.asarray(scaler.ret_rms.mean),
-                   "scaler.var": np.asarray(scaler.ret_rms.var)}  # fmt: skip
+        arrays |= {
+            "scaler.returns": scaler.returns,
+            "scaler.mean": np.asarray(scaler.ret_rms.mean),
+            "scaler.var": np.asarray(scaler.ret_rms.var),
+        }
         state["scaler_count"] = float(scaler.ret_rms.count)
     with atomic_folder(folder) as temporary:
         save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary / "arrays.safetensors")
@@ -73,7 +79,9 @@ def load_checkpoint(folder: Path, model: OnPolicyAlgorithm, identity: str) -> bo
         prefix = f"optimizer.{index}."
         moments = {k[len(prefix) :]: torch.from_numpy(v) for k, v in arrays.items() if k.startswith(prefix)}
         if moments:
-            model.policy.optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter) for k, v in moments.items()}
+            model.policy.optimizer.state[parameter] = {
+                k: v if k == "step" else v.to(parameter) for k, v in moments.items()
+            }
     assert model.env is not None
     model.env.reset()
     snapshots = [arrays[f"env.{i}"].tobytes() for i in range(len(_leaders(model.env)))]
@@ -85,7 +93,9 @@ def load_checkpoint(folder: Path, model: OnPolicyAlgorithm, identity: str) -> bo
         model._last_lstm_states = type(memory)(tuple(before[:2]), tuple(before[2:]))  # pyright: ignore[reportAttributeAccessIssue]
     model.num_timesteps, model._n_updates = state["steps"], state["updates"]
     model._current_progress_remaining = state["progress_remaining"]
-    model.ep_info_buffer = deque(({"r": r, "l": n, "t": t} for r, n, t in state["episodes"]), maxlen=model._stats_window_size)
+    model.ep_info_buffer = deque(
+        ({"r": r, "l": n, "t": t} for r, n, t in state["episodes"]), maxlen=model._stats_window_size
+    )
     model.ep_success_buffer = deque(maxlen=model._stats_window_size)
     if (monitor := unwrap_vec_wrapper(model.env, VecMonitor)) is not None:
         assert isinstance(monitor, VecMonitor)
@@ -94,8 +104,11 @@ def load_checkpoint(folder: Path, model: OnPolicyAlgorithm, identity: str) -> bo
         assert isinstance(scaler, VecNormalize)
         scaler.returns = arrays["scaler.returns"]
         moments = scaler.ret_rms
-        # safetensors keeps them as (1,), which numpy would promote the rewards by; () as before divides in their own precision
-        moments.mean, moments.var = (arrays[f"scaler.{name}"].reshape(np.shape(moments.mean)) for name in ("mean", "var"))
+        # safetensors keeps them as (1,), which numpy would promote the rewards by; () as before divides in their own
+        # precision
+        moments.mean, moments.var = (
+            arrays[f"scaler.{name}"].reshape(np.shape(moments.mean)) for name in ("mean", "var")
+        )
         moments.count = state["scaler_count"]
     kind, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, arrays["rng.numpy"], position, has_gauss, cached))

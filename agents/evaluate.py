@@ -16,17 +16,18 @@ import numpy as np
 import tyro
 
 from dreamenv.bundle import bundled_agent, load_bundle, resolve_bundle
-from dreamenv.closed_loop import Episodes, play_episodes
 from dreamenv.config import check
+from dreamenv.contract.noise import philox
 from dreamenv.errors import DreamenvError, PolicyError
+from dreamenv.evaluation.clips import HELD_OUT, parse_levels
+from dreamenv.evaluation.closed_loop import Episodes, play_episodes
+from dreamenv.evaluation.figures import side_by_side
+from dreamenv.evaluation.metrics import interval
 from dreamenv.flow import SamplerConfig
-from dreamenv.metrics import interval
-from dreamenv.models.impala import ImpalaAgent
-from dreamenv.noise import philox
-from dreamenv.policies import AgentPolicy, VectorPolicy, make_policy
-from dreamenv.report import save_video, side_by_side
-from dreamenv.rollout import HELD_OUT, parse_levels
+from dreamenv.policies.agent import ImpalaAgent
+from dreamenv.policies.simple import AgentPolicy, VectorPolicy, make_policy
 from dreamenv.vector import DreamVectorEnv
+from dreamenv.video import save_video
 
 _BATCH = 100
 _LEVELS = (HELD_OUT[0], sum(HELD_OUT))
@@ -48,10 +49,19 @@ class Evaluation:
     frames: list[np.ndarray]
 
 
-def evaluate(agent: str | ImpalaAgent | VectorPolicy, world: str = "real", game: str = "coinrun",
-             levels: tuple[int, int] = _LEVELS, episodes: int = 200, bundle: Path | None = None, nfe: int = SamplerConfig.nfe,
-             seed: int = 0, films: int = 0, distribution_mode: str | None = None,
-             limit: int | None = None) -> Evaluation:  # fmt: skip
+def evaluate(
+    agent: str | ImpalaAgent | VectorPolicy,
+    world: str = "real",
+    game: str = "coinrun",
+    levels: tuple[int, int] = _LEVELS,
+    episodes: int = 200,
+    bundle: Path | None = None,
+    nfe: int = SamplerConfig.nfe,
+    seed: int = 0,
+    films: int = 0,
+    distribution_mode: str | None = None,
+    limit: int | None = None,
+) -> Evaluation:
     """Play one episode on each of `episodes` levels, to its end.
 
     A dream starts from the real first frame of its level, so both worlds can be compared level by level.
@@ -80,13 +90,21 @@ def evaluate(agent: str | ImpalaAgent | VectorPolicy, world: str = "real", game:
     chosen = first + philox((seed, 0xE7A1)).choice(end - first, episodes, replace=episodes > end - first)
     if distribution_mode is None:
         in_dream = world == "dream"
-        distribution_mode = load_bundle(resolve_bundle(bundle, game), "cpu").game.distribution_mode if in_dream else "easy"
+        distribution_mode = (
+            load_bundle(resolve_bundle(bundle, game), "cpu").game.distribution_mode if in_dream else "easy"
+        )
     played: list[Episodes] = []
     films_kept: list[np.ndarray] = []
     for at in range(0, episodes, _BATCH):
         batch = chosen[at : at + _BATCH]
-        envs: Any = gym.make_vec("envs:RealProcgen-v0", num_envs=len(batch), game=game, start_level=first,
-                                 num_levels=end - first, distribution_mode=distribution_mode)  # fmt: skip
+        envs: Any = gym.make_vec(
+            "envs:RealProcgen-v0",
+            num_envs=len(batch),
+            game=game,
+            start_level=first,
+            num_levels=end - first,
+            distribution_mode=distribution_mode,
+        )
         longest, bias = envs.unwrapped.game.max_steps, np.asarray(envs.unwrapped.game.bias)
         check(limit is None or 1 <= limit <= longest, f"limit {limit}: must be in 1..{longest}")
         policy = _policy(agent, bias, bundle, game)
@@ -104,11 +122,17 @@ def evaluate(agent: str | ImpalaAgent | VectorPolicy, world: str = "real", game:
     every = Episodes(*(np.concatenate([getattr(p, n) for p in played]) for n in ("returns", "lengths", "ended")))
     draws = np.random.default_rng(seed).integers(episodes, size=(10000, episodes))
     figures = {
-        "mean_return": float(every.returns.mean()), "ci": list(interval(every.returns[draws].mean(1))),
-        "success_rate": float((every.returns > 0).mean()), "mean_length": float(every.lengths.mean()),
-        "episodes": episodes, "world": world, "game": game, "levels": [first, end], "seed": seed,
+        "mean_return": float(every.returns.mean()),
+        "ci": list(interval(every.returns[draws].mean(1))),
+        "success_rate": float((every.returns > 0).mean()),
+        "mean_length": float(every.lengths.mean()),
+        "episodes": episodes,
+        "world": world,
+        "game": game,
+        "levels": [first, end],
+        "seed": seed,
         "agent": agent if isinstance(agent, str) else "network",
-    }  # fmt: skip
+    }
     return Evaluation(figures, every, chosen, films_kept)
 
 
@@ -165,12 +189,23 @@ def main(arguments: list[str] | None = None) -> None:
             from agents.saved import ForeignPolicy  # needs SB3, whose import is slow and loud
 
             foreign = ForeignPolicy(Path(args.agent), args.algorithm, args.trust)
-        result = evaluate(foreign or args.agent, args.world, args.game, (first, first + count), args.episodes, args.bundle,
-                          args.nfe, args.seed, films=4 if args.video else 0)  # fmt: skip
+        result = evaluate(
+            foreign or args.agent,
+            args.world,
+            args.game,
+            (first, first + count),
+            args.episodes,
+            args.bundle,
+            args.nfe,
+            args.seed,
+            films=4 if args.video else 0,
+        )
         if args.video:
             longest = max(len(f) for f in result.frames)
-            films = {f"level {level}": np.concatenate([f, np.repeat(f[-1:], longest - len(f), 0)])
-                     for f, level in zip(result.frames, result.levels, strict=False)}  # fmt: skip
+            films = {
+                f"level {level}": np.concatenate([f, np.repeat(f[-1:], longest - len(f), 0)])
+                for f, level in zip(result.frames, result.levels, strict=False)
+            }
             save_video(args.video, side_by_side(films))
         print(json.dumps(result.figures | {"agent": args.agent}))
     except DreamenvError as error:

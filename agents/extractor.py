@@ -7,8 +7,8 @@ import torch
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor
 
-from dreamenv.bundle import pick_precision
-from dreamenv.models.impala import ImpalaAgent, ImpalaConfig
+from dreamenv.device import pick_precision
+from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig
 
 
 class ImpalaExtractor(BaseFeaturesExtractor):
@@ -21,8 +21,13 @@ class ImpalaExtractor(BaseFeaturesExtractor):
         precision: "fp32", "bf16" autocast of these layers, or "auto": bf16 where the hardware has it.
     """
 
-    def __init__(self, observation_space: gym.Space, channels: tuple[int, ...] = (16, 32, 32), features: int = 256,
-                 precision: str = "auto") -> None:  # fmt: skip
+    def __init__(
+        self,
+        observation_space: gym.Space,
+        channels: tuple[int, ...] = (16, 32, 32),
+        features: int = 256,
+        precision: str = "auto",
+    ) -> None:
         super().__init__(observation_space, features)
         self.config = ImpalaConfig(tuple(channels), features)
         self.precision = precision

@@ -1,7 +1,8 @@
 """Does an agent live off the dream's mistakes? Its dream return against its real return, level by level.
 
-`python -m agents.report --agent bundled --out out/agent` plays the same held-out levels in both worlds several times and writes
-`report.html`: how far the dream flatters the agent, a scatter plot of levels, and film strips of those it gets most wrong.
+`python -m agents.report --agent bundled --out out/agent` plays the same held-out levels in both worlds several times
+and writes `report.html`: how far the dream flatters the agent, a scatter plot of levels, and film strips of those it
+gets most wrong.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from dreamenv.artifacts import atomic_file, write_json
 from dreamenv.bundle import bundled_agent, resolve_bundle
 from dreamenv.config import check
 from dreamenv.errors import DreamenvError
+from dreamenv.evaluation.clips import HELD_OUT
+from dreamenv.evaluation.figures import save_grid, save_plot
+from dreamenv.evaluation.metrics import interval, pearson
+from dreamenv.evaluation.report import document, embed, table
 from dreamenv.flow import SamplerConfig
-from dreamenv.metrics import interval, pearson
-from dreamenv.page import document, embed, table
-from dreamenv.report import save_grid, save_plot
-from dreamenv.rollout import HELD_OUT
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,17 @@ def play(config: ReportConfig) -> tuple[np.ndarray, np.ndarray]:
     returns = np.zeros((2, config.levels, config.repeats))
     for w, world in enumerate(("real", "dream")):
         for r in range(config.repeats):
-            result = evaluate(config.agent, world, config.game, (first, first + config.levels), config.levels, config.bundle,
-                              config.nfe, config.seed + r, limit=config.limit)  # fmt: skip
+            result = evaluate(
+                config.agent,
+                world,
+                config.game,
+                (first, first + config.levels),
+                config.levels,
+                config.bundle,
+                config.nfe,
+                config.seed + r,
+                limit=config.limit,
+            )
             returns[w, result.levels - first, r] = result.episodes.returns
     return returns[0], returns[1]
 
@@ -82,14 +92,17 @@ def optimism(real: np.ndarray, dream: np.ndarray, replicates: int = 10000, seed:
         seed: decides them.
 
     Returns:
-        Mean returns `real_return` and `dream_return`, their difference `optimism`, each with `_ci` (95 %), and the Pearson
-        correlation `level_pearson` of the levels' mean returns (None if one world's do not differ).
+        Mean returns `real_return` and `dream_return`, their difference `optimism`, each with `_ci` (95 %), and the
+        Pearson correlation `level_pearson` of the levels' mean returns (None if one world's do not differ).
     """
     value = np.stack([real.mean(1), dream.mean(1)])
     draws = np.random.default_rng(seed).integers(value.shape[1], size=(replicates, value.shape[1]))
     means = value[:, draws].mean(-1)
-    rows = {"real_return": (value[0].mean(), means[0]), "dream_return": (value[1].mean(), means[1]),
-            "optimism": ((value[1] - value[0]).mean(), means[1] - means[0])}  # fmt: skip
+    rows = {
+        "real_return": (value[0].mean(), means[0]),
+        "dream_return": (value[1].mean(), means[1]),
+        "optimism": ((value[1] - value[0]).mean(), means[1] - means[0]),
+    }
     out: dict[str, Any] = {}
     for name, (mean, spread) in rows.items():
         out[name], out[f"{name}_ci"] = float(mean), list(interval(spread))
@@ -122,11 +135,16 @@ def report(config: ReportConfig) -> dict[str, Any]:
     """
     real, dream = play(config)
     figures = optimism(real, dream, seed=config.seed) | {
-        "agent": config.agent, "levels": config.levels, "repeats": config.repeats, "limit": config.limit}  # fmt: skip
+        "agent": config.agent,
+        "levels": config.levels,
+        "repeats": config.repeats,
+        "limit": config.limit,
+    }
     shipped = bundled_agent(resolve_bundle(config.bundle, config.game)) if config.agent == "bundled" else None
     folder = shipped or Path(config.agent)
     figures["imagined_steps"], figures["real_steps"] = learnt_from(
-        agent_facts(folder) if (folder / "agent.json").exists() else {})  # fmt: skip
+        agent_facts(folder) if (folder / "agent.json").exists() else {}
+    )
     out, gap = config.out, dream.mean(1) - real.mean(1)
 
     def draw(axes: Any) -> None:
@@ -144,36 +162,79 @@ def report(config: ReportConfig) -> dict[str, Any]:
     rows, strips = [], []
     for kind, i in chosen:
         level = HELD_OUT[0] + i
-        films = [evaluate(config.agent, world, config.game, (level, level + 1), 1, config.bundle, config.nfe, config.seed,
-                          films=1, limit=config.limit).frames[0] for world in ("real", "dream")]  # fmt: skip
+        films = [
+            evaluate(
+                config.agent,
+                world,
+                config.game,
+                (level, level + 1),
+                1,
+                config.bundle,
+                config.nfe,
+                config.seed,
+                films=1,
+                limit=config.limit,
+            ).frames[0]
+            for world in ("real", "dream")
+        ]
         strips += [f[np.unique(np.linspace(0, len(f) - 1, 12).round().astype(int))] for f in films]
-        rows.append({"level": level, "kind": kind, "real": float(real[i].mean()), "dream": float(dream[i].mean()),
-                     "real_steps": len(films[0]), "dream_steps": len(films[1])})  # fmt: skip
+        rows.append(
+            {
+                "level": level,
+                "kind": kind,
+                "real": float(real[i].mean()),
+                "dream": float(dream[i].mean()),
+                "real_steps": len(films[0]),
+                "dream_steps": len(films[1]),
+            }
+        )
     if strips:
         width = max(len(s) for s in strips)
         blank = np.zeros((width, 64, 64, 3), np.uint8)
         save_grid(out / "films.png", [np.concatenate([s, blank[len(s) :]]) for s in strips])
     write_json(out / "metrics.json", {"figures": figures, "levels": rows})
     low, high = figures["optimism_ci"]
-    verdict = ("The dream flatters this agent." if low > 0 else "The dream slights this agent." if high < 0 else
-               "No difference between the worlds is proven.")  # fmt: skip
+    verdict = (
+        "The dream flatters this agent."
+        if low > 0
+        else "The dream slights this agent."
+        if high < 0
+        else "No difference between the worlds is proven."
+    )
     learnt = ""
     if figures["imagined_steps"] is not None:
-        learnt = f"<p>It learnt from {figures['imagined_steps']:,} imagined and {figures['real_steps']:,} real steps.</p>"
+        learnt = (
+            f"<p>It learnt from {figures['imagined_steps']:,} imagined and {figures['real_steps']:,} real steps.</p>"
+        )
     parts = [
         f"<h1>{html.escape(config.agent)}: dream return against real return</h1>",
-        f"<p>{config.levels} levels that nobody trained on, {config.repeats} episodes each in both worlds from the same first "
-        f"frames, cut off after {config.limit} steps.</p>", learnt,
+        f"<p>{config.levels} levels that nobody trained on, {config.repeats} episodes each in both worlds from the same "
+        f"first frames, cut off after {config.limit} steps.</p>",
+        learnt,
         f"<p>Real return {figures['real_return']:.2f}, dream return {figures['dream_return']:.2f}: optimism "
         f"{figures['optimism']:+.2f} ({low:+.2f} to {high:+.2f}, 95 % bootstrap over levels). <b>{verdict}</b></p>",
-        embed(out / "scatter.png", "scatter", "plot"), "<h2>Where they differ most</h2>",
-        table(rows, {"level": "level", "kind": "", "real": "real return", "dream": "dream return", "real_steps": "real steps",
-                     "dream_steps": "dream steps"}) if rows else "<p>Nowhere.</p>",
+        embed(out / "scatter.png", "scatter", "plot"),
+        "<h2>Where they differ most</h2>",
+        table(
+            rows,
+            {
+                "level": "level",
+                "kind": "",
+                "real": "real return",
+                "dream": "dream return",
+                "real_steps": "real steps",
+                "dream_steps": "dream steps",
+            },
+        )
+        if rows
+        else "<p>Nowhere.</p>",
         "<p>The first episode of each, start to end: upper row real, lower row dreamt.</p>" if rows else "",
         embed(out / "films.png", "films"),
-    ]  # fmt: skip
+    ]
     with atomic_file(out / "report.html") as temporary:
-        temporary.write_text(document(f"{config.agent}: does it live off the dream's mistakes?", parts), encoding="utf-8")
+        temporary.write_text(
+            document(f"{config.agent}: does it live off the dream's mistakes?", parts), encoding="utf-8"
+        )
     return figures
 
 

@@ -1,7 +1,7 @@
 """Ray RLlib's PPO in the dream, on one machine or a cluster: the same gym id, one native batch in each worker.
 
-`python -m agents.rllib --runners 8 --envs 64 --iterations 500 --out runs/agents/rllib`. Needs `pip install dreamenv[rllib]`;
-`--address auto` joins a running cluster. Procgen's settings (Cobbe et al. 2020) where RLlib has them.
+`python -m agents.rllib --runners 8 --envs 64 --iterations 500 --out runs/agents/rllib`. Needs `pip install
+dreamenv[rllib]`; `--address auto` joins a running cluster. Procgen's settings (Cobbe et al. 2020) where RLlib has them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class RllibConfig:
 
 
 def make_dreams(context: dict[str, Any]) -> gym.vector.VectorEnv:
-    """One worker's dreams, `gym.make_vec("DreamProcgen-v0")` with frames as float32 in [0, 1], as RLlib's networks want them.
+    """One worker's dreams, `gym.make_vec("DreamProcgen-v0")` frames as float32 in [0, 1], as RLlib's networks want.
 
     Args:
         context: `num_envs`, and arguments of `DreamVectorEnv`.
@@ -75,19 +75,39 @@ def algorithm_config(config: RllibConfig) -> Any:
     bundle = resolve_bundle(config.bundle, config.game).resolve()
     register_env("DreamProcgen-v0", make_dreams)
     algorithm = PPOConfig().environment(
-        "DreamProcgen-v0", env_config={"bundle": str(bundle), "sampler": {"nfe": config.nfe}, "autoreset_mode": "NextStep"},
-    )  # fmt: skip
+        "DreamProcgen-v0",
+        env_config={"bundle": str(bundle), "sampler": {"nfe": config.nfe}, "autoreset_mode": "NextStep"},
+    )
     algorithm = algorithm.env_runners(
-        num_env_runners=config.runners, num_envs_per_env_runner=config.envs,
-        gym_env_vectorize_mode=gym.VectorizeMode.VECTOR_ENTRY_POINT.value, rollout_fragment_length="auto",
-    )  # fmt: skip
+        num_env_runners=config.runners,
+        num_envs_per_env_runner=config.envs,
+        gym_env_vectorize_mode=gym.VectorizeMode.VECTOR_ENTRY_POINT.value,
+        rollout_fragment_length="auto",
+    )
     algorithm = algorithm.learners(num_learners=config.learners, num_gpus_per_learner=1 if config.learners else 0)
-    model = DefaultModelConfig(conv_filters=[[16, 8, 4], [32, 4, 2], [32, 3, 1]], conv_activation="relu",
-                               head_fcnet_hiddens=[256], vf_share_layers=True)  # fmt: skip
-    return algorithm.rl_module(model_config=model).debugging(seed=config.seed, log_level="ERROR").training(
-        train_batch_size_per_learner=config.batch, minibatch_size=min(2048, config.batch), num_epochs=3, lr=5e-4, gamma=0.999,
-        lambda_=0.95, clip_param=0.2, vf_clip_param=10.0, entropy_coeff=0.01, vf_loss_coeff=0.5, grad_clip=0.5,
-    )  # fmt: skip
+    model = DefaultModelConfig(
+        conv_filters=[[16, 8, 4], [32, 4, 2], [32, 3, 1]],
+        conv_activation="relu",
+        head_fcnet_hiddens=[256],
+        vf_share_layers=True,
+    )
+    return (
+        algorithm.rl_module(model_config=model)
+        .debugging(seed=config.seed, log_level="ERROR")
+        .training(
+            train_batch_size_per_learner=config.batch,
+            minibatch_size=min(2048, config.batch),
+            num_epochs=3,
+            lr=5e-4,
+            gamma=0.999,
+            lambda_=0.95,
+            clip_param=0.2,
+            vf_clip_param=10.0,
+            entropy_coeff=0.01,
+            vf_loss_coeff=0.5,
+            grad_clip=0.5,
+        )
+    )
 
 
 def train(config: RllibConfig) -> dict[str, Any]:
@@ -103,15 +123,24 @@ def train(config: RllibConfig) -> dict[str, Any]:
             result = algorithm.train()
             played = result.get("env_runners", {})
             if not played.get("num_env_steps_sampled"):
-                raise DreamenvError(f"workers: none of {config.runners} answered; their logs are in Ray's session folder")
-            print(f"iteration {result['training_iteration']}: {result['num_env_steps_sampled_lifetime']:.0f} steps, "
-                  f"return {played.get('episode_return_mean', float('nan')):.2f}", flush=True)  # fmt: skip
+                raise DreamenvError(
+                    f"workers: none of {config.runners} answered; their logs are in Ray's session folder"
+                )
+            print(
+                f"iteration {result['training_iteration']}: {result['num_env_steps_sampled_lifetime']:.0f} steps, "
+                f"return {played.get('episode_return_mean', float('nan')):.2f}",
+                flush=True,
+            )
         config.out.mkdir(parents=True, exist_ok=True)
         algorithm.save_to_path(str(config.out.resolve()))
         algorithm.stop()
         value = float(result["env_runners"].get("episode_return_mean", float("nan")))
-        return {"steps": int(result["num_env_steps_sampled_lifetime"]), "mean_return": value if value == value else None,
-                "runners": config.runners, "checkpoint": str(config.out)}  # fmt: skip
+        return {
+            "steps": int(result["num_env_steps_sampled_lifetime"]),
+            "mean_return": value if value == value else None,
+            "runners": config.runners,
+            "checkpoint": str(config.out),
+        }
     finally:
         ray.shutdown()
 

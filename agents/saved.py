@@ -15,13 +15,17 @@ from torch import Tensor
 
 from agents.ars import ARS, ImpalaARSPolicy
 from agents.extractor import ImpalaExtractor
-from dreamenv.actions import NUM_ACTIONS
 from dreamenv.artifacts import read_json
+from dreamenv.contract.actions import NUM_ACTIONS
 from dreamenv.errors import ConfigError, PolicyError
-from dreamenv.models.impala import ImpalaAgent, ImpalaConfig, load_agent, save_agent
+from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, load_agent, save_agent
 
-_HEADS = {"action_net.": "policy.", "value_net.": "value.", "lstm_actor.": "actor_memory.",
-          "lstm_critic.": "critic_memory."}  # an actor-critic's, and the saved agent's names  # fmt: skip
+_HEADS = {
+    "action_net.": "policy.",
+    "value_net.": "value.",
+    "lstm_actor.": "actor_memory.",
+    "lstm_critic.": "critic_memory.",
+}  # an actor-critic's, and the saved agent's names
 ACTOR_CRITIC = ("PPO", "A2C", "TRPO", "MaskablePPO", "RecurrentPPO")
 _GREEDY = ("DQN", "QRDQN", "ARS")  # they take the best action, and learn no value that an agent keeps
 ALGORITHMS = ACTOR_CRITIC + _GREEDY
@@ -36,19 +40,34 @@ def algorithm_class(name: str) -> type[BaseAlgorithm]:
     """
     if name not in ALGORITHMS:
         raise ConfigError(f"algorithm {name!r}: there are {', '.join(ALGORITHMS)}")
-    return ARS if name == "ARS" else getattr(stable_baselines3 if hasattr(stable_baselines3, name) else sb3_contrib, name)
+    return (
+        ARS if name == "ARS" else getattr(stable_baselines3 if hasattr(stable_baselines3, name) else sb3_contrib, name)
+    )
 
 
-def make_algorithm(name: str, envs: Any, settings: Mapping[str, Any], network: ImpalaConfig, seed: int,
-                   precision: str = "auto", **options: Any) -> BaseAlgorithm:  # fmt: skip
-    """Build an algorithm with the IMPALA network; RecurrentPPO remembers by LSTMs behind it, as wide unless `network` says.
+def make_algorithm(
+    name: str,
+    envs: Any,
+    settings: Mapping[str, Any],
+    network: ImpalaConfig,
+    seed: int,
+    precision: str = "auto",
+    **options: Any,
+) -> BaseAlgorithm:
+    """Build an algorithm with the IMPALA network; RecurrentPPO has LSTMs behind it, as wide unless `network` says.
 
     Raises:
         ConfigError: an unknown algorithm, or settings that it refuses.
     """
-    policy = {"features_extractor_class": ImpalaExtractor, "net_arch": [],
-              "features_extractor_kwargs": {"channels": network.channels, "features": network.features,
-                                            "precision": precision}}  # fmt: skip
+    policy = {
+        "features_extractor_class": ImpalaExtractor,
+        "net_arch": [],
+        "features_extractor_kwargs": {
+            "channels": network.channels,
+            "features": network.features,
+            "precision": precision,
+        },
+    }
     if name == "ARS":  # where all weights are zero a deep network has no slope; every environment plays for a candidate
         settings = {"zero_policy": False, "n_eval_episodes": envs.num_envs} | dict(settings)
     recurrent = name == "RecurrentPPO"
@@ -57,8 +76,9 @@ def make_algorithm(name: str, envs: Any, settings: Mapping[str, Any], network: I
     elif network.memory:
         raise ConfigError(f"memory {network.memory}: {name} has none; set it to 0, or take RecurrentPPO")
     try:
-        model = algorithm_class(name)(_POLICIES.get(name, "CnnPolicy"), envs, policy_kwargs=policy, seed=seed,
-                                      **settings, **options)  # fmt: skip
+        model = algorithm_class(name)(
+            _POLICIES.get(name, "CnnPolicy"), envs, policy_kwargs=policy, seed=seed, **settings, **options
+        )
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"settings {dict(settings)}: {name} refuses them ({error})") from None
     for module in model.policy.modules():  # only now: SB3's orthogonal initialisation wants contiguous weights
@@ -68,7 +88,7 @@ def make_algorithm(name: str, envs: Any, settings: Mapping[str, Any], network: I
 
 
 class ForeignPolicy:
-    """An SB3 zip of whoever's, as a policy of ours; see `dreamenv.policies.VectorPolicy`.
+    """An SB3 zip of whoever's, as a policy of ours; see `dreamenv.policies.simple.VectorPolicy`.
 
     Args:
         path: the zip.
@@ -83,16 +103,21 @@ class ForeignPolicy:
 
     def __init__(self, path: Path, algorithm: str, trust: bool) -> None:
         if not trust:
-            raise PolicyError(f"{path}: an SB3 zip holds pickled code that would run here; pass --trust if you know where it "
-                              "is from, or save agents with agents.train, which needs no pickle")  # fmt: skip
+            raise PolicyError(
+                f"{path}: an SB3 zip holds pickled code that would run here; pass --trust if you know where it "
+                "is from, or save agents with agents.train, which needs no pickle"
+            )
         try:
             self._model = algorithm_class(algorithm).load(path, device="cpu")
         except Exception as error:  # noqa: BLE001 - unpickling may raise anything
-            raise PolicyError(f"{path}: cannot be loaded as {algorithm} ({error}); "
-                              "name what saved it with --algorithm") from None  # fmt: skip
+            raise PolicyError(
+                f"{path}: cannot be loaded as {algorithm} ({error}); name what saved it with --algorithm"
+            ) from None
         spaces = self._model.observation_space, self._model.action_space
         if sorted(spaces[0].shape or ()) != [3, 64, 64] or getattr(spaces[1], "n", None) != NUM_ACTIONS:
-            raise PolicyError(f"{path}: takes {spaces[0]} and gives {spaces[1]}; expected 64x64x3 frames and 15 actions")
+            raise PolicyError(
+                f"{path}: takes {spaces[0]} and gives {spaces[1]}; expected 64x64x3 frames and 15 actions"
+            )
         self._state: tuple[np.ndarray, ...] | None = None
 
     def act(self, observations: np.ndarray, first: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -151,16 +176,24 @@ def go_on_from(model: BaseAlgorithm, folder: Path) -> None:
         ConfigError: an algorithm that does not learn an actor and a critic, as an agent keeps them.
     """
     if type(model).__name__ not in ACTOR_CRITIC:
-        raise ConfigError(f"agent {folder}: {type(model).__name__} cannot go on from one, only {', '.join(ACTOR_CRITIC)} can")
+        raise ConfigError(
+            f"agent {folder}: {type(model).__name__} cannot go on from one, only {', '.join(ACTOR_CRITIC)} can"
+        )
     weights = load_agent(folder).state_dict()
     state = model.policy.state_dict()
     for key, value in weights.items():
         prefix = next((own for own, saved in _HEADS.items() if key.startswith(saved)), "")
-        targets = [prefix + key.partition(".")[2]] if prefix else [n for n in state if n.endswith(f"features_extractor.{key}")]
+        targets = (
+            [prefix + key.partition(".")[2]]
+            if prefix
+            else [n for n in state if n.endswith(f"features_extractor.{key}")]
+        )
         for target in targets:
             if target not in state or state[target].shape != value.shape:
-                raise PolicyError(f"agent {folder}: has another shape ({key} is {tuple(value.shape)}); set network in the YAML "
-                                  "file to that of its agent.json")  # fmt: skip
+                raise PolicyError(
+                    f"agent {folder}: has another shape ({key} is {tuple(value.shape)}); set network in the YAML "
+                    "file to that of its agent.json"
+                )
             state[target].copy_(value)
     model.policy.load_state_dict(state)
 
@@ -176,4 +209,6 @@ def agent_facts(folder: Path) -> dict[str, Any]:
 
 def save_algorithm(folder: Path, model: BaseAlgorithm, facts: dict[str, Any]) -> Path:
     """Save what `model` learnt; every policy specification can name the folder as agent:FOLDER."""
-    return save_agent(folder, to_agent(model), facts | {"algorithm": type(model).__name__, "steps": int(model.num_timesteps)})
+    return save_agent(
+        folder, to_agent(model), facts | {"algorithm": type(model).__name__, "steps": int(model.num_timesteps)}
+    )

@@ -30,9 +30,9 @@ from agents.evaluate import evaluate
 from agents.saved import agent_facts, go_on_from, make_algorithm, save_algorithm, to_agent
 from agents.worlds import TRAIN_LEVELS, MixedVecEnv, make_world
 from dreamenv.config import check, from_dict, load_yaml, to_dict
+from dreamenv.device import keep_freed_memory
 from dreamenv.errors import ConfigError, DreamenvError
-from dreamenv.memory import keep_freed_memory
-from dreamenv.models.impala import ImpalaConfig
+from dreamenv.policies.agent import ImpalaConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -42,8 +42,8 @@ class AlgorithmConfig:
     """How an agent learns; one YAML file."""
 
     algorithm: str = "PPO"
-    """PPO, A2C, TRPO, RecurrentPPO, MaskablePPO, DQN, QRDQN or ARS: all of Stable-Baselines3 and sb3-contrib for discrete
-    actions."""
+    """PPO, A2C, TRPO, RecurrentPPO, MaskablePPO, DQN, QRDQN or ARS: all of Stable-Baselines3 and sb3-contrib for
+    discrete actions."""
     num_envs: int = 64
     """Environments in the batch."""
     normalize_reward: bool = True
@@ -106,7 +106,10 @@ class TrainConfig:
         for name in ("steps", "eval_episodes", "checkpoint_every"):
             check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
         check(self.eval_every >= 0, f"eval_every {self.eval_every}: must be >= 0")
-        check(self.precision in ("auto", "fp32", "bf16"), f"precision {self.precision!r}: must be 'auto', 'fp32' or 'bf16'")
+        check(
+            self.precision in ("auto", "fp32", "bf16"),
+            f"precision {self.precision!r}: must be 'auto', 'fp32' or 'bf16'",
+        )
         check(0 <= self.seed < 2**31, f"seed {self.seed}: must be in 0..2^31-1")
 
 
@@ -128,7 +131,11 @@ class _Keeper(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         steps, every = self.model.num_timesteps, self.config.eval_every
-        if isinstance(self.model, OnPolicyAlgorithm) and self.rollouts and self.rollouts % self.config.checkpoint_every == 0:
+        if (
+            isinstance(self.model, OnPolicyAlgorithm)
+            and self.rollouts
+            and self.rollouts % self.config.checkpoint_every == 0
+        ):
             self.save()
         self.rollouts += 1
         if every and steps // every > self.evaluated // every:
@@ -150,8 +157,16 @@ class _Keeper(BaseCallback):
     def judge(self) -> dict[str, Any]:
         """Evaluate without touching the run's random streams; keeps the agent if it is the best so far."""
         other, state = self.other, torch.get_rng_state()
-        figures = evaluate(to_agent(self.model).cpu(), other, self.config.game, TRAIN_LEVELS, self.config.eval_episodes,
-                           bundle=self.config.bundle, nfe=self.config.nfe, seed=self.config.seed).figures  # fmt: skip
+        figures = evaluate(
+            to_agent(self.model).cpu(),
+            other,
+            self.config.game,
+            TRAIN_LEVELS,
+            self.config.eval_episodes,
+            bundle=self.config.bundle,
+            nfe=self.config.nfe,
+            seed=self.config.seed,
+        ).figures
         torch.set_rng_state(state)
         for name in ("mean_return", "success_rate", "mean_length"):
             self.logger.record(f"{other}/{name}", figures[name])
@@ -197,14 +212,22 @@ def _shares(envs: VecEnv, env: float, collecting: float, total: float) -> dict[s
 def _facts(config: TrainConfig) -> dict[str, Any]:
     before = {} if config.agent is None else {"from": agent_facts(config.agent)}
     mixed = {"share": config.share} if config.world == "mix" else {}
-    return {"world": config.world, "game": config.game, "seed": config.seed, "levels": list(TRAIN_LEVELS), **mixed, **before}
+    return {
+        "world": config.world,
+        "game": config.game,
+        "seed": config.seed,
+        "levels": list(TRAIN_LEVELS),
+        **mixed,
+        **before,
+    }
 
 
 def train(config: TrainConfig, progress: bool = False) -> dict[str, Any]:
     """Train one agent and save it as `<out>/agent`.
 
     Returns:
-        `agent` (its folder), `steps`, `steps_per_s`, `shares` of the time (see `_shares`), and the last evaluation's figures.
+        `agent` (its folder), `steps`, `steps_per_s`, `shares` of the time (see `_shares`), and the last evaluation's
+        figures.
 
     Raises:
         ConfigError: bad settings.
@@ -213,16 +236,34 @@ def train(config: TrainConfig, progress: bool = False) -> dict[str, Any]:
     algorithm = load_algorithm(config.config)
     described = {k: str(v) for k, v in to_dict(config).items() if k not in ("out", "resume", "config", "steps")}
     identity = hashlib.sha256(json.dumps([described, to_dict(algorithm)], sort_keys=True).encode()).hexdigest()
-    options = {} if config.world == "real" else {
-        "horizon": config.horizon, "truncate_above": config.truncate_above, "sampler": {"nfe": config.nfe}}  # fmt: skip
-    inner = make_world(config.world, config.game, algorithm.num_envs, config.bundle, config.device, config.starts,
-                       config.share, **options)  # fmt: skip
+    options = (
+        {}
+        if config.world == "real"
+        else {"horizon": config.horizon, "truncate_above": config.truncate_above, "sampler": {"nfe": config.nfe}}
+    )
+    inner = make_world(
+        config.world,
+        config.game,
+        algorithm.num_envs,
+        config.bundle,
+        config.device,
+        config.starts,
+        config.share,
+        **options,
+    )
     timed = TimedVecEnv(inner)
     envs: VecEnv = timed
     if algorithm.normalize_reward:
         envs = VecNormalize(timed, norm_obs=False, norm_reward=True, gamma=algorithm.settings.get("gamma", 0.99))
-    model = make_algorithm(algorithm.algorithm, envs, algorithm.settings, algorithm.network, config.seed,
-                           config.precision, device=config.device)  # fmt: skip
+    model = make_algorithm(
+        algorithm.algorithm,
+        envs,
+        algorithm.settings,
+        algorithm.network,
+        config.seed,
+        config.precision,
+        device=config.device,
+    )
     if config.agent is not None:
         go_on_from(model, config.agent)
     if config.resume and not isinstance(model, OnPolicyAlgorithm):
@@ -253,9 +294,13 @@ def train(config: TrainConfig, progress: bool = False) -> dict[str, Any]:
     model.logger.close()
     envs.close()
     steps = model.num_timesteps - before
-    return {"agent": str(folder), "steps": model.num_timesteps, "steps_per_s": steps / seconds if steps else 0.0,
-            "shares": _shares(inner, timed.seconds, keeper.collecting, seconds) if steps else {},
-            ("real" if config.world == "dream" else "dream"): figures}  # fmt: skip
+    return {
+        "agent": str(folder),
+        "steps": model.num_timesteps,
+        "steps_per_s": steps / seconds if steps else 0.0,
+        "shares": _shares(inner, timed.seconds, keeper.collecting, seconds) if steps else {},
+        ("real" if config.world == "dream" else "dream"): figures,
+    }
 
 
 def load_algorithm(path: Path) -> AlgorithmConfig:

@@ -20,15 +20,25 @@ TRAIN_LEVELS = (0, HELD_OUT_FROM)
 """First level and number of the levels agents train on."""
 
 
-def real_world(game: str, num_envs: int, levels: tuple[int, int] = TRAIN_LEVELS,
-               distribution_mode: str = "easy") -> NativeVecEnv:  # fmt: skip
+def real_world(
+    game: str, num_envs: int, levels: tuple[int, int] = TRAIN_LEVELS, distribution_mode: str = "easy"
+) -> NativeVecEnv:
     """The real game (needs procgen)."""
-    return NativeVecEnv(gym.make_vec("envs:RealProcgen-v0", num_envs=num_envs, game=game, start_level=levels[0],
-                                     num_levels=levels[1], distribution_mode=distribution_mode))  # fmt: skip
+    return NativeVecEnv(
+        gym.make_vec(
+            "envs:RealProcgen-v0",
+            num_envs=num_envs,
+            game=game,
+            start_level=levels[0],
+            num_levels=levels[1],
+            distribution_mode=distribution_mode,
+        )
+    )
 
 
-def dream_world(bundle: Bundle, num_envs: int, horizon: int | None = None, starts: Starts | None = None,
-                **options: Any) -> NativeVecEnv:  # fmt: skip
+def dream_world(
+    bundle: Bundle, num_envs: int, horizon: int | None = None, starts: Starts | None = None, **options: Any
+) -> NativeVecEnv:
     """The dream.
 
     Args:
@@ -56,7 +66,9 @@ def dataset_starts(folder: Path, count: int, context: int, seed: int = 0) -> Sta
     """
     dataset = Dataset(folder)
     if (highest := max(int(s.level_seeds.max()) for s in dataset.shards)) >= HELD_OUT_FROM:
-        raise DatasetError(f"{folder}: holds level {highest}; levels from {HELD_OUT_FROM} on are held out, use others to train")
+        raise DatasetError(
+            f"{folder}: holds level {highest}; levels from {HELD_OUT_FROM} on are held out, use others to train"
+        )
     windows = Windows([s.first for s in dataset.shards], context)
     if not len(windows):
         raise DatasetError(f"{folder}: no episode has {context} consecutive frames; collect more")
@@ -70,8 +82,16 @@ def dataset_starts(folder: Path, count: int, context: int, seed: int = 0) -> Sta
     return Starts(np.stack(frames), np.stack(actions), np.array(levels, np.int32))
 
 
-def make_world(world: str, game: str, num_envs: int, bundle: Path | None = None, device: str = "auto",
-               data: Path | None = None, share: float = 0.5, **options: Any) -> VecEnv:  # fmt: skip
+def make_world(
+    world: str,
+    game: str,
+    num_envs: int,
+    bundle: Path | None = None,
+    device: str = "auto",
+    data: Path | None = None,
+    share: float = 0.5,
+    **options: Any,
+) -> VecEnv:
     """Make the world called "real", "dream" or "mix" (of which `share` are dreams).
 
     Raises:
@@ -87,8 +107,13 @@ def make_world(world: str, game: str, num_envs: int, bundle: Path | None = None,
     if not 1 <= dreams <= num_envs or (world == "mix" and dreams == num_envs):
         raise ConfigError(f"share {share}: leaves {dreams} dreams of {num_envs} environments; a mix needs both worlds")
     dream = dream_world(loaded, dreams, starts=starts, **options)
-    return dream if world == "dream" else MixedVecEnv([
-        dream, real_world(loaded.game.name, num_envs - dreams, distribution_mode=loaded.game.distribution_mode)])  # fmt: skip
+    return (
+        dream
+        if world == "dream"
+        else MixedVecEnv(
+            [dream, real_world(loaded.game.name, num_envs - dreams, distribution_mode=loaded.game.distribution_mode)]
+        )
+    )
 
 
 class MixedVecEnv(VecEnv):
@@ -142,7 +167,9 @@ class MixedVecEnv(VecEnv):
         for part in self.parts:
             part.set_attr(attr_name, value)
 
-    def env_method(self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any) -> list[Any]:
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
+    ) -> list[Any]:
         """Call a method of the parts that hold the environments asked for, once each; see `NativeVecEnv.env_method`."""
         chosen = list(self._get_indices(indices))
         out: dict[int, Any] = {}

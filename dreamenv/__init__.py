@@ -8,8 +8,4 @@ from gymnasium.envs.registration import register
 
 __version__ = "0.1.0"
 
-register(
-    id="DreamProcgen-v0",
-    entry_point="dreamenv.env:DreamEnv",
-    vector_entry_point="dreamenv.vector:DreamVectorEnv",
-)
+register(id="DreamProcgen-v0", entry_point="dreamenv.env:DreamEnv", vector_entry_point="dreamenv.vector:DreamVectorEnv")

@@ -22,10 +22,10 @@ def _fsync(path: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of `path`; on success fsync it and rename it over `path`."""
+    """Yield a temporary sibling of `path` with the same ending; on success fsync it and rename it over `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".partial.{path.name}")
     try:
         yield temporary
         _fsync(temporary)

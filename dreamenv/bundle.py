@@ -1,6 +1,6 @@
 """A trained world model as a folder: save, load, verify, migrate.
 
-`bundle.json` (format version, models, game facts, limits, provenance, sha256 of every part), the networks as fp16
+`bundle.json` (format version, models, game, limits, provenance, sha256 of every part), the networks as fp16
 safetensors, `starts.safetensors` (real start contexts) and `card.json` (measured fidelity). No pickle anywhere.
 """
 
@@ -10,12 +10,13 @@ import hashlib
 import json
 import math
 import shutil
+import threading
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,36 +24,30 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 from safetensors.torch import save as save_tensors
-from torch import nn
 
-from dreamenv.actions import NUM_ACTIONS
 from dreamenv.artifacts import atomic_folder, read_json, readable_folder, sha256_file, write_json
 from dreamenv.config import check, from_dict, to_dict
+from dreamenv.contract.actions import NUM_ACTIONS
+from dreamenv.contract.games import get_game
+from dreamenv.device import pick_device, pick_precision
 from dreamenv.errors import BundleError, ConfigError
-from dreamenv.models.autoencoder import Autoencoder
-from dreamenv.models.heads import OutcomeHead, PictureOutcomeHead, TileOutcomeHead
-from dreamenv.models.io import load_weights
-from dreamenv.models.latent_flow import LatentFlow
-from dreamenv.models.registry import build_model, model_spec
-from dreamenv.models.tile import TileAutoencoder
-from dreamenv.models.tile_flow import TileFlow
-from dreamenv.world_model import Dynamics, FrameCodec, WorldModel
+from dreamenv.models.io import fill, read_part
+from dreamenv.models.migrations import bundle_from_1
+from dreamenv.models.registry import build, spec_of
+from dreamenv.world_model import WorldModel
 
-FORMAT_VERSION = 1
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+FORMAT_VERSION = 2
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: bundle_from_1}
 """Version -> function that turns that version's description into the next one's, in memory."""
-_NETWORKS: dict[str, tuple[type[nn.Module], ...]] = {
-    "autoencoder": (Autoencoder, TileAutoencoder), "dynamics": (LatentFlow, TileFlow),
-    "head": (PictureOutcomeHead, TileOutcomeHead),
-}  # fmt: skip
-_PARTS = (*(f"{n}.safetensors" for n in _NETWORKS), "starts.safetensors", "card.json")
+NETWORKS = ("codec", "dynamics", "head")
+_PARTS = (*(f"{n}.safetensors" for n in NETWORKS), "starts.safetensors", "card.json")
 _REMEDY = "re-download or retrain"
 EMBEDDED = Path(__file__).parent / "bundles"
 
 
 @dataclass(frozen=True)
 class GameFacts:
-    """What the bundle knows about its game."""
+    """Which game a bundle is of; all else about it is in the table of games."""
 
     name: str
     """Procgen's name."""
@@ -60,8 +55,20 @@ class GameFacts:
     """Procgen's difficulty."""
     max_steps: int
     """Step limit; reaching it truncates."""
-    action_meanings: tuple[str, ...]
-    """What each of the 15 actions does."""
+
+    def __post_init__(self) -> None:
+        """Validate; raises `ConfigError`."""
+        modes = get_game(self.name).distribution_modes
+        check(
+            self.distribution_mode in modes,
+            f"distribution_mode {self.distribution_mode!r}: {self.name} has {', '.join(modes)}",
+        )
+        check(self.max_steps >= 1, f"max_steps {self.max_steps}: must be >= 1")
+
+    @property
+    def action_meanings(self) -> tuple[str, ...]:
+        """What each of the 15 actions does."""
+        return get_game(self.name).meanings
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ class Starts:
     """Bank of real start contexts.
 
     Attributes:
-        frames: uint8 (S, T, 64, 64, 3).
+        frames: uint8 (S, T, h, w, c).
         actions: uint8 (S, T - 1).
         level_seeds: int32 (S,).
     """
@@ -114,11 +121,18 @@ class Bundle:
     card: dict[str, Any] = field(default_factory=dict)
 
 
-def save_bundle(folder: str | Path, world_model: WorldModel, game: GameFacts, limits: Limits, starts: Starts,
-                provenance: dict[str, Any], card: dict[str, Any] | None = None) -> Path:  # fmt: skip
+def save_bundle(
+    folder: str | Path,
+    world_model: WorldModel,
+    game: GameFacts,
+    limits: Limits,
+    starts: Starts,
+    provenance: dict[str, Any],
+    card: dict[str, Any] | None = None,
+) -> Path:
     """Write a bundle folder atomically, weights in fp16; returns it."""
     folder = Path(folder)
-    networks = {n: getattr(world_model, n) for n in _NETWORKS}
+    networks = {n: getattr(world_model, n) for n in NETWORKS}
     with atomic_folder(folder) as temporary:
         for name, network in networks.items():
             tensors = {k: v.detach().cpu().half().contiguous() for k, v in network.state_dict().items()}
@@ -128,10 +142,13 @@ def save_bundle(folder: str | Path, world_model: WorldModel, game: GameFacts, li
         (temporary / "starts.safetensors").write_bytes(save_arrays(arrays))
         write_json(temporary / "card.json", card or {})
         description = {
-            "format_version": FORMAT_VERSION, "game": to_dict(game), "limits": to_dict(limits),
-            "models": {n: model_spec(m) for n, m in networks.items()}, "provenance": provenance,
+            "format_version": FORMAT_VERSION,
+            "game": to_dict(game),
+            "limits": to_dict(limits),
+            "models": {n: spec_of(m) for n, m in networks.items()},
+            "provenance": provenance,
             "sha256": {part: sha256_file(temporary / part) for part in _PARTS},
-        }  # fmt: skip
+        }
         write_json(temporary / "bundle.json", description | {"identity": compute_identity(description)})
     return folder
 
@@ -142,6 +159,11 @@ def compute_identity(description: dict[str, Any]) -> str:
     if isinstance(kept.get("sha256"), dict):
         kept["sha256"] = {k: v for k, v in kept["sha256"].items() if k != "card.json"}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def embedded_games() -> list[str]:
+    """Games of the bundles in the package."""
+    return sorted(p.parent.name for p in EMBEDDED.glob("*/bundle.json"))
 
 
 def resolve_bundle(bundle: str | Path | None, game: str) -> Path:
@@ -155,56 +177,31 @@ def resolve_bundle(bundle: str | Path | None, game: str) -> Path:
             raise BundleError(f"bundle {bundle!r}: expected the path of a bundle folder")
         return Path(bundle)
     if not isinstance(game, str):
-        raise BundleError(f"game {game!r}: expected a name, such as 'coinrun'")
+        raise BundleError(f"game {game!r}: expected a name, such as {embedded_games()[0]!r}")
     folder = EMBEDDED / game
-    if not (folder / "bundle.json").exists():
-        known = sorted(p.parent.name for p in EMBEDDED.glob("*/bundle.json"))
-        raise BundleError(f"game {game!r}: no embedded bundle; embedded are: {', '.join(known) or 'none'}. "
-                          f"Train one with: python -m trainers.pipeline --game {game}")  # fmt: skip
+    if game not in embedded_games():
+        raise BundleError(
+            f"game {game!r}: no embedded bundle; embedded are: {', '.join(embedded_games()) or 'none'}. "
+            f"Train one with: python -m trainers.pipeline --game {game}"
+        )
     return folder
 
 
 def bundled_agent(folder: Path) -> Path | None:
-    """Folder of the agent that ships with a bundle (see `dreamenv.models.impala.load_agent`); None if there is none."""
+    """Folder of the agent that ships with a bundle, for `dreamenv.policies.agent.load_agent`; None if there is none."""
     agent = folder / "agent"
     return agent if (agent / "agent.json").exists() else None
 
 
-def pick_device(device: str | torch.device) -> torch.device:
-    """Return a usable device; "auto" is the GPU if there is one.
-
-    Raises:
-        ConfigError: no such device, or not on this machine.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        picked = torch.device(device)
-        torch.zeros(1, device=picked).cpu()
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ConfigError(f"device {device!r}: not usable here ({str(error).splitlines()[0]}); "
-                          "use 'auto' or 'cpu'") from None  # fmt: skip
-    return picked
-
-
-def pick_precision(precision: str, device: torch.device) -> str:
-    """Return "fp32" or "bf16"; "auto" is bf16 on CUDA and on CPUs with instructions for it, where batches gain a third or more.
-
-    Raises:
-        ConfigError: another name.
-    """
-    if precision not in ("auto", "fp32", "bf16"):
-        raise ConfigError(f"precision {precision!r}: must be 'auto', 'fp32' or 'bf16'")
-    if precision != "auto":
-        return precision
-    if device.type == "cpu":
-        asked = (getattr(torch.cpu, f"_is_{name}_supported", lambda: False) for name in ("amx_tile", "avx512_bf16"))
-        return "bf16" if any(supported() for supported in asked) else "fp32"
-    return "bf16" if device.type == "cuda" else "fp32"
+_loaded: OrderedDict[tuple[str, ...], Bundle] = OrderedDict()
+_loading = threading.Lock()
+_KEPT = 4  # bundles that stay loaded
 
 
 def load_bundle(folder: str | Path, device: str | torch.device = "auto", precision: str = "auto") -> Bundle:
     """Load and verify a bundle; environments of one process share the networks of equal bundles.
+
+    Every file is read and hashed once, whether or not an equal bundle is loaded already.
 
     Raises:
         BundleError: missing, altered, malformed, inconsistent, or newer than this release; names the file.
@@ -213,92 +210,108 @@ def load_bundle(folder: str | Path, device: str | torch.device = "auto", precisi
     picked = pick_device(device)
     precision = pick_precision(precision, picked)
     folder = readable_folder(folder)
-    path = folder / "bundle.json"
-    description = _read_description(path)
+    description = _read_description(folder / "bundle.json")
     digests = description.get("sha256")
     if not isinstance(digests, dict) or set(digests) != set(_PARTS):
-        raise BundleError(f"{path}: sha256 must name exactly {', '.join(_PARTS)}; re-download or retrain")
-    for part in _PARTS:
-        if not (folder / part).is_file():
-            raise BundleError(f"{folder / part}: missing; re-download or retrain")
-        if sha256_file(folder / part) != digests[part]:
-            raise BundleError(f"{folder / part}: sha256 differs from bundle.json; re-download or retrain")
-    return _load(folder, json.dumps(description), str(picked), precision)
+        raise BundleError(f"{folder / 'bundle.json'}: sha256 must name exactly {', '.join(_PARTS)}; {_REMEDY}")
+    paths = {part: folder / description.get("files", {}).get(part, part) for part in _PARTS}
+    parts = {part: read_part(path, digests[part]) for part, path in paths.items()}
+    key = (str(folder), json.dumps(description), str(picked), precision)
+    with _loading:
+        if key not in _loaded:
+            _loaded[key] = _build(folder, description, parts, paths, str(picked), precision)
+            while len(_loaded) > _KEPT:
+                _loaded.popitem(last=False)
+        _loaded.move_to_end(key)
+        return _loaded[key]
 
 
-@lru_cache(maxsize=4)
-def _load(folder: Path, text: str, device: str, precision: str) -> Bundle:
-    path, description = folder / "bundle.json", json.loads(text)
+def _build(
+    folder: Path,
+    description: dict[str, Any],
+    parts: dict[str, bytes],
+    paths: dict[str, Path],
+    device: str,
+    precision: str,
+) -> Bundle:
+    path = folder / "bundle.json"
     try:
         game = from_dict(GameFacts, description["game"], "game")
         limits = from_dict(Limits, description["limits"], "limits")
-        networks = {n: build_model(description["models"][n], f"models.{n}") for n in _NETWORKS}
+        networks = {n: build(n, description["models"][n], where=f"models.{n}") for n in NETWORKS}
         provenance = dict(description["provenance"])
     except KeyError as error:
-        raise BundleError(f"{path}: key {error} is missing; re-download or retrain") from None
-    except (ConfigError, TypeError, ValueError) as error:
-        raise BundleError(f"{path}: {error}; re-download or retrain") from None
+        raise BundleError(f"{path}: key {error} is missing; {_REMEDY}") from None
+    except (ConfigError, TypeError, ValueError, RuntimeError) as error:
+        raise BundleError(f"{path}: {error}; {_REMEDY}") from None
+    version = 1 if "files" in description else FORMAT_VERSION
     for name, network in networks.items():
-        if type(network) not in _NETWORKS[name]:
-            raise BundleError(f"{path}: models.{name} is a {type(network).__name__}, which is no {name}; retrain")
-        load_weights(network, folder / f"{name}.safetensors", description["sha256"][f"{name}.safetensors"])
-    autoencoder, dynamics = cast(FrameCodec, networks["autoencoder"]), cast(Dynamics, networks["dynamics"])
-    head = cast(OutcomeHead, networks["head"])
-    c, h, _ = autoencoder.latent_shape
-    if not (dynamics.config.latent_channels == head.config.latent_channels == c and head.config.latent_size == h
-            and head.config.context == dynamics.config.context
-            and isinstance(autoencoder, TileAutoencoder) == isinstance(dynamics, TileFlow)
-            and (isinstance(autoencoder, TileAutoencoder) or not isinstance(head, TileOutcomeHead))):  # fmt: skip
-        raise BundleError(f"{path}: autoencoder, dynamics and head disagree on the latents or context length; retrain")
-    if len(game.action_meanings) != NUM_ACTIONS or game.max_steps < 1:
-        raise BundleError(f"{path}: game needs {NUM_ACTIONS} action_meanings and max_steps >= 1; re-download or retrain")
-    world_model = WorldModel(autoencoder, dynamics, head, device, precision)
-    card = read_json(folder / "card.json", BundleError, _REMEDY)
-    return Bundle(folder, compute_identity(description), world_model, game, limits, _load_starts(folder), provenance, card)
+        part = f"{name}.safetensors"
+        fill(network, parts[part], paths[part], version)
+    try:
+        world_model = WorldModel(networks["codec"], networks["dynamics"], networks["head"], device, precision)
+    except ConfigError as error:
+        raise BundleError(f"{path}: {error}; {_REMEDY}") from None
+    card = read_json(paths["card.json"], BundleError, _REMEDY)
+    starts = _read_starts(parts["starts.safetensors"], paths["starts.safetensors"], world_model.frame_shape)
+    return Bundle(folder, description["identity"], world_model, game, limits, starts, provenance, card)
 
 
 def _read_description(path: Path) -> dict[str, Any]:
-    """Read bundle.json, the version first; older ones are migrated in memory."""
+    """Read bundle.json, the version first; older ones are migrated in memory and keep their identity."""
     description = read_json(path, BundleError, "is this a bundle folder? Re-download or retrain")
     version = description.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool):
         raise BundleError(f"{path}: format_version {version!r} is not an integer; {_REMEDY}")
     if version > FORMAT_VERSION:
-        raise BundleError(f"{path}: format_version {version} is newer than this release reads ({FORMAT_VERSION}); "
-                          "upgrade dreamenv")  # fmt: skip
-    if version == FORMAT_VERSION and description.get("identity") != compute_identity(description):
+        raise BundleError(
+            f"{path}: format_version {version} is newer than this release reads ({FORMAT_VERSION}); upgrade dreamenv"
+        )
+    if description.get("identity") != compute_identity(description):
         raise BundleError(f"{path}: its contents do not match its identity, it was altered; {_REMEDY}")
     while version < FORMAT_VERSION:
         if version not in MIGRATIONS:
             raise BundleError(f"{path}: format_version {version} is too old to migrate; retrain")
-        description = MIGRATIONS[version](description)
+        try:
+            description = MIGRATIONS[version](description)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise BundleError(f"{path}: is no bundle of version {version} ({error!r}); {_REMEDY}") from None
         version += 1
     return description
 
 
-def _load_starts(folder: Path) -> Starts:
-    path = folder / "starts.safetensors"
+def _read_starts(data: bytes, path: Path, frame: tuple[int, int, int]) -> Starts:
     try:
-        arrays = load_arrays(path.read_bytes())
+        arrays = load_arrays(data)
         frames, actions, levels = (arrays[k] for k in ("frames", "actions", "level_seeds"))
-        if frames.ndim == 1 and frames.dtype == np.uint8 and actions.ndim == 2:  # packed; older bundles have them as they are
-            shape = (actions.shape[0], actions.shape[1] + 1, 64, 64, 3)
+        if frames.ndim == 1 and frames.dtype == np.uint8 and actions.ndim == 2:  # packed; older ones are as they are
+            shape = (actions.shape[0], actions.shape[1] + 1, *frame)
             unpacked = zlib.decompressobj().decompress(frames.tobytes(), math.prod(shape) + 1)
             frames = np.frombuffer(bytearray(unpacked), np.uint8).reshape(shape)
     except (SafetensorError, KeyError, ValueError, zlib.error) as error:
-        raise BundleError(f"{path}: is malformed ({error}); re-download or retrain") from None
+        raise BundleError(f"{path}: is malformed ({error}); {_REMEDY}") from None
     s, t = frames.shape[:2] if frames.ndim == 5 else (0, 0)
-    if (s < 1 or t < 1 or frames.shape[2:] != (64, 64, 3) or frames.dtype != np.uint8 or levels.shape != (s,)
-            or actions.shape != (s, t - 1) or actions.dtype != np.uint8 or (actions >= NUM_ACTIONS).any()):  # fmt: skip
-        raise BundleError(f"{path}: frames {frames.dtype} {frames.shape}, actions {actions.shape}, level_seeds "
-                          f"{levels.shape} are not a bank of start contexts; re-download or retrain")  # fmt: skip
+    sound = s >= 1 and t >= 1 and frames.shape[2:] == frame and frames.dtype == np.uint8 and levels.shape == (s,)
+    sound = sound and actions.shape == (s, t - 1) and actions.dtype == np.uint8 and not (actions >= NUM_ACTIONS).any()
+    if not sound:
+        raise BundleError(
+            f"{path}: frames {frames.dtype} {frames.shape}, actions {actions.shape}, level_seeds {levels.shape} are "
+            f"not a bank of start contexts; {_REMEDY}"
+        )
     return Starts(frames, actions, levels)
 
 
 def update_card(folder: str | Path, card: dict[str, Any]) -> None:
-    """Replace a bundle's measured fidelity, atomically; everything else keeps its bytes."""
+    """Replace a bundle's measured fidelity, atomically; everything else keeps its bytes.
+
+    Raises:
+        BundleError: it is of an older version, or no bundle.
+    """
     folder = readable_folder(folder)
-    description = _read_description(folder / "bundle.json")
+    path = folder / "bundle.json"
+    description = read_json(path, BundleError, _REMEDY)
+    if _read_description(path).get("files"):
+        raise BundleError(f"{path}: is of an older format; rewrite it with python -m dreamenv.bundle OLD NEW")
     with atomic_folder(folder) as temporary:
         shutil.copytree(folder, temporary, dirs_exist_ok=True)
         write_json(temporary / "card.json", card)
@@ -315,3 +328,16 @@ def find_bundles() -> list[Path]:
     """Folders of the embedded bundles, and of those trained below the current folder's `runs`."""
     found = [p.parent for p in sorted(EMBEDDED.glob("*/bundle.json"))]
     return found + [p.parent for p in sorted(Path("runs").glob("*/bundle/bundle.json"))]
+
+
+def rewrite_bundle(folder: str | Path, out: str | Path) -> Path:
+    """Write a bundle of any readable version as one of this version, its agent too; returns the new folder.
+
+    Weights are stored as they are loaded, rounded to fp16: those of a bundle are fp16 already, so it dreams the same.
+    """
+    old = load_bundle(folder, "cpu", "fp32")
+    save_bundle(out, old.world_model, old.game, old.limits, old.starts, old.provenance, old.card)
+    agent = bundled_agent(old.folder)
+    if agent is not None:
+        shutil.copytree(agent, Path(out) / "agent")
+    return Path(out)

@@ -53,8 +53,10 @@ def from_dict(cls: type[T], values: Any, where: str = "") -> T:
         path = f"{where}.{key}" if where else str(key)
         if key not in fields:
             close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
-            raise ConfigError(f"{path}: unknown key; did you mean '{close[0] if close else '?'}'? "
-                              f"{cls.__name__} has: {', '.join(fields)}")
+            raise ConfigError(
+                f"{path}: unknown key; did you mean '{close[0] if close else '?'}'? "
+                f"{cls.__name__} has: {', '.join(fields)}"
+            )
         built[key] = _convert(hints[key], value, path)
     for key, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

@@ -8,9 +8,9 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from dreamenv.bundle import Bundle
+from dreamenv.contract.resets import as_array, check_options
+from dreamenv.contract.single import SingleView, split_infos
 from dreamenv.errors import ResetError
-from dreamenv.resets import as_array, check_options
-from dreamenv.single import SingleView, split_infos
 from dreamenv.vector import DreamVectorEnv
 
 

@@ -1,4 +1,4 @@
-"""Probability path and samplers of the latent flow. Nothing here knows a network.
+"""Probability path and samplers of the latent flow. Nothing here knows a family of models.
 
 The path is x_tau = (1 - tau) * noise + tau * clean (rectified flow, Liu et al. 2023), the network predicts `clean`
 (x-prediction), and the velocity follows: v = (clean - x_tau) / (1 - tau).
@@ -7,15 +7,16 @@ The path is x_tau = (1 - tau) * noise + tau * clean (rectified flow, Liu et al. 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dreamenv.config import check
+from dreamenv.models.interface import NULL_ACTION, Dynamics, Prediction, State
 
-Predict = Callable[[Tensor | None, float], tuple[Tensor, Tensor]]
+Predict = Callable[[Tensor | None, float], Prediction]
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,21 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
-        check(isinstance(self.nfe, int) and not isinstance(self.nfe, bool) and 1 <= self.nfe <= 256,
-              f"nfe {self.nfe!r}: must be an integer in 1..256")
+        check(
+            isinstance(self.nfe, int) and not isinstance(self.nfe, bool) and 1 <= self.nfe <= 256,
+            f"nfe {self.nfe!r}: must be an integer in 1..256",
+        )
         check(self.solver in ("euler", "heun"), f"solver {self.solver!r}: must be 'euler' or 'heun'")
-        check(self.solver == "euler" or self.nfe % 2 == 1,
-              f"nfe {self.nfe} with solver 'heun': must be odd (two evaluations a step, one for the last)")
+        check(
+            self.solver == "euler" or self.nfe % 2 == 1,
+            f"nfe {self.nfe} with solver 'heun': must be odd (two evaluations a step, one for the last)",
+        )
         for name, limit in (("temperature", 10.0), ("guidance_scale", 20.0)):
             value = getattr(self, name)
-            check(isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= limit,
-                  f"{name} {value!r}: must be a number in 0..{limit:g}")
+            check(
+                isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= limit,
+                f"{name} {value!r}: must be a number in 0..{limit:g}",
+            )
 
     @property
     def stochastic(self) -> bool:
@@ -60,31 +67,61 @@ def velocity(x: Tensor, clean: Tensor, tau: float) -> Tensor:
     return (clean - x) / (1 - tau)
 
 
-def sample(predict: Predict, noise: Tensor | None, sampler: SamplerConfig) -> tuple[Tensor, Tensor]:
-    """Draw a clean latent.
+def integrate(predict: Predict, noise: Tensor | None, sampler: SamplerConfig) -> Prediction:
+    """Follow the path from noise to a clean latent.
 
     Args:
-        predict: (x_tau or None at tau = 0, tau) -> (clean latent (B, C, H, W), log error (B, H, W)).
+        predict: (x_tau (B, C, H, W), or None at tau = 0, and tau) -> the predicted clean latent.
         noise: standard normal (B, C, H, W); may be None where `sampler.stochastic` is False.
         sampler: steps, solver and temperature.
 
     Returns:
-        The latent (B, C, H, W), and the log error that the first evaluation expected.
+        The last prediction, with the log error that the first one expected.
     """
-    clean, log_error = predict(None, 0.0)
+    prediction = first = predict(None, 0.0)
     if sampler.nfe == 1:
-        return clean, log_error
+        return first
+    clean = first.latent
     x = torch.zeros_like(clean) if noise is None else noise.to(clean.dtype) * sampler.temperature
     steps = sampler.nfe if sampler.solver == "euler" else (sampler.nfe + 1) // 2
     for i in range(steps):
         tau, following = i / steps, (i + 1) / steps
         if i:
-            clean, _ = predict(x, tau)
+            prediction = predict(x, tau)
         if i == steps - 1:
-            return clean, log_error
-        v = velocity(x, clean, tau)
-        ahead = x + (following - tau) * v
+            break
+        v = velocity(x, prediction.latent, tau)
         if sampler.solver == "heun":
-            v = (v + velocity(ahead, predict(ahead, following)[0], following)) / 2
+            tried = x + (following - tau) * v
+            v = (v + velocity(tried, predict(tried, following).latent, following)) / 2
         x = x + (following - tau) * v
-    raise AssertionError("unreachable: the last step returns")
+    return replace(prediction, log_error=first.log_error)
+
+
+def sample(
+    dynamics: Dynamics, state: State, action: Tensor, noise: Tensor | None, sampler: SamplerConfig
+) -> Prediction:
+    """Draw the next latent, guided by the action if the sampler says so.
+
+    Args:
+        dynamics: which.
+        state: (B,) states.
+        action: int64 (B,), the one taken now.
+        noise: standard normal (B, C, H, W); may be None where `sampler.stochastic` is False.
+        sampler: how.
+
+    Returns:
+        Latent float32 (B, C, H, W), its hints, and the log error that the first evaluation expected, (B, H, W).
+    """
+    zero = torch.zeros(len(action), device=action.device)
+
+    def predict(x: Tensor | None, tau: float) -> Prediction:
+        aware = dynamics.predict(state, action, x, zero + tau)
+        if sampler.guidance_scale == 1:
+            return aware
+        hidden = state.replace(actions=torch.full_like(state.actions, NULL_ACTION))
+        unknown = torch.full_like(action, NULL_ACTION)
+        unaware = dynamics.predict(hidden, unknown, x, zero + tau, hints=aware.hints)
+        return dynamics.guide(aware, unaware, sampler.guidance_scale)
+
+    return integrate(predict, noise, sampler)

@@ -21,8 +21,10 @@ def begin(out: Path, settings: dict[str, str]) -> None:
         begun = read_json(out / "pipeline.json", ConfigError, "delete the run folder")
         for key in sorted(set(begun) | set(settings)):
             if begun.get(key) != settings.get(key):
-                raise ConfigError(f"{out}: was begun with {key} = {begun.get(key)}, now {settings.get(key)}; "
-                                  "use the same settings to resume, or another --out")  # fmt: skip
+                raise ConfigError(
+                    f"{out}: was begun with {key} = {begun.get(key)}, now {settings.get(key)}; "
+                    "use the same settings to resume, or another --out"
+                )
     write_json(out / "pipeline.json", settings)
 
 

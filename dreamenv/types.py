@@ -5,42 +5,13 @@ B or N is a batch, K the context length, H a horizon, T time, (C, h, w) one late
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class State:
-    """What a dream remembers.
-
-    Attributes:
-        latents: float32 (B, K, C, h, w), the current one last.
-        actions: int64 (B, K - 1), the actions between them.
-        memory: float32 (B, c + 1, M, M), what is remembered of the level around (`dreamenv.models.tile.remember`);
-            (B, 0, 0, 0) where the dynamics remember nothing but the latents.
-    """
-
-    latents: Tensor
-    actions: Tensor
-    memory: Tensor
-
-    def __getitem__(self, index: slice | Tensor) -> State:
-        """A part of the batch."""
-        return State(self.latents[index], self.actions[index], self.memory[index])
-
-    @staticmethod
-    def cat(states: list[State]) -> State:
-        """Concatenate along the batch."""
-        return State(*(torch.cat([getattr(s, f.name) for s in states]) for f in fields(State)))
-
-    @staticmethod
-    def where(mask: Tensor, yes: State, no: State) -> State:
-        """Row by row, `yes` where the mask bool (B,) says so, else `no`."""
-        pairs = [(getattr(yes, f.name), getattr(no, f.name)) for f in fields(State)]
-        return State(*(torch.where(mask.view(-1, *(1,) * (a.ndim - 1)), a, b) for a, b in pairs))
+from dreamenv.models.interface import State
 
 
 @dataclass(frozen=True)
@@ -61,9 +32,11 @@ class Transition:
     @staticmethod
     def cat(transitions: list[Transition]) -> Transition:
         """Concatenate along the batch."""
-        return Transition(State.cat([t.state for t in transitions]),
-                          torch.cat([t.log_probabilities for t in transitions]),
-                          torch.cat([t.uncertainty for t in transitions]))  # fmt: skip
+        return Transition(
+            State.cat([t.state for t in transitions]),
+            torch.cat([t.log_probabilities for t in transitions]),
+            torch.cat([t.uncertainty for t in transitions]),
+        )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,15 +15,16 @@ from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from dreamenv.actions import NUM_ACTIONS, check_actions, keys_to_action
 from dreamenv.bundle import Bundle, load_bundle, resolve_bundle
 from dreamenv.config import check, from_dict
+from dreamenv.contract.actions import NUM_ACTIONS, check_actions, keys_to_action
+from dreamenv.contract.noise import branch_stream, draw_step, reset_generator
+from dreamenv.contract.resets import as_array, check_history, check_mask, check_options, check_seeds
+from dreamenv.contract.snapshot import pack, unpack
 from dreamenv.errors import ConfigError, ResetError, SnapshotError
 from dreamenv.flow import SamplerConfig
-from dreamenv.noise import branch_stream, draw_step, reset_generator
-from dreamenv.resets import as_array, check_mask, check_options, check_seeds
-from dreamenv.snapshot import pack, unpack
-from dreamenv.types import State, Transition
+from dreamenv.models.interface import State
+from dreamenv.types import Transition
 
 _SEED_LIMIT = 2**64
 _RESET_OPTIONS = ("start", "frames", "actions", "reset_mask")
@@ -60,8 +61,10 @@ class DreamVectorEnv(VectorEnv):
     """
 
     metadata: dict[str, Any] = {
-        "render_modes": ["rgb_array"], "render_fps": 15, "autoreset_mode": AutoresetMode.SAME_STEP,
-    }  # fmt: skip
+        "render_modes": ["rgb_array"],
+        "render_fps": 15,
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+    }
 
     def __init__(
         self,
@@ -76,12 +79,16 @@ class DreamVectorEnv(VectorEnv):
         truncate_above: float | None = None,
         precision: str = "auto",
     ) -> None:
-        check(isinstance(num_envs, int) and not isinstance(num_envs, bool) and num_envs >= 1,
-              f"num_envs {num_envs!r}: must be an integer >= 1")
+        check(
+            isinstance(num_envs, int) and not isinstance(num_envs, bool) and num_envs >= 1,
+            f"num_envs {num_envs!r}: must be an integer >= 1",
+        )
         check(render_mode in (None, "rgb_array"), f"render_mode {render_mode!r}: must be None or 'rgb_array'")
         number = isinstance(truncate_above, (int, float)) and not isinstance(truncate_above, bool)
-        check(truncate_above is None or (number and truncate_above > 0),
-              f"truncate_above {truncate_above!r}: must be > 0 or None")
+        check(
+            truncate_above is None or (number and truncate_above > 0),
+            f"truncate_above {truncate_above!r}: must be > 0 or None",
+        )
         check(isinstance(exact, bool), f"exact {exact!r}: must be True or False")
         try:
             self.autoreset_mode = AutoresetMode(autoreset_mode)
@@ -102,17 +109,14 @@ class DreamVectorEnv(VectorEnv):
         self.num_envs = num_envs
         self.render_mode = render_mode
         self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
-        self.single_observation_space = Box(0, 255, (64, 64, 3), np.uint8)
+        frame = bundle.world_model.frame_shape
+        self.single_observation_space = Box(0, 255, frame, np.uint8)
         self.single_action_space = Discrete(NUM_ACTIONS)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
-        model = bundle.world_model
-        k, (c, h, w) = model.context, model.latent_shape
-        latents = torch.zeros(num_envs, k, c, h, w, device=model.device)
-        actions = torch.zeros(num_envs, k - 1, dtype=torch.int64, device=model.device)
-        self._state = State(latents, actions, model.dynamics.recall(latents))
-        self._frames = np.zeros((num_envs, 64, 64, 3), np.uint8)
+        self._state = bundle.world_model.blank(num_envs)
+        self._frames = np.zeros((num_envs, *frame), np.uint8)
         self._seeds = np.zeros(num_envs, np.uint64)
         self._streams = np.zeros(num_envs, np.uint64)
         self._episodes = np.zeros(num_envs, np.int64)
@@ -159,7 +163,7 @@ class DreamVectorEnv(VectorEnv):
                 self._begin(int(i), None if chosen is None else int(chosen[i]))
             else:
                 state = self.bundle.world_model.start(history[0][i : i + 1], history[1][i : i + 1])
-                frame = self.bundle.world_model.decode(state.latents[:, -1])[0].numpy()
+                frame = self.bundle.world_model.render(state)[0].numpy()
                 self._place(int(i), -1, state, frame)
         self._started = True
         return self._frames.copy(), self._infos(np.zeros(self.num_envs, np.float64))
@@ -168,7 +172,7 @@ class DreamVectorEnv(VectorEnv):
         """Imagine one step of every environment.
 
         Raises:
-            InvalidActionError: see `dreamenv.actions.check_actions`; the state is unchanged.
+            InvalidActionError: see `dreamenv.contract.actions.check_actions`; the state is unchanged.
             ResetError: before the first reset, or (DISABLED mode) a finished environment was not reset.
         """
         actions = check_actions(actions, self.num_envs)
@@ -181,35 +185,19 @@ class DreamVectorEnv(VectorEnv):
 
         began = time.perf_counter()
         imagined, uniforms = self._imagine(actions)
-        probabilities = imagined.log_probabilities.exp().double().cpu().numpy()
-        model = self.bundle.world_model
-        if self.sampler.temperature == 0:
-            outcome = probabilities.argmax(1)
-        else:
-            outcome = (probabilities.cumsum(1) < uniforms[:, None]).sum(1).clip(max=probabilities.shape[1] - 1)
-        rewards, terminated = model.rewards[outcome], model.terminated[outcome]
-        uncertainty = imagined.uncertainty.double().cpu().numpy()
-
-        latents = imagined.state.latents[:, -1]
-        diverged = self.bundle.limits.exceeded(latents).cpu().numpy()
-        if diverged.any():  # keep the last sound latent, so that no frame is ever drawn from an unsound one
-            bad = torch.as_tensor(diverged, device=latents.device)
-            imagined = replace(imagined, state=State.where(bad, self._state, imagined.state))
-            uncertainty = np.where(diverged, np.inf, uncertainty)
-        doubtful = np.zeros(self.num_envs, bool) if self.truncate_above is None else uncertainty > self.truncate_above
-
+        rewards, terminated, details = self._outcomes(imagined, uniforms)
+        imagined, uncertainty, diverged = self._guard(imagined)
         self._state = imagined.state
         drawing = time.perf_counter()
         if self._draw:
-            self._frames = self._decode(imagined.state.latents[:, -1])
+            self._frames = self._render(imagined.state)
         self.seconds["decode"] += time.perf_counter() - drawing
         self.seconds["imagine"] += drawing - began
         self._steps += 1
+        limit = self.truncate_above
+        doubtful = np.zeros(self.num_envs, bool) if limit is None else uncertainty > limit
         truncated = ((self._steps >= self.bundle.game.max_steps) | diverged | doubtful) & ~terminated
-        details = {
-            "expected_reward": probabilities @ model.rewards, "reward_probability": probabilities @ (model.rewards != 0),
-            "end_probability": probabilities @ model.terminated, "diverged": diverged, "uncertain": doubtful,
-        }  # fmt: skip
+        details |= {"diverged": diverged, "uncertain": doubtful}
         for i in np.flatnonzero(resetting):  # NEXT_STEP: this call was the reset, the action is ignored
             self._episodes[i] += 1
             self._begin(int(i), None)
@@ -221,6 +209,38 @@ class DreamVectorEnv(VectorEnv):
         if self.autoreset_mode is AutoresetMode.SAME_STEP and self._finished.any():
             infos = self._autoreset_now(infos)
         return self._frames.copy(), rewards, terminated, truncated, infos
+
+    def _outcomes(
+        self, imagined: Transition, uniforms: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Rewards float64 (N,), ends bool (N,), and what the head expected, for `info`."""
+        probabilities = imagined.log_probabilities.exp().double().cpu().numpy()
+        model = self.bundle.world_model
+        if self.sampler.temperature == 0:
+            outcome = probabilities.argmax(1)
+        else:
+            outcome = (probabilities.cumsum(1) < uniforms[:, None]).sum(1).clip(max=probabilities.shape[1] - 1)
+        details = {
+            "expected_reward": probabilities @ model.rewards,
+            "reward_probability": probabilities @ (model.rewards != 0),
+            "end_probability": probabilities @ model.terminated,
+        }
+        return model.rewards[outcome], model.terminated[outcome], details
+
+    def _guard(self, imagined: Transition) -> tuple[Transition, np.ndarray, np.ndarray]:
+        """Keep the last sound state where a latent left the trained range, so that no frame is drawn of an unsound one.
+
+        Returns:
+            The transition, its uncertainty float64 (N,), infinite where it diverged, and bool (N,), where it did.
+        """
+        latents = imagined.state.latents[:, -1]
+        uncertainty = imagined.uncertainty.double().cpu().numpy()
+        diverged = self.bundle.limits.exceeded(latents).cpu().numpy()
+        if diverged.any():
+            bad = torch.as_tensor(diverged, device=latents.device)
+            imagined = replace(imagined, state=State.where(bad, self._state, imagined.state))
+            uncertainty = np.where(diverged, np.inf, uncertainty)
+        return imagined, uncertainty, diverged
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """Return one uint8 (64, 64, 3) frame per environment, or None without a render mode."""
@@ -243,7 +263,7 @@ class DreamVectorEnv(VectorEnv):
         """
         if not self._started:
             raise ResetError("snapshot() before reset(): call reset() first")
-        arrays = {f.name: getattr(self._state, f.name).cpu().numpy() for f in fields(State)}
+        arrays = {f"{_STATE}{name}": value for name, value in self._state.arrays().items()}
         arrays |= {name: getattr(self, f"_{name}") for name in _COUNTERS}
         return pack("dream", {"bundle": self.bundle.identity, "num_envs": self.num_envs}, arrays)
 
@@ -255,10 +275,13 @@ class DreamVectorEnv(VectorEnv):
         """
         arrays = self._unpack(data)
         if len(arrays["frames"]) != self.num_envs:
-            raise SnapshotError(f"snapshot of {len(arrays['frames'])} environments cannot be restored into "
-                                f"{self.num_envs}; make as many, or use branch()")  # fmt: skip
+            raise SnapshotError(
+                f"snapshot of {len(arrays['frames'])} environments cannot be restored into "
+                f"{self.num_envs}; make as many, or use branch()"
+            )
         device = self.bundle.world_model.device
-        self._state = State(*(torch.from_numpy(arrays[f.name]).to(device) for f in fields(State)))
+        kept = {name.removeprefix(_STATE): value for name, value in arrays.items() if name.startswith(_STATE)}
+        self._state = State.from_arrays(kept, device)
         for name in _COUNTERS:
             setattr(self, f"_{name}", arrays[name].copy())
         self._started = True
@@ -296,8 +319,8 @@ class DreamVectorEnv(VectorEnv):
 
         Args:
             rows: integers (n,), which of them, n >= 1.
-            draw: whether the new one, and whatever is selected or branched from it, draws what it dreams; if not, it goes on
-                showing the pictures of now, or of a later start.
+            draw: whether the new one, and whatever is selected or branched from it, draws what it dreams; if not, it
+                goes on showing the pictures of now, or of a later start.
 
         Raises:
             ResetError: before the first reset.
@@ -306,10 +329,17 @@ class DreamVectorEnv(VectorEnv):
         if not self._started:
             raise ResetError("select() before reset(): call reset() first")
         rows = np.asarray(rows)
-        if rows.ndim != 1 or not rows.size or rows.dtype.kind not in "iu" or rows.min() < 0 or rows.max() >= self.num_envs:
+        if (
+            rows.ndim != 1
+            or not rows.size
+            or rows.dtype.kind not in "iu"
+            or rows.min() < 0
+            or rows.max() >= self.num_envs
+        ):
             raise ConfigError(f"rows {rows.tolist()}: expected one or more integers in 0..{self.num_envs - 1}")
         envs = self._like(len(rows))
-        envs._state, envs._bank, envs._started = self._state[torch.from_numpy(rows.astype(np.int64))], self._bank, True
+        chosen = torch.from_numpy(rows.astype(np.int64)).to(self.bundle.world_model.device)
+        envs._state, envs._bank, envs._started = self._state.rows(chosen), self._bank, True
         envs._draw = self._draw and draw
         for name in _COUNTERS:
             setattr(envs, f"_{name}", getattr(self, f"_{name}")[rows])
@@ -318,8 +348,15 @@ class DreamVectorEnv(VectorEnv):
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _like(self, n: int) -> DreamVectorEnv:
-        envs = DreamVectorEnv(n, bundle=self.bundle, sampler=self.sampler, autoreset_mode=self.autoreset_mode,
-                              render_mode=self.render_mode, exact=self.exact, truncate_above=self.truncate_above)  # fmt: skip
+        envs = DreamVectorEnv(
+            n,
+            bundle=self.bundle,
+            sampler=self.sampler,
+            autoreset_mode=self.autoreset_mode,
+            render_mode=self.render_mode,
+            exact=self.exact,
+            truncate_above=self.truncate_above,
+        )
         envs._draw = self._draw
         return envs
 
@@ -334,14 +371,16 @@ class DreamVectorEnv(VectorEnv):
         if not self.exact:
             return model.step(self._state, actions, noise, self.sampler), uniforms
         each = [slice(i, i + 1) for i in range(self.num_envs)]
-        steps = [model.step(self._state[s], actions[s], None if noise is None else noise[s], self.sampler) for s in each]
+        steps = [
+            model.step(self._state.rows(s), actions[s], None if noise is None else noise[s], self.sampler) for s in each
+        ]
         return Transition.cat(steps), uniforms
 
-    def _decode(self, latents: torch.Tensor) -> np.ndarray:
+    def _render(self, state: State) -> np.ndarray:
         model = self.bundle.world_model
         if not self.exact:
-            return model.decode(latents).numpy()
-        return torch.cat([model.decode(latents[i : i + 1]) for i in range(self.num_envs)]).numpy()
+            return model.render(state).numpy()
+        return torch.cat([model.render(state.rows(slice(i, i + 1))) for i in range(self.num_envs)]).numpy()
 
     def _begin(self, i: int, start: int | None) -> None:
         """Put environment i at a start of the bank, drawn from its seed and episode if not given."""
@@ -351,13 +390,12 @@ class DreamVectorEnv(VectorEnv):
         if start not in self._bank:  # one at a time, so that a start looks the same in a batch of any size
             model, bank, at = self.bundle.world_model, self.bundle.starts, slice(start, start + 1)
             state = model.start(bank.frames[at], bank.actions[at])
-            self._bank[start] = state, model.decode(state.latents[:, -1])[0].numpy()
+            self._bank[start] = state, model.render(state)[0].numpy()
         self._place(i, start, *self._bank[start])
 
     def _place(self, i: int, start: int, state: State, frame: np.ndarray) -> None:
         with torch.inference_mode():  # in place: every step makes new tensors, so nobody else holds these
-            for f in fields(State):
-                getattr(self._state, f.name)[i] = getattr(state, f.name)[0]
+            self._state.put(i, state)
         self._frames[i] = frame
         self._starts[i], self._steps[i], self._finished[i] = start, 0, False
 
@@ -370,8 +408,10 @@ class DreamVectorEnv(VectorEnv):
             final[i] = self._frames[i].copy()
             self._episodes[i] += 1
             self._begin(int(i), None)
-        fresh = self._infos(np.where(done, 0.0, infos["uncertainty"]),
-                            **{k: np.where(done, np.zeros_like(infos[k]), infos[k]) for k in _DETAILS})
+        fresh = self._infos(
+            np.where(done, 0.0, infos["uncertainty"]),
+            **{k: np.where(done, np.zeros_like(infos[k]), infos[k]) for k in _DETAILS},
+        )
         return fresh | {"final_obs": final, "_final_obs": done, "final_info": final_info, "_final_info": done}
 
     def _infos(self, uncertainty: np.ndarray, **details: np.ndarray) -> dict[str, Any]:
@@ -380,10 +420,23 @@ class DreamVectorEnv(VectorEnv):
         return infos | {f"_{k}": every.copy() for k in list(infos)}
 
     def _unpack(self, data: bytes) -> dict[str, np.ndarray]:
+        """The arrays of a snapshot, held against what this environment's own would be."""
         meta, arrays = unpack("dream", data)
-        if meta["bundle"] != self.bundle.identity:
-            raise SnapshotError(f"snapshot of bundle {meta['bundle'][:12]}, this env dreams with "
-                                f"{self.bundle.identity[:12]}; load the bundle it was taken with")  # fmt: skip
+        if meta.get("bundle") != self.bundle.identity:
+            raise SnapshotError(
+                f"snapshot of bundle {str(meta.get('bundle'))[:12]}, this env dreams with {self.bundle.identity[:12]}; "
+                "load the bundle it was taken with"
+            )
+        own = {f"{_STATE}{name}": value[:1] for name, value in self._state.items()}
+        known = {n: (tuple(v.shape[1:]), str(v.dtype).removeprefix("torch.")) for n, v in own.items()}
+        known |= {n: (v.shape[1:], str(v.dtype)) for n in _COUNTERS for v in [getattr(self, f"_{n}")]}
+        rows = {len(v) if v.ndim else 0 for v in arrays.values()}
+        for name in sorted(set(known) | set(arrays)):
+            found = (arrays[name].shape[1:], str(arrays[name].dtype)) if name in arrays else None
+            if found != known.get(name):
+                raise SnapshotError(f"snapshot: {name} is {found}, expected {known.get(name)}; take it again")
+        if len(rows) != 1 or 0 in rows:
+            raise SnapshotError(f"snapshot: its tensors are of {sorted(rows)} environments; take it again")
         return arrays
 
     def _check_start(self, options: dict[str, Any]) -> tuple[np.ndarray | None, tuple[np.ndarray, np.ndarray] | None]:
@@ -391,7 +444,9 @@ class DreamVectorEnv(VectorEnv):
         if "frames" in options:
             if start is not None:
                 raise ResetError("options 'start' and 'frames' exclude each other: give one")
-            return None, check_history(options["frames"], options.get("actions"), n)
+            return None, check_history(
+                options["frames"], options.get("actions"), n, self.bundle.world_model.frame_shape
+            )
         if "actions" in options:
             raise ResetError("option 'actions' without 'frames': give the frames they lead between")
         if start is None or (isinstance(start, str) and start == "random"):
@@ -407,25 +462,6 @@ class DreamVectorEnv(VectorEnv):
 
 
 _DETAILS = ("expected_reward", "reward_probability", "end_probability", "diverged", "uncertain")
+_STATE = "state."
+"""How a snapshot calls the tensors of the state, which families name as they like."""
 _COUNTERS = ("frames", "seeds", "streams", "episodes", "steps", "starts", "finished")
-
-
-def check_history(frames: Any, actions: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return real history as uint8 (N, T, 64, 64, 3) and int64 (N, T - 1).
-
-    Raises:
-        ResetError: another dtype or shape, T < 1, or an action outside 0..14.
-    """
-    frames = as_array(frames, "frames")
-    shaped = frames.ndim == 5 and frames.shape[0] == n and frames.shape[2:] == (64, 64, 3) and frames.shape[1] >= 1
-    if frames.dtype != np.uint8 or not shaped:
-        raise ResetError(f"frames of dtype {frames.dtype} and shape {frames.shape}: expected uint8 ({n}, T >= 1, 64, 64, 3)")
-    t = frames.shape[1]
-    actions = np.zeros((n, 0), np.int64) if actions is None else as_array(actions, "actions")
-    if actions.size == 0:
-        actions = actions.reshape(n, 0).astype(np.int64)
-    if actions.shape != (n, t - 1) or actions.dtype.kind not in "iu":
-        raise ResetError(f"actions of dtype {actions.dtype} and shape {actions.shape}: expected integers ({n}, {t - 1})")
-    if ((actions < 0) | (actions >= NUM_ACTIONS)).any():
-        raise ResetError(f"actions {actions.min()}..{actions.max()}: expected 0..{NUM_ACTIONS - 1}")
-    return frames, actions.astype(np.int64)

@@ -1,4 +1,4 @@
-"""The composed world model: context -> state, step(state, action, noise), decode. Batched and functional."""
+"""The composed world model: context -> state, step(state, action, noise), render. Batched and functional."""
 
 from __future__ import annotations
 
@@ -6,40 +6,49 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dreamenv.actions import NOOP
-from dreamenv.flow import SamplerConfig
-from dreamenv.models.autoencoder import Autoencoder, to_frames, to_images
-from dreamenv.models.heads import OutcomeHead
-from dreamenv.models.latent_flow import LatentFlow, draw_next
-from dreamenv.models.tile import TileAutoencoder
-from dreamenv.models.tile_flow import TileFlow
-from dreamenv.types import State, Transition
-
-FrameCodec = Autoencoder | TileAutoencoder
-Dynamics = LatentFlow | TileFlow
+from dreamenv.config import check
+from dreamenv.flow import SamplerConfig, sample
+from dreamenv.models.interface import Codec, Dynamics, OutcomeHead, State, to_frames, to_images
+from dreamenv.types import Transition
 
 
 class WorldModel:
-    """Autoencoder + dynamics + outcome head on one device, without any state of its own.
+    """Codec + dynamics + outcome head on one device, without any state of its own.
 
     Args:
-        autoencoder, dynamics, head: the three networks.
+        codec, dynamics, head: the three networks.
         device: where they run.
-        precision: "fp32", or "bf16" autocast of dynamics and head, and of the inner blocks of a tile autoencoder's decoder; the
-            rest of an autoencoder is always fp32, for bf16 has no more digits than a pixel.
+        precision: "fp32", or "bf16" autocast of dynamics and head, and of a codec's decoder that allows it; the rest of
+            a codec is always fp32, for bf16 has no more digits than a pixel.
+
+    Raises:
+        ConfigError: the three disagree on what a latent is or how many a state holds.
     """
 
-    def __init__(self, autoencoder: FrameCodec, dynamics: Dynamics, head: OutcomeHead,
-                 device: torch.device | str = "cpu", precision: str = "fp32") -> None:  # fmt: skip
+    def __init__(
+        self,
+        codec: Codec,
+        dynamics: Dynamics,
+        head: OutcomeHead,
+        device: torch.device | str = "cpu",
+        precision: str = "fp32",
+    ) -> None:
+        for name, part in (("dynamics", dynamics), ("head", head)):
+            check(
+                part.spec == codec.spec, f"{name}: disagrees with the codec on the latents, {part.spec}, {codec.spec}"
+            )
+        told = (dynamics.context, head.config.context)
+        check(told[0] == told[1], f"context: dynamics and head disagree, {told[0]} and {told[1]}")
         self.device = torch.device(device)
         self.precision = precision
-        self.autoencoder, self.dynamics, self.head = autoencoder, dynamics, head
-        for model in (autoencoder, dynamics, head):
+        self.codec, self.dynamics, self.head = codec, dynamics, head
+        for model in (codec, dynamics, head):
             model.to(device=self.device)
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
             model.eval().requires_grad_(False)
-        self.context = dynamics.config.context
-        self.latent_shape = autoencoder.latent_shape
+        self.context = dynamics.context
+        self.latent_shape = codec.spec.shape
+        self.frame_shape = codec.frame
         self.rewards = np.asarray(head.config.rewards, np.float64)
         self.terminated = np.asarray(head.config.terminated, bool)
 
@@ -48,45 +57,45 @@ class WorldModel:
 
     @torch.inference_mode()
     def encode(self, frames: np.ndarray | Tensor) -> Tensor:
-        """Frames uint8 (B, 64, 64, 3) -> latents float32 (B, C, H, W)."""
+        """Frames uint8 (B, h, w, c) -> latents float32 (B, C, H, W)."""
         images = to_images(torch.as_tensor(frames).to(self.device)).contiguous(memory_format=torch.channels_last)
-        return self.autoencoder.encode(images).contiguous()
+        return self.codec.encode(images).contiguous()
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, H, W) -> frames uint8 (B, 64, 64, 3) on the CPU."""
-        with self._autocast(isinstance(self.autoencoder, TileAutoencoder)):
-            images = self.autoencoder.decode(latents.contiguous(memory_format=torch.channels_last))
+    def decode(self, latents: Tensor, **kept: Tensor) -> Tensor:
+        """Latents (B, C, H, W), and what the codec keeps of a state -> frames uint8 (B, h, w, c) on the CPU."""
+        with self._autocast(self.codec.autocast):
+            images = self.codec.decode(latents.contiguous(memory_format=torch.channels_last), **kept)
         return to_frames(images).cpu()
+
+    def render(self, state: State) -> Tensor:
+        """The current frames of a state, uint8 (B, h, w, c) on the CPU."""
+        return self.decode(state.latents[:, -1], **{name: state[name] for name in self.codec.keeps})
 
     def start(self, frames: np.ndarray | Tensor, actions: np.ndarray | Tensor) -> State:
         """Build a state from real history.
 
         Args:
-            frames: uint8 (B, T, 64, 64, 3), T >= 1; the last K count, a shorter history repeats its first frame.
+            frames: uint8 (B, T, h, w, c), T >= 1; the last K count, a shorter history repeats its first frame.
             actions: integers (B, T - 1), the action between each two frames; padding is no-ops.
         """
         frames, actions = torch.as_tensor(frames), torch.as_tensor(actions).long()
         b, t = frames.shape[:2]
-        frames, actions = frames[:, -self.context :], actions[:, max(t - self.context, 0) :]
+        frames, actions = frames[:, -self.context :], actions[:, max(t - self.context, 0) :].to(self.device)
         latents = self.encode(frames.flatten(0, 1)).unflatten(0, (b, frames.shape[1]))
-        latents = self._follow(latents, actions.to(self.device))
-        missing = self.context - frames.shape[1]
-        latents = torch.cat([latents[:, :1].expand(-1, missing, -1, -1, -1), latents], 1)
-        padding = torch.full((b, missing), NOOP, dtype=torch.int64)
-        return State(latents, torch.cat([padding, actions], 1).to(self.device), self._recall(latents))
+        with torch.inference_mode():
+            return self.dynamics.begin(self.dynamics.smooth(self.codec.sequence(latents), actions), actions)
 
     @torch.inference_mode()
-    def _follow(self, latents: Tensor, actions: Tensor) -> Tensor:
-        return self.dynamics.settle(self.autoencoder.track(latents), actions)
+    def blank(self, size: int) -> State:
+        """A state of `size` rows of zeros, to be filled."""
+        latents = torch.zeros(size, self.context, *self.latent_shape, device=self.device)
+        return self.dynamics.begin(latents, torch.zeros(size, self.context - 1, dtype=torch.int64, device=self.device))
 
     @torch.inference_mode()
-    def _recall(self, latents: Tensor) -> Tensor:
-        return self.dynamics.recall(latents)
-
-    @torch.inference_mode()
-    def step(self, state: State, actions: np.ndarray | Tensor, noise: np.ndarray | Tensor | None,
-             sampler: SamplerConfig) -> Transition:  # fmt: skip
+    def step(
+        self, state: State, actions: np.ndarray | Tensor, noise: np.ndarray | Tensor | None, sampler: SamplerConfig
+    ) -> Transition:
         """Imagine one step.
 
         Args:
@@ -95,25 +104,19 @@ class WorldModel:
             noise: standard normal float32 (B, C, H, W); may be None where `sampler.stochastic` is False.
             sampler: how the next latent is drawn.
         """
-        taken = self._taken(state, actions)
+        action = torch.as_tensor(actions, device=self.device).long()
         noise = None if noise is None else torch.as_tensor(noise, device=self.device)
         with self._autocast():
-            clean, log_error = draw_next(self.dynamics, state.latents, taken, noise, sampler, state.memory)
-        latents = torch.cat([state.latents[:, 1:], clean[:, None]], 1)
-        memory = self.dynamics.remember(state.memory, state.latents[:, -1], clean)
-        uncertainty = log_error.exp().mean((1, 2)).sqrt()
-        outcomes = self._outcomes(state.latents, taken, self.dynamics.beside(clean).get("move"))
-        return Transition(State(latents, taken[:, 1:], memory), outcomes, uncertainty)
+            prediction = sample(self.dynamics, state, action, noise, sampler)
+        following = self.dynamics.advance(state, action, prediction.latent)
+        with self._autocast():
+            outcomes = self.head.log_probabilities(state, action, prediction.hints)
+        return Transition(following, outcomes, prediction.log_error.exp().mean((1, 2)).sqrt())
 
     @torch.inference_mode()
     def outcomes(self, state: State, actions: np.ndarray | Tensor) -> Tensor:
         """Log-probabilities float32 (B, outcomes) of what the actions int64 (B,) would bring at `state`."""
-        taken = self._taken(state, actions)
-        return self._outcomes(state.latents, taken, self.dynamics.ahead(state.latents, taken))
-
-    def _outcomes(self, latents: Tensor, taken: Tensor, move: Tensor | None) -> Tensor:
+        action = torch.as_tensor(actions, device=self.device).long()
+        hints = self.dynamics.hints(state, action)
         with self._autocast():
-            return self.head.log_probabilities(latents, taken, move)
-
-    def _taken(self, state: State, actions: np.ndarray | Tensor) -> Tensor:
-        return torch.cat([state.actions, torch.as_tensor(actions, device=self.device).long()[:, None]], 1)
+            return self.head.log_probabilities(state, action, hints)

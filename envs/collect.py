@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from dreamenv.config import check
+from dreamenv.contract.games import check_levels, get_game
+from dreamenv.contract.noise import philox
 from dreamenv.data.windows import HELD_OUT_FROM
-from dreamenv.data.writer import COLUMNS, DatasetWriter
-from dreamenv.noise import philox
-from dreamenv.policies import make_policy, parse_mix
-from envs.games import check_levels, get_game
+from dreamenv.data.writer import COLUMNS, OPTIONAL, DatasetWriter
+from dreamenv.policies.simple import make_policy, parse_mix
 
 _LARGE = 200_000  # steps from which starting more processes pays
 
@@ -35,8 +35,8 @@ class CollectConfig:
     """Game name."""
     steps: int = 1_000_000
     """Transitions in all (rounded up to a multiple of num_envs)."""
-    out: str = "data/coinrun"
-    """Dataset folder."""
+    out: str = ""
+    """Dataset folder; data/<game> by default."""
     policy: str = "mix"
     """random | sticky | biased | agent:FOLDER[:EPSILON] | mix | a mixture such as random=0.2,biased=0.8."""
     start_level: int = 0
@@ -52,17 +52,22 @@ class CollectConfig:
     shard_steps: int = 1024
     """Steps of each game in one shard."""
     ends: int = 0
-    """Keep, of `steps`, only so many up to each real end of an episode (no truncation); 0 keeps all. Coins and deaths are rare,
-    and an outcome head learns from many: see `also` in `trainers.heads`."""
+    """Keep, of `steps`, only so many up to each real end of an episode (no truncation); 0 keeps all. Coins and deaths
+    are rare,
+    and an outcome head learns from many: see `also` in `trainers.tasks.outcome`."""
     workers: int = 0
     """Processes; 1 collects in this one, 0 is one a core, 8 at most, for 200,000 steps or more, and 1 for fewer."""
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
         check_levels(get_game(self.game), self.start_level, self.num_levels, self.distribution_mode)
-        check(self.start_level >= HELD_OUT_FROM or 0 < self.num_levels <= HELD_OUT_FROM - self.start_level,
-              f"levels {self.start_level}+{self.num_levels}: mix training and held-out ones; stay below {HELD_OUT_FROM}, "
-              f"or start at {HELD_OUT_FROM} or above")
+        if not self.out:
+            object.__setattr__(self, "out", f"data/{self.game}")
+        check(
+            self.start_level >= HELD_OUT_FROM or 0 < self.num_levels <= HELD_OUT_FROM - self.start_level,
+            f"levels {self.start_level}+{self.num_levels}: mix training and held-out ones; stay below {HELD_OUT_FROM}, "
+            f"or start at {HELD_OUT_FROM} or above",
+        )
         parse_mix(self.policy)
         for name in ("steps", "num_envs", "shard_steps"):
             check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
@@ -77,13 +82,23 @@ class CollectConfig:
         full, rest = divmod(total, self.shard_steps)
         return [self.shard_steps] * full + ([rest] if rest else [])
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The optional columns that this game has: where the camera is, if it moves."""
+        return ("camera",) if get_game(self.game).view.camera(self.distribution_mode) else ()
+
     def facts(self) -> dict[str, Any]:
         """What the manifest records: everything that decides the bytes, and the game's facts."""
         game = get_game(self.game)
         facts = {k: v for k, v in asdict(self).items() if k not in ("out", "workers") and (k != "ends" or v)}
-        facts |= {"backend": f"procgen {_procgen_version()}", "num_shards": len(self.shard_lengths),
-                  "seq_len": self.shard_steps, "policy_mix": [list(p) for p in parse_mix(self.policy)],
-                  "max_steps": game.max_steps, "action_meanings": list(game.meanings)}  # fmt: skip
+        facts |= {
+            "backend": f"procgen {_procgen_version()}",
+            "num_shards": len(self.shard_lengths),
+            "seq_len": self.shard_steps,
+            "policy_mix": [list(p) for p in parse_mix(self.policy)],
+            "max_steps": game.max_steps,
+            "action_meanings": list(game.meanings),
+        }
         return facts
 
 
@@ -111,7 +126,8 @@ def collect_shard(config: CollectConfig, index: int, envs: Any = None) -> dict[s
     envs = envs or make_envs(config)
     assert isinstance(envs, RealProcgenVectorEnv)
     policy = make_policy(config.policy, np.asarray(get_game(config.game).bias))
-    columns = {name: np.zeros((n, length, *shape), dtype) for name, (dtype, shape) in COLUMNS.items()}
+    wanted = COLUMNS | {name: OPTIONAL[name] for name in config.columns}
+    columns = {name: np.zeros((n, length, *shape), dtype) for name, (dtype, shape) in wanted.items()}
     first = np.ones(n, bool)
     frames, infos = envs.reset(seed=rng.integers(2**31 - 1, size=n).tolist())
     for t in range(length):
@@ -121,7 +137,8 @@ def collect_shard(config: CollectConfig, index: int, envs: Any = None) -> dict[s
         columns["actions"][:, t] = actions
         columns["level_seeds"][:, t] = infos["level_seed"]
         columns["policies"][:, t] = policy.component
-        columns["camera"][:, t] = envs.camera()
+        for name in config.columns:
+            columns[name][:, t] = getattr(envs, name)()
         frames, rewards, terminated, truncated, infos = envs.step(actions)
         columns["rewards"][:, t] = rewards
         columns["terminated"][:, t] = terminated
@@ -148,8 +165,9 @@ def make_envs(config: CollectConfig) -> Any:
     """Return the vector environment of one collection."""
     from envs.procgen import RealProcgenVectorEnv
 
-    return RealProcgenVectorEnv(config.num_envs, config.game, config.start_level, config.num_levels,
-                                config.distribution_mode)  # fmt: skip
+    return RealProcgenVectorEnv(
+        config.num_envs, config.game, config.start_level, config.num_levels, config.distribution_mode
+    )
 
 
 def _worker(config: CollectConfig, index: int, parent: int) -> dict[str, Any]:
@@ -158,7 +176,7 @@ def _worker(config: CollectConfig, index: int, parent: int) -> dict[str, Any]:
     columns = collect_shard(config, index)
     if os.getppid() != parent:
         os._exit(1)
-    return DatasetWriter(config.out, config.facts()).write_shard(index, columns)
+    return DatasetWriter(config.out, config.facts(), config.columns).write_shard(index, columns)
 
 
 def collect(config: CollectConfig, progress: bool = True) -> Path:
@@ -170,13 +188,20 @@ def collect(config: CollectConfig, progress: bool = True) -> Path:
     """
     from tqdm import tqdm
 
-    writer = DatasetWriter(config.out, config.facts())
+    writer = DatasetWriter(config.out, config.facts(), config.columns)
     writer.recover()
     lengths = config.shard_lengths
     missing = [i for i in range(len(lengths)) if i not in writer.done]
     total = sum(lengths) * config.num_envs
-    bar = tqdm(total=total, initial=total - sum(lengths[i] for i in missing) * config.num_envs, unit="step",
-               unit_scale=True, desc=f"collect {config.game}", disable=not progress, file=sys.stderr)  # fmt: skip
+    bar = tqdm(
+        total=total,
+        initial=total - sum(lengths[i] for i in missing) * config.num_envs,
+        unit="step",
+        unit_scale=True,
+        desc=f"collect {config.game}",
+        disable=not progress,
+        file=sys.stderr,
+    )
 
     def commit(future: Future[dict[str, Any]]) -> None:
         entry = future.result()

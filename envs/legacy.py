@@ -11,11 +11,11 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from dreamenv.actions import check_action, keys_to_action
 from dreamenv.config import check
+from dreamenv.contract.actions import check_action, keys_to_action
+from dreamenv.contract.games import SEED_LIMIT, check_levels, get_game
+from dreamenv.contract.resets import check_options, check_seeds
 from dreamenv.errors import ResetError
-from dreamenv.resets import check_options, check_seeds
-from envs.games import SEED_LIMIT, check_levels, get_game
 from envs.procgen import make_procgen, no_collection, quiet_import
 
 
@@ -33,11 +33,19 @@ class LegacyProcgenEnv(gymnasium.Env):
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 15}
 
-    def __init__(self, gym_id: str = "procgen:procgen-coinrun-v0", render_mode: str | None = None,
-                 start_level: int = 0, num_levels: int = 10000, distribution_mode: str = "easy") -> None:  # fmt: skip
+    def __init__(
+        self,
+        gym_id: str = "procgen:procgen-coinrun-v0",
+        render_mode: str | None = None,
+        start_level: int = 0,
+        num_levels: int = 10000,
+        distribution_mode: str = "easy",
+    ) -> None:
         prefix, suffix = "procgen:procgen-", "-v0"
-        check(isinstance(gym_id, str) and gym_id.startswith(prefix) and gym_id.endswith(suffix),
-              f"gym_id {gym_id!r}: expected {prefix}<game>{suffix}")
+        check(
+            isinstance(gym_id, str) and gym_id.startswith(prefix) and gym_id.endswith(suffix),
+            f"gym_id {gym_id!r}: expected {prefix}<game>{suffix}",
+        )
         check(render_mode in (None, "rgb_array"), f"render_mode {render_mode!r}: must be None or 'rgb_array'")
         self.game = get_game(gym_id[len(prefix) : -len(suffix)])
         self.render_mode = render_mode
@@ -72,7 +80,7 @@ class LegacyProcgenEnv(gymnasium.Env):
         return self._frame.copy(), self._info()
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Advance by one action; at the end of an episode the last frame is repeated (Procgen shows no terminal one)."""
+        """Advance by one action; at the end the last frame is repeated, for Procgen shows no terminal one."""
         action = check_action(action)
         if not self._playing:
             raise ResetError("step() outside an episode: call reset() first")

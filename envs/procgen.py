@@ -17,13 +17,13 @@ from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from dreamenv.actions import check_actions, keys_to_action
 from dreamenv.config import check
+from dreamenv.contract.actions import check_actions, keys_to_action
+from dreamenv.contract.games import GAMES, SEED_LIMIT, Game, check_levels, get_game
+from dreamenv.contract.resets import as_array, check_mask, check_options, check_seeds
+from dreamenv.contract.single import SingleView, split_infos
+from dreamenv.contract.snapshot import pack, unpack
 from dreamenv.errors import ResetError, SnapshotError
-from dreamenv.resets import as_array, check_mask, check_options, check_seeds
-from dreamenv.single import SingleView, split_infos
-from dreamenv.snapshot import pack, unpack
-from envs.games import GAMES, SEED_LIMIT, Game, check_levels, get_game
 
 
 @contextlib.contextmanager
@@ -80,7 +80,7 @@ class RealProcgenVectorEnv(VectorEnv):
 
     Args:
         num_envs: batch size.
-        game: one of `envs.games.GAMES`.
+        game: one of `dreamenv.contract.games.GAMES`.
         start_level: first level seed.
         num_levels: how many levels; 0 means all of them (then `start_level` must be 0).
         distribution_mode: "easy", "hard", "extreme" or "memory", as far as the game has it.
@@ -94,8 +94,11 @@ class RealProcgenVectorEnv(VectorEnv):
     """
 
     metadata: dict[str, Any] = {
-        "render_modes": ["rgb_array"], "render_fps": 15, "autoreset_mode": AutoresetMode.SAME_STEP, "games": tuple(GAMES),
-    }  # fmt: skip
+        "render_modes": ["rgb_array"],
+        "render_fps": 15,
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+        "games": tuple(GAMES),
+    }
 
     def __init__(
         self,
@@ -115,8 +118,10 @@ class RealProcgenVectorEnv(VectorEnv):
             sound = isinstance(value, int) and not isinstance(value, bool) and value >= least
             check(sound, f"{name} {value!r}: must be an integer >= {least}")
         modes = (AutoresetMode.SAME_STEP, AutoresetMode.DISABLED)
-        check(autoreset_mode in modes or autoreset_mode in [m.value for m in modes],
-              f"autoreset_mode {autoreset_mode!r}: must be SameStep or Disabled (Procgen has no terminal frame to show)")
+        check(
+            autoreset_mode in modes or autoreset_mode in [m.value for m in modes],
+            f"autoreset_mode {autoreset_mode!r}: must be SameStep or Disabled (Procgen has no terminal frame to show)",
+        )
         autoreset = AutoresetMode(autoreset_mode)
         check(render_mode in (None, "rgb_array"), f"render_mode {render_mode!r}: must be None or 'rgb_array'")
         check(render_size in (64, 512), f"render_size {render_size}: must be 64 or 512")
@@ -131,9 +136,11 @@ class RealProcgenVectorEnv(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._options = {
-            "env_name": game, "start_level": start_level, "num_levels": num_levels,
+            "env_name": game,
+            "start_level": start_level,
+            "num_levels": num_levels,
             "distribution_mode": distribution_mode,
-        }  # fmt: skip
+        }
         self._envs = make_procgen(num=num_envs, rand_seed=0, num_threads=num_threads, **self._options)
         self._buffers = [self._envs._ffi.new(f"char[{_STATE_BYTES}]") for _ in range(2)]
         self._readers: ThreadPoolExecutor | None = None
@@ -188,7 +195,7 @@ class RealProcgenVectorEnv(VectorEnv):
         """Advance every environment by one action.
 
         Raises:
-            InvalidActionError: see `dreamenv.actions.check_actions`; the state is unchanged.
+            InvalidActionError: see `dreamenv.contract.actions.check_actions`; the state is unchanged.
             ResetError: before the first reset, or (DISABLED mode) an environment is finished and not yet reset.
         """
         actions = check_actions(actions, self.num_envs)
@@ -224,18 +231,23 @@ class RealProcgenVectorEnv(VectorEnv):
         """Return where the pictures' top left corners lie, in tiles, float32 (N, 2): x to the right, y downwards.
 
         Read from the drawing state that the game saves. Tiles begin at whole numbers, so the fraction says how far the
-        picture cuts into the tile at its corner. A (N, 2) of nan for games other than coinrun, whose view does not scroll
-        so or is not measured.
+        picture cuts into the tile at its corner. A (N, 2) of nan for games in which nothing scrolls. In DISABLED mode a
+        finished environment's state stands at the next level already, and so does its camera.
         """
-        if self.game.name != "coinrun":
+        view, mode = self.game.view, self._options["distribution_mode"]
+        if not view.camera(mode):
             return np.full((self.num_envs, 2), np.nan, np.float32)
+        columns, rows = view.level[mode]
+        behind = (
+            4 + view.tail + 4 * columns * rows + 12 + 24
+        )  # a mark, the game's own, the tiles and their numbers, this
         out = np.empty((self.num_envs, 2), np.float32)
 
         def read(k: int) -> None:
             for i in range(k, self.num_envs, len(self._buffers)):
                 state = self._saved(i, self._buffers[k])
-                unit, view, x, y = np.frombuffer(state, "<f4", 4, len(state) - _DRAWING)
-                out[i] = x / unit, -view - y / unit
+                unit, extent, x, y = np.frombuffer(state, "<f4", 4, len(state) - behind)
+                out[i] = x / unit, -extent - y / unit
 
         if self._readers is None:
             self._readers = ThreadPoolExecutor(len(self._buffers))  # saving does not hold Python's lock
@@ -257,8 +269,10 @@ class RealProcgenVectorEnv(VectorEnv):
         """
         meta, arrays = unpack("real", data)
         if meta["options"] != self._options or meta["num_envs"] != self.num_envs:
-            raise SnapshotError(f"snapshot of {meta['num_envs']} x {meta['options']} cannot be restored into "
-                                f"{self.num_envs} x {self._options}; make the same environment")  # fmt: skip
+            raise SnapshotError(
+                f"snapshot of {meta['num_envs']} x {meta['options']} cannot be restored into "
+                f"{self.num_envs} x {self._options}; make the same environment"
+            )
         for i in range(self.num_envs):
             self._set(i, arrays[f"state.{i}"].tobytes())
         for name in _COUNTERS:
@@ -308,8 +322,12 @@ class RealProcgenVectorEnv(VectorEnv):
 
     def _infos(self) -> dict[str, Any]:
         every = np.ones(self.num_envs, bool)
-        return {"level_seed": self._levels.copy(), "_level_seed": every,
-                "episode_step": self._steps.copy(), "_episode_step": every}  # fmt: skip
+        return {
+            "level_seed": self._levels.copy(),
+            "_level_seed": every,
+            "episode_step": self._steps.copy(),
+            "_episode_step": every,
+        }
 
     def _current_levels(self) -> np.ndarray:
         return np.array([x["level_seed"] for x in self._envs.get_info()], np.int64)
@@ -341,7 +359,6 @@ class RealProcgenVectorEnv(VectorEnv):
 
 
 _STATE_BYTES = 2**20  # more than any game's state
-_DRAWING = 16452  # bytes from coinrun's drawing state (unit, view_dim, x_off, y_off) to the end of what it saves
 _COUNTERS = ("steps", "levels", "finished", "pinned", "frames")
 
 

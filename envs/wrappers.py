@@ -7,12 +7,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Dict
-from gymnasium.wrappers import (
-    FrameStackObservation,
-    GrayscaleObservation,
-    ResizeObservation,
-    TransformObservation,
-)
+from gymnasium.wrappers import FrameStackObservation, GrayscaleObservation, ResizeObservation, TransformObservation
 
 from dreamenv.config import check
 

@@ -3,7 +3,8 @@
     python examples/ppo.py --steps 200000 --out runs/agents/plain
     python -m agents.evaluate --agent runs/agents/plain --episodes 200
 
-Schulman et al. 2017 with Procgen's settings (Cobbe et al. 2020). `--world envs:RealProcgen-v0` learns in the real game instead.
+Schulman et al. 2017 with Procgen's settings (Cobbe et al. 2020). `--world envs:RealProcgen-v0` learns in the real game
+instead.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from torch import nn
 from torch.distributions import Categorical
 
 import dreamenv  # noqa: F401 - registers DreamProcgen-v0
-from dreamenv.models.autoencoder import to_images
-from dreamenv.models.impala import ImpalaAgent, ImpalaConfig, save_agent
+from dreamenv.models.interface import to_images
+from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, save_agent
 
 
 @dataclass

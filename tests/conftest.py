@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from dreamenv.bundle import Bundle, GameFacts, Limits, Starts, load_bundle, save_bundle
 from dreamenv.flow import SamplerConfig
-from dreamenv.models.autoencoder import Autoencoder, AutoencoderConfig
-from dreamenv.models.heads import OutcomeHeadConfig, PictureOutcomeHead
-from dreamenv.models.latent_flow import LatentFlow, LatentFlowConfig
-from dreamenv.session import Session
+from dreamenv.models.codecs.patches import PatchAutoencoder, PatchAutoencoderConfig
+from dreamenv.models.dynamics.flow import LatentFlow, LatentFlowConfig
+from dreamenv.models.heads.picture import PictureOutcomeHead
+from dreamenv.models.interface import Dynamics, OutcomeHeadConfig, Prediction
+from dreamenv.play.session import Session
 from dreamenv.world_model import WorldModel
 
 MEAN = SamplerConfig(nfe=1)  # without noise, so that an environment of another seed dreams the same
@@ -33,11 +35,13 @@ def toy_world_model(seed: int = 0, calm: float = 4.0) -> WorldModel:
     The larger `calm`, the rarer are rewards and ends.
     """
     torch.manual_seed(seed)
-    autoencoder = Autoencoder(AutoencoderConfig(latent_channels=8, width=16, blocks=1))
+    autoencoder = PatchAutoencoder(PatchAutoencoderConfig(latent_channels=8, width=16, blocks=1))
     autoencoder.init_pca(torch.rand(16, 3, 64, 64))
-    dynamics = LatentFlow(LatentFlowConfig(latent_channels=8, channels=(16, 32), blocks=(1, 1), embedding=32, filter_bank=4,
-                                           global_noise=True, gate=True))  # fmt: skip
-    head = PictureOutcomeHead(OutcomeHeadConfig(latent_channels=8, width=16, bias=(calm, 0.0, 0.0)))
+    latent = autoencoder.spec
+    backbone = {"type": "unet", "channels": (16, 32), "blocks": (1, 1)}
+    shape = {"embedding": 32, "filter_bank": 4, "global_noise": True, "gate": True}
+    dynamics = LatentFlow(LatentFlowConfig(latent=latent, backbone=backbone, **shape))
+    head = PictureOutcomeHead(OutcomeHeadConfig(latent=latent, width=16, bias=(calm, 0.0, 0.0)))
     for module in (autoencoder, dynamics, head):
         for parameter in module.parameters():
             if not parameter.any():
@@ -50,12 +54,16 @@ def same_bytes(a: bytes, b: bytes) -> bool:
     return a == b
 
 
-def write_toy_bundle(folder: Path, max_steps: int = 100, seed: int = 0, calm: float = 4.0,
-                     limits: Limits = LIMITS) -> Path:  # fmt: skip
+def write_toy_bundle(
+    folder: Path, max_steps: int = 100, seed: int = 0, calm: float = 4.0, limits: Limits = LIMITS
+) -> Path:
     rng = np.random.default_rng(seed)
-    starts = Starts(rng.integers(0, 256, (5, 2, 64, 64, 3), dtype=np.uint8), np.full((5, 1), 7, np.uint8),
-                    np.arange(5, dtype=np.int32))  # fmt: skip
-    game = GameFacts("coinrun", "easy", max_steps, ("x",) * 15)
+    starts = Starts(
+        rng.integers(0, 256, (5, 2, 64, 64, 3), dtype=np.uint8),
+        np.full((5, 1), 7, np.uint8),
+        np.arange(5, dtype=np.int32),
+    )
+    game = GameFacts("coinrun", "easy", max_steps)
     return save_bundle(folder, toy_world_model(seed, calm), game, limits, starts, {"toy": True})
 
 
@@ -76,3 +84,15 @@ def session(calm_bundle: Bundle) -> Iterator[Session]:
     session.new_start(level=5)
     yield session
     session.close()
+
+
+def predicted(
+    model: Dynamics,
+    context: Tensor,
+    actions: Tensor,
+    x: Tensor | None = None,
+    tau: Tensor | None = None,
+    hints: dict[str, Tensor] | None = None,
+) -> Prediction:
+    """One evaluation on contexts (B, K, C, H, W) and actions (B, K), the current one last."""
+    return model.predict(model.begin(context, actions[:, :-1]), actions[:, -1], x, tau, hints=hints)

@@ -7,16 +7,26 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load, save
 
-from dreamenv import bundle as bundle_module
 from dreamenv.artifacts import atomic_folder, recover_folder, sha256_file
-from dreamenv.bundle import FORMAT_VERSION, compute_identity, load_bundle, resolve_bundle, update_card
+from dreamenv.bundle import (
+    FORMAT_VERSION,
+    NETWORKS,
+    compute_identity,
+    load_bundle,
+    resolve_bundle,
+    rewrite_bundle,
+    update_card,
+)
 from dreamenv.errors import BundleError
+from dreamenv.vector import DreamVectorEnv
 from tests.conftest import toy_world_model
 
 
@@ -63,7 +73,9 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "bundle.json a list": lambda f: (f / "bundle.json").write_text("[]"),
     "bundle.json binary": lambda f: (f / "bundle.json").write_bytes(b"\xff\xfe\x00"),
     "bundle.json nested": lambda f: (f / "bundle.json").write_text("[" * 200000),
-    "a digit altered": lambda f: (f / "bundle.json").write_text((f / "bundle.json").read_text().replace("50.0", "51.0")),
+    "a digit altered": lambda f: (f / "bundle.json").write_text(
+        (f / "bundle.json").read_text().replace("50.0", "51.0")
+    ),
     "a limit of zero": edit_json(lambda d: d["limits"].update(latent_max=0.0)),
     "a huge model": edit_json(lambda d: d["models"]["dynamics"].update(filter_bank=10**12)),
     "weights of integers": edit_tensors("head.safetensors", lambda t: t.update({"out.bias": np.zeros(3, np.int64)})),
@@ -77,10 +89,12 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "unknown model type": edit_json(lambda d: d["models"]["dynamics"].update(type="gan")),
     "unknown model key": edit_json(lambda d: d["models"]["dynamics"].update(depth=3)),
     "wrong model": edit_json(lambda d: d["models"].update(dynamics=d["models"]["head"])),
-    "model of another shape": edit_json(lambda d: d["models"]["autoencoder"].update(width=32)),
+    "model of another shape": edit_json(lambda d: d["models"]["codec"].update(width=32)),
     "context differs": edit_json(lambda d: d["models"]["head"].update(context=2)),
     "no game": edit_json(lambda d: d.pop("game")),
-    "game without actions": edit_json(lambda d: d["game"].update(action_meanings=[])),
+    "a game nobody knows": edit_json(lambda d: d["game"].update(name="tetris")),
+    "a difficulty it has not": edit_json(lambda d: d["game"].update(distribution_mode="memory")),
+    "no step limit": edit_json(lambda d: d["game"].update(max_steps=0)),
     "limits not numbers": edit_json(lambda d: d["limits"].update(latent_max="big")),
     "weights missing": lambda f: (f / "dynamics.safetensors").unlink(),
     "weights flipped": edit_part("dynamics.safetensors", flip, fix_hash=False),
@@ -88,14 +102,16 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "weights empty": edit_part("dynamics.safetensors", lambda b: b""),
     "weights header huge": edit_part("dynamics.safetensors", lambda b: struct.pack("<Q", 2**60) + b[8:]),
     "weights a pickle": edit_part("dynamics.safetensors", lambda b: b"\x80\x04K\x01."),
-    "weights NaN": edit_tensors("dynamics.safetensors", lambda t: t["stem.bias"].fill(np.nan)),
-    "a tensor missing": edit_tensors("autoencoder.safetensors", lambda t: t.pop("linear_in.weight")),
+    "weights NaN": edit_tensors("dynamics.safetensors", lambda t: t["backbone.stem.bias"].fill(np.nan)),
+    "a tensor missing": edit_tensors("codec.safetensors", lambda t: t.pop("linear_in.weight")),
     "a tensor too many": edit_tensors("head.safetensors", lambda t: t.update(extra=np.zeros(2))),
     "a tensor of another shape": edit_tensors("head.safetensors", lambda t: t.update({"out.bias": np.zeros(7)})),
     "starts cut": edit_part("starts.safetensors", lambda b: b[:64]),
     "starts without frames": edit_tensors("starts.safetensors", lambda t: t.pop("frames")),
     "starts of another dtype": edit_tensors("starts.safetensors", lambda t: t.update(frames=t["frames"].astype(float))),
-    "starts with pixels missing": edit_tensors("starts.safetensors", lambda t: t.update(frames=t["frames"][:-20].copy())),
+    "starts with pixels missing": edit_tensors(
+        "starts.safetensors", lambda t: t.update(frames=t["frames"][:-20].copy())
+    ),
     "starts not packed": edit_tensors("starts.safetensors", lambda t: t["frames"].fill(1)),
     "starts with a bad action": edit_tensors("starts.safetensors", lambda t: t["actions"].fill(15)),
     "card flipped": edit_part("card.json", lambda b: b + b" ", fix_hash=False),
@@ -115,25 +131,79 @@ def test_a_damaged_bundle_is_refused(toy_bundle: Path, tmp_path: Path, damage: s
 
 def test_round_trip_keeps_the_weights_to_half_precision(toy_bundle: Path) -> None:
     loaded, original = load_bundle(toy_bundle, "cpu"), toy_world_model()
-    for name in ("autoencoder", "dynamics", "head"):
+    for name in NETWORKS:
         a, b = getattr(loaded.world_model, name).state_dict(), getattr(original, name).state_dict()
         for key in a:
             assert torch.equal(a[key], b[key].half().float()), key
     assert loaded.world_model.head.config == original.head.config
 
 
-def test_an_older_bundle_is_migrated_in_memory(toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "bundle"
-    shutil.copytree(toy_bundle, folder)
-    edit_json(lambda d: (d.update(format_version=0, title=d.pop("game"))))(folder)
-    before = (folder / "bundle.json").read_bytes()
+GOLDEN = Path(__file__).parent / "golden"
 
-    def upgrade(description: dict) -> dict:
-        return {**{k: v for k, v in description.items() if k != "title"}, "game": description["title"], "format_version": 1}
 
-    monkeypatch.setitem(bundle_module.MIGRATIONS, 0, upgrade)
-    assert load_bundle(folder, "cpu").game.name == "coinrun"
-    assert (folder / "bundle.json").read_bytes() == before
+def dreamt(bundle: Path, nfe: int) -> tuple[np.ndarray, np.ndarray]:
+    """What `tests/golden` holds of the release that wrote version 1: frames after 0, 1, 4 and 12 steps, and infos."""
+    envs: Any = gym.make_vec(
+        "DreamProcgen-v0",
+        num_envs=2,
+        device="cpu",
+        precision="fp32",
+        sampler={"nfe": nfe},
+        autoreset_mode="SameStep",
+        bundle=str(bundle),
+    )
+    frames, infos = [envs.reset(seed=4)[0]], []
+    for t in range(12):
+        observation, *_, info = envs.step(np.array([7, 8] if t % 3 else [5, 1]))
+        frames.append(observation)
+        infos.append(np.stack([info["uncertainty"], info["end_probability"]]))
+    envs.close()
+    return np.stack(frames)[[0, 1, 4, 12]], np.stack(infos)
+
+
+@pytest.mark.parametrize("nfe", [1, 2])
+@pytest.mark.parametrize("name", ["patches", "tiles"])
+def test_a_bundle_of_version_1_dreams_what_it_dreamt(name: str, nfe: int, tmp_path: Path) -> None:
+    folder = GOLDEN / f"bundle-v1-{name}"
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    golden = np.load(GOLDEN / "golden.npz")
+    rewritten = rewrite_bundle(folder, tmp_path / "new")
+    assert json.loads((rewritten / "bundle.json").read_text())["format_version"] == FORMAT_VERSION
+    for bundle in (folder, rewritten):
+        frames, infos = dreamt(bundle, nfe)
+        off = np.abs(frames.astype(int) - golden[f"v1_{name}_nfe{nfe}_frames"])
+        assert off.max() <= 2 and (off > 0).mean() < 1e-3  # another machine may round otherwise
+        np.testing.assert_allclose(infos, golden[f"v1_{name}_nfe{nfe}_infos"], rtol=1e-3, atol=1e-5)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["patches", "tiles"])
+def test_a_snapshot_of_version_2_goes_on(name: str) -> None:
+    """It was taken after the twelve steps of the golden run with two evaluations."""
+    envs = DreamVectorEnv(2, bundle=GOLDEN / f"bundle-v1-{name}", device="cpu", precision="fp32", sampler={"nfe": 2})
+    restored = envs.restore((GOLDEN / f"snapshot-v2-{name}.bin").read_bytes())
+    assert np.array_equal(restored, np.load(GOLDEN / "golden.npz")[f"v1_{name}_nfe2_frames"][-1])
+    assert envs.step(np.array([7, 8]))[0].shape == (2, 64, 64, 3)
+
+
+def test_a_card_is_not_written_into_an_older_format(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "bundle-v1-tiles", tmp_path / "old")
+    with pytest.raises(BundleError, match="older format"):
+        update_card(tmp_path / "old", {"psnr_10": 1.0})
+
+
+def test_files_are_read_once(toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(toy_bundle, tmp_path / "bundle")
+    read: list[str] = []
+    original = Path.read_bytes
+
+    def counted(self: Path) -> bytes:
+        read.append(self.name)
+        return original(self)
+
+    monkeypatch.setattr(Path, "read_bytes", counted)
+    load_bundle(tmp_path / "bundle", "cpu")
+    assert [read.count(f"{name}.safetensors") for name in NETWORKS] == [1, 1, 1]
 
 
 def test_update_card_changes_nothing_else(toy_bundle: Path, tmp_path: Path) -> None:

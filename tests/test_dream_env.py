@@ -71,8 +71,12 @@ print(digest.hexdigest())
 
 
 def test_a_thousand_steps_are_byte_equal_in_two_processes(toy_bundle: Path) -> None:
-    runs = [subprocess.run([sys.executable, "-c", SCRIPT, str(toy_bundle), "1000"], capture_output=True, text=True, check=True)
-            for _ in range(2)]  # fmt: skip
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", SCRIPT, str(toy_bundle), "1000"], capture_output=True, text=True, check=True
+        )
+        for _ in range(2)
+    ]
     assert runs[0].stdout == runs[1].stdout and len(runs[0].stdout) == 65
 
 
@@ -149,8 +153,12 @@ def test_next_step_mode_resets_on_the_following_step(tmp_path: Path) -> None:
 
 
 def test_disabled_mode_waits_for_the_reset_mask(tmp_path: Path) -> None:
-    envs = DreamVectorEnv(2, bundle=write_toy_bundle(tmp_path / "b", max_steps=3), autoreset_mode=AutoresetMode.DISABLED,
-                          sampler={"temperature": 0})  # fmt: skip
+    envs = DreamVectorEnv(
+        2,
+        bundle=write_toy_bundle(tmp_path / "b", max_steps=3),
+        autoreset_mode=AutoresetMode.DISABLED,
+        sampler={"temperature": 0},
+    )
     envs.reset(seed=0)
     for _ in range(3):
         frames, *_, truncated, _ = envs.step(np.array([1, 2]))
@@ -165,8 +173,14 @@ def test_disabled_mode_waits_for_the_reset_mask(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["SameStep", "NextStep"])
 def test_wrappers_of_gymnasium_count_episodes(tmp_path: Path, mode: str) -> None:
-    envs = gym.make_vec("DreamProcgen-v0", num_envs=2, bundle=write_toy_bundle(tmp_path / "b", max_steps=5),
-                        autoreset_mode=mode, sampler={"temperature": 0}, device="cpu")  # fmt: skip
+    envs = gym.make_vec(
+        "DreamProcgen-v0",
+        num_envs=2,
+        bundle=write_toy_bundle(tmp_path / "b", max_steps=5),
+        autoreset_mode=mode,
+        sampler={"temperature": 0},
+        device="cpu",
+    )
     envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)
     envs.reset(seed=0)
     lengths = []
@@ -222,8 +236,12 @@ def test_snapshot_restore_and_replay_over_200_steps(toy_bundle: Path, tmp_path: 
         "    f, r, te, tr, _ = envs.step(a)\n    digest.update(f.tobytes() + r.tobytes() + te.tobytes() + tr.tobytes())\n"
         "print(digest.hexdigest())"
     )
-    run = subprocess.run([sys.executable, "-c", script, str(toy_bundle), str(tmp_path / "snapshot")],
-                         capture_output=True, text=True, check=True)  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(toy_bundle), str(tmp_path / "snapshot")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert run.stdout.strip() == first
 
 
@@ -271,7 +289,9 @@ def test_reset_from_real_history(toy_bundle: Path) -> None:
     a, info = env.reset(seed=0, options={"frames": frames, "actions": actions})
     assert info["start"] == -1
     model = env.bundle.world_model
-    alone = model.decode(model.encode(frames[-1:]))[0].numpy()  # encoded in a batch of another size: rounding may differ
+    alone = model.decode(model.encode(frames[-1:]))[
+        0
+    ].numpy()  # encoded in a batch of another size: rounding may differ
     assert np.abs(a.astype(int) - alone).max() <= 1
     step = env.step(7)[0]
     env.reset(seed=0, options={"frames": frames[2:], "actions": actions[2:]})  # only the last four count
@@ -292,16 +312,26 @@ def test_reset_options_choose_the_start(toy_bundle: Path) -> None:
 
 
 BAD_RESETS = [
-    {"start": 5}, {"start": -1}, {"start": 1.5}, {"start": "first"}, {"start": [0, 1, 2]}, {"begin": 1},
-    {"frames": np.zeros((2, 4, 64, 64, 3))}, {"frames": np.zeros((2, 4, 64, 64), np.uint8)},
+    {"start": 5},
+    {"start": -1},
+    {"start": 1.5},
+    {"start": "first"},
+    {"start": [0, 1, 2]},
+    {"begin": 1},
+    {"frames": np.zeros((2, 4, 64, 64, 3))},
+    {"frames": np.zeros((2, 4, 64, 64), np.uint8)},
     {"frames": np.zeros((3, 4, 64, 64, 3), np.uint8), "actions": np.zeros((3, 3), int)},
     {"frames": np.zeros((2, 0, 64, 64, 3), np.uint8)},
     {"frames": np.zeros((2, 4, 64, 64, 3), np.uint8)},
     {"frames": np.zeros((2, 4, 64, 64, 3), np.uint8), "actions": np.full((2, 3), 15)},
     {"frames": np.zeros((2, 4, 64, 64, 3), np.uint8), "actions": np.zeros((2, 4), int)},
-    {"actions": np.zeros((2, 3), int)}, {"frames": np.zeros((2, 1, 64, 64, 3), np.uint8), "start": 0},
-    {"frames": [[1], [2, 3]]}, {"start": [[1], [2, 3]]}, {"reset_mask": [1, 0]}, {"reset_mask": np.ones(3, bool)},
-]  # fmt: skip
+    {"actions": np.zeros((2, 3), int)},
+    {"frames": np.zeros((2, 1, 64, 64, 3), np.uint8), "start": 0},
+    {"frames": [[1], [2, 3]]},
+    {"start": [[1], [2, 3]]},
+    {"reset_mask": [1, 0]},
+    {"reset_mask": np.ones(3, bool)},
+]
 
 
 @pytest.mark.parametrize("options", BAD_RESETS, ids=range(len(BAD_RESETS)))
@@ -329,11 +359,39 @@ def test_bad_seeds(toy_bundle: Path, seed: object) -> None:
 
 
 BAD_ACTIONS = [
-    -1, 15, 1000, 2**40, 1.0, 0.5, float("nan"), float("inf"), "right", b"7", None, True, [], [1, 2], [[1]], {}, {"a": 1},
-    (3, 4), np.float32(3), np.array([1.0]), np.array([[3]]), np.array([15]), np.array(["7"]), object(), np.array(None),
-    torch.tensor(2.5), 1 + 2j, [None], [[1], [2, 3]],
-    torch.tensor(3, dtype=torch.bfloat16), "", np.datetime64("2026-01-01"),
-]  # fmt: skip
+    -1,
+    15,
+    1000,
+    2**40,
+    1.0,
+    0.5,
+    float("nan"),
+    float("inf"),
+    "right",
+    b"7",
+    None,
+    True,
+    [],
+    [1, 2],
+    [[1]],
+    {},
+    {"a": 1},
+    (3, 4),
+    np.float32(3),
+    np.array([1.0]),
+    np.array([[3]]),
+    np.array([15]),
+    np.array(["7"]),
+    object(),
+    np.array(None),
+    torch.tensor(2.5),
+    1 + 2j,
+    [None],
+    [[1], [2, 3]],
+    torch.tensor(3, dtype=torch.bfloat16),
+    "",
+    np.datetime64("2026-01-01"),
+]
 
 
 @pytest.mark.parametrize("action", BAD_ACTIONS, ids=range(len(BAD_ACTIONS)))
@@ -378,7 +436,9 @@ def test_a_diverged_dream_is_truncated_and_shows_its_last_sound_frame(toy_bundle
 
 
 def test_truncate_above_ends_a_doubtful_episode(toy_bundle: Path) -> None:
-    envs = DreamVectorEnv(2, bundle=toy_bundle, truncate_above=1e-9, autoreset_mode="Disabled", sampler={"temperature": 0})
+    envs = DreamVectorEnv(
+        2, bundle=toy_bundle, truncate_above=1e-9, autoreset_mode="Disabled", sampler={"temperature": 0}
+    )
     envs.reset(seed=0)
     _, _, terminated, truncated, infos = envs.step(np.array([7, 7]))
     assert truncated.all() and infos["uncertain"].all() and not terminated.any()
@@ -396,17 +456,37 @@ def test_damaged_snapshots(toy_bundle: Path, tmp_path: Path, damage: str) -> Non
         target = DreamVectorEnv(3, bundle=toy_bundle)
     if damage == "bundle":
         target = DreamVectorEnv(2, bundle=write_toy_bundle(tmp_path / "other", seed=1))
-    broken = {"truncated": data[:-5], "flipped": bytes(flipped), "version": data[:8] + b"\x09" + data[9:],
-              "magic": b"X" + data[1:], "type": "text", "empty": b""}.get(damage, data)  # fmt: skip
+    broken = {
+        "truncated": data[:-5],
+        "flipped": bytes(flipped),
+        "version": data[:8] + b"\x09" + data[9:],
+        "magic": b"X" + data[1:],
+        "type": "text",
+        "empty": b"",
+    }.get(damage, data)
     with pytest.raises(SnapshotError):
         target.restore(broken)
 
 
-@pytest.mark.parametrize("arguments", [
-    {"num_envs": 0}, {"num_envs": 1.5}, {"num_envs": True}, {"render_mode": "human"}, {"truncate_above": 0.0},
-    {"autoreset_mode": "Never"}, {"sampler": {"nfe": 0}}, {"sampler": {"steps": 3}}, {"device": "tpu"},
-    {"precision": "fp8"}, {"exact": 1}, {"truncate_above": "x"}, {"device": "meta"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_envs": 0},
+        {"num_envs": 1.5},
+        {"num_envs": True},
+        {"render_mode": "human"},
+        {"truncate_above": 0.0},
+        {"autoreset_mode": "Never"},
+        {"sampler": {"nfe": 0}},
+        {"sampler": {"steps": 3}},
+        {"device": "tpu"},
+        {"precision": "fp8"},
+        {"exact": 1},
+        {"truncate_above": "x"},
+        {"device": "meta"},
+    ],
+    ids=str,
+)
 def test_bad_arguments(toy_bundle: Path, arguments: dict) -> None:
     with pytest.raises(ConfigError):
         DreamVectorEnv(**{"num_envs": 1, "bundle": toy_bundle, **arguments})

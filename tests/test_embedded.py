@@ -16,13 +16,13 @@ from gymnasium.utils.env_checker import check_env
 import dreamenv
 from agents.evaluate import evaluate
 from dreamenv.bundle import Bundle, bundled_agent, load_bundle, resolve_bundle
-from dreamenv.compare import compare_open_loop, outcome_figures
-from dreamenv.control import branch_accuracy, branch_dream, branch_real
+from dreamenv.evaluation.card import fidelity_table
+from dreamenv.evaluation.clips import cut_clips, outcome_scores, play_real
+from dreamenv.evaluation.compare import compare_open_loop, outcome_figures
+from dreamenv.evaluation.controllability import branch_accuracy, branch_dream, branch_real
+from dreamenv.evaluation.metrics import colour_frequencies
 from dreamenv.flow import SamplerConfig
-from dreamenv.metrics import colour_frequencies
-from dreamenv.models.tile import SCALE, TileAutoencoder, phase_of
-from dreamenv.rollout import cut_clips, outcome_scores, play_real
-from dreamenv.table import fidelity_table
+from dreamenv.models.codecs.tiles import SCALE, TileAutoencoder, phase_of
 from dreamenv.types import Segment
 from dreamenv.vector import DreamVectorEnv
 from envs.procgen import RealProcgenVectorEnv
@@ -59,7 +59,7 @@ def test_it_is_faithful_on_held_out_levels(bundle: Bundle, play: Segment) -> Non
 
 
 def test_phases_are_read_to_a_part_of_a_pixel(bundle: Bundle) -> None:
-    autoencoder = bundle.world_model.autoencoder
+    autoencoder = bundle.world_model.codec
     assert isinstance(autoencoder, TileAutoencoder)
     envs = RealProcgenVectorEnv(24, start_level=20_000, num_levels=500)
     frames, _ = envs.reset(seed=5)
@@ -76,7 +76,9 @@ def test_phases_are_read_to_a_part_of_a_pixel(bundle: Bundle) -> None:
 def test_coins_and_deaths_outlive_eight_dreamt_steps(bundle: Bundle, play: Segment) -> None:
     model = bundle.world_model
     figures = outcome_figures(model, outcome_scores(model, play, SamplerConfig(nfe=1), drift=8, negatives=600))
-    assert figures["reward_10_ap"] > 0.9 and figures["death_ap"] > 0.6  # an earlier model without the outcome term: 0.75, 0.04
+    assert (
+        figures["reward_10_ap"] > 0.9 and figures["death_ap"] > 0.6
+    )  # an earlier model without the outcome term: 0.75, 0.04
 
 
 def test_most_branches_are_nearest_their_own_real_one(bundle: Bundle) -> None:
@@ -149,5 +151,7 @@ def test_the_agent_that_ships_with_it_plays_better_than_chance() -> None:
     assert agent is not None and sum(p.stat().st_size for p in agent.iterdir()) < 2 * 2**20
     facts = json.loads((agent / "agent.json").read_text())["facts"]
     assert facts["world"] == "dream" and facts["levels"] == [0, 10000]
-    returns = {name: evaluate(name, episodes=64, limit=250, seed=5).figures["mean_return"] for name in ("bundled", "random")}
+    returns = {
+        name: evaluate(name, episodes=64, limit=250, seed=5).figures["mean_return"] for name in ("bundled", "random")
+    }
     assert returns["bundled"] > returns["random"] + 1

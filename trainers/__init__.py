@@ -1,1 +1,5 @@
-"""Training: one loop, one short module per model, and the pipeline from the real game to a bundle."""
+"""Training: one loop, tasks and loss terms that register themselves, recipes, and the pipeline that walks them."""
+
+from dreamenv.models import registry
+
+registry.HOMES.extend(home for home in ("trainers.tasks", "trainers.terms") if home not in registry.HOMES)

@@ -1,6 +1,6 @@
 """Trains a bundle on: `python -m trainers.finetune --data data/new --minutes 30 --out runs/finetuned`.
 
-The autoencoder stays as it is, so that latents keep their meaning; the dynamics and the heads go on from the bundle's weights.
+The codec stays as it is, so that latents keep their meaning; the dynamics and the head go on from the bundle's weights.
 Resumable at every stage, like `trainers.pipeline`, whose last stages these are.
 """
 
@@ -12,18 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-import yaml
 
-from dreamenv.artifacts import atomic_file
 from dreamenv.bundle import Bundle, load_bundle, resolve_bundle
-from dreamenv.config import check, load_yaml, to_dict
-from dreamenv.errors import DreamenvError
+from dreamenv.config import check, to_dict
+from dreamenv.console import errors_in_one_line
+from dreamenv.contract.games import get_game
 from dreamenv.models.io import save_model
-from dreamenv.models.registry import model_spec
+from dreamenv.models.registry import spec_of
 from dreamenv.stages import begin, stage
-from trainers.heads import dreams_for
-from trainers.latents import load_autoencoder
-from trainers.pipeline import CONFIGS, encode, make_bundle, train_stage
+from trainers.dreams import dreams_for
+from trainers.encode import load_codec
+from trainers.pipeline import encode, make_bundle, train_stage
+from trainers.recipe import check_values, load_recipe
+from trainers.train import override
+
+_DREAMS = 8192
+_SHARES = {"dynamics": 0.97, "head": 0.03}  # of the minutes: the head soon knows its events
+_MEASURED = ("rewards", "terminated", "bias", "scale")  # what of a head's configuration training decides
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class FinetuneConfig:
     """Bundle to go on from; the embedded one by default."""
     game: str = "coinrun"
     """Which embedded bundle."""
+    recipe: str = ""
+    """Whose last stages to take; by default that of the bundle, or of its game."""
     minutes: float = 30.0
     """Wall-clock budget of both trainings together, nearly all for the dynamics: the head soon knows its events."""
     steps: int | None = None
@@ -55,6 +62,7 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
+        get_game(self.game)
         check(self.minutes > 0, f"minutes {self.minutes}: must be > 0")
         check(self.steps is None or self.steps >= 1, f"steps {self.steps}: must be >= 1")
         check(self.outcome >= 0, f"outcome {self.outcome}: must be >= 0")
@@ -63,15 +71,41 @@ class FinetuneConfig:
 
 
 def unpack(bundle: Bundle, out: Path) -> None:
-    """Write a bundle's networks as the model folders `autoencoder`, `before` (the dynamics) and `heads-before` of a run."""
+    """Write a bundle's networks as the model folders `codec`, `before` (the dynamics) and `head-before` of a run."""
     model, limits = bundle.world_model, to_dict(bundle.limits)
     trained = bundle.provenance.get("trained_steps", {})
-    facts: dict[str, Any] = {"from_bundle": bundle.identity, "step": int(trained.get("autoencoder", 0))}
-    save_model(out / "autoencoder" / "model", model.autoencoder, facts)
-    _, digest = load_autoencoder(out / "autoencoder" / "model")
-    facts = {"from_bundle": bundle.identity, "autoencoder_sha256": digest, "step": 0}
+    steps = int(trained.get("codec", trained.get("autoencoder", 0)))
+    save_model(out / "codec" / "model", model.codec, {"from_bundle": bundle.identity, "step": steps})
+    _, digest = load_codec(out / "codec" / "model")
+    facts: dict[str, Any] = {"from_bundle": bundle.identity, "codec_sha256": digest, "step": 0}
     save_model(out / "before" / "model", model.dynamics, facts | limits)
-    save_model(out / "heads-before" / "model", model.head, facts)
+    save_model(out / "head-before" / "model", model.head, facts)
+
+
+def stage_values(config: FinetuneConfig, bundle: Bundle, kind: str, latents: Path) -> dict[str, Any]:
+    """The sections model, task and loop by which a bundle's "dynamics" or "head" go on."""
+    out = config.out
+    name = config.recipe or bundle.provenance.get("recipe") or get_game(bundle.game.name).recipe
+    recipe = load_recipe(name)
+    chosen = recipe.finetune[kind]
+    made: dict[str, Any] = {stage: out / stage for stage in recipe.stages}
+    values = recipe.values(chosen["stage"], made | {"dreams": dreams_for(_DREAMS, config.minutes, config.steps)})
+    spec = json.loads(json.dumps(spec_of(getattr(bundle.world_model, kind))))
+    for key, value in values["model"].items():  # what older bundles lack begins without effect
+        if spec["type"] == values["model"]["type"] and isinstance(value, bool):
+            spec[key] = value
+    before = {"dynamics": "before", "head": "head-before"}[kind]
+    values["model"] = {k: v for k, v in spec.items() if k not in _MEASURED}
+    values["task"] |= {"latents": str(latents), "init_from": str(out / before / "model")}
+    budget = {"steps": config.steps} if config.steps else {"minutes": config.minutes * _SHARES[kind]}
+    values["loop"] |= budget | {"seed": config.seed}
+    if kind == "dynamics":
+        values["loop"]["batch_size"] = config.batch_size
+        judge = {"weight": config.outcome, "head": str(out / "head-before" / "model")}
+        values["task"]["terms"]["outcome"] = values["task"]["terms"].get("outcome", {}) | judge
+    else:
+        values["task"] |= {"also": "", "dynamics": str(out / "dynamics" / "model")}
+    return override(values, tuple(f"{k}={json.dumps(v)}" for k, v in chosen.get("set", {}).items()))
 
 
 def finetune(config: FinetuneConfig) -> Path:
@@ -81,46 +115,27 @@ def finetune(config: FinetuneConfig) -> Path:
         ConfigError: a bad setting, or a run folder begun with others.
         BundleError, DatasetError: the bundle or the data is damaged or does not fit.
     """
-    out = config.out
-    begin(out, {k: str(v) for k, v in to_dict(config).items() if k != "out"})
+    out, latents = config.out, config.latents or config.out / "latents"
     bundle = load_bundle(resolve_bundle(config.bundle, config.game), "cpu")
-    latents = config.latents or out / "latents"
+    stages = {kind: stage_values(config, bundle, kind, latents) for kind in ("dynamics", "head")}
+    for values in stages.values():
+        check_values(values)
+    begin(out, {k: str(v) for k, v in to_dict(config).items() if k != "out"})
     stage(out, "unpack", lambda: unpack(bundle, out))
-    stage(out, "encode", lambda: encode(config.data, out / "autoencoder" / "model", latents))
-    for name, source, model, share in (
-        ("dynamics", "settled", bundle.world_model.dynamics, 0.97), ("heads", "heads", bundle.world_model.head, 0.03),
-    ):  # fmt: skip
-        file = out / f"{name}.yaml"
-        spec = {k: v for k, v in model_spec(model).items() if k not in ("rewards", "terminated", "bias", "scale")}
-        with atomic_file(file) as temporary:
-            values = load_yaml(CONFIGS / f"{source}.yaml")
-            if name == "dynamics" and spec["type"] == "latent_flow":  # older bundles lack it; its weights begin at zero
-                spec["global_noise"] = values["model"]["global_noise"]
-            values["model"] = json.loads(json.dumps(spec))
-            temporary.write_text(yaml.safe_dump(values))
-        before = "before" if name == "dynamics" else "heads-before"
-        changed = {"task.latents": str(latents), "task.init_from": str(out / before / "model"), "loop.seed": config.seed}
-        if name == "dynamics":
-            changed |= {"loop.batch_size": config.batch_size, "task.outcome": config.outcome,
-                        "task.head": str(out / "heads-before" / "model")}  # fmt: skip
-            if spec["type"] == "tile_flow":
-                changed["task.camera"] = 0.0  # its motion has learnt over its own path; single steps would spoil that
-        else:
-            changed |= {"task.dynamics": str(out / "dynamics" / "model"),
-                        "task.dreams": dreams_for(config.minutes, config.steps)}  # fmt: skip
-        budget = ["--steps", str(config.steps)] if config.steps else ["--minutes", str(config.minutes * share)]
-        stage(out, name, lambda f=file, n=name, v=changed, b=budget: train_stage(f, out / n, v, b))
-    stage(out, "bundle", lambda: make_bundle(out, config.data, config.starts, "dynamics"))
+    stage(out, "encode", lambda: encode(config.data, out / "codec" / "model", latents))
+    for kind, values in stages.items():
+        stage(out, kind, lambda v=values, k=kind: train_stage(v, out / k))
+    parts = {"codec": "codec", "dynamics": "dynamics", "head": "head"}
+    recipe = config.recipe or bundle.provenance.get("recipe") or get_game(bundle.game.name).recipe
+    stage(out, "bundle", lambda: make_bundle(out, config.data, config.starts, parts, recipe))
     return out / "bundle"
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line: every field of `FinetuneConfig` is an option."""
-    try:
+    with errors_in_one_line():
         bundle = finetune(tyro.cli(FinetuneConfig, args=arguments, description=__doc__))
-    except DreamenvError as error:
-        raise SystemExit(f"error: {error}") from None
-    print(json.dumps({"bundle": str(bundle)}))
+        print(json.dumps({"bundle": str(bundle)}))
 
 
 if __name__ == "__main__":

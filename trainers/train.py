@@ -1,32 +1,27 @@
-"""Train one model: `python -m trainers.train trainers/configs/autoencoder.yaml [--minutes M] [--resume]`."""
+"""Train one model: `python -m trainers.train FILE.yaml [--minutes M] [--resume]`.
+
+A file has the sections model, task and loop. `--recipe NAME --stage STAGE` takes them from a recipe instead.
+"""
 
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+import yaml
 
-from dreamenv.bundle import pick_device
-from dreamenv.config import check, from_dict, load_yaml, to_dict
-from dreamenv.errors import ConfigError, DreamenvError
-from dreamenv.memory import keep_freed_memory
-from dreamenv.models.registry import build_model
+from dreamenv.config import from_dict, load_yaml, to_dict
+from dreamenv.console import errors_in_one_line
+from dreamenv.device import keep_freed_memory, pick_device
+from dreamenv.errors import ConfigError
+from dreamenv.models.registry import lookup
 from trainers.loop import Loop, LoopConfig
-
-_TASKS = {
-    "autoencoder": ("trainers.autoencoder", "AutoencoderTask"),
-    "tile_autoencoder": ("trainers.tile_autoencoder", "TileAutoencoderTask"),
-    "latent_flow": ("trainers.dynamics", "DynamicsTask"),
-    "tile_flow": ("trainers.dynamics", "DynamicsTask"),
-    "outcome_head": ("trainers.heads", "HeadsTask"),
-    "tile_outcome_head": ("trainers.heads", "HeadsTask"),
-}
-_SPECIAL = {"camera": ("trainers.camera", "CameraTask")}  # by task.type
+from trainers.recipe import check_values
+from trainers.tasks.interface import Task
 
 
 @dataclass(frozen=True)
@@ -34,7 +29,7 @@ class TrainArguments:
     """Train one model from a YAML file with the sections model, task and loop."""
 
     config: Annotated[Path, tyro.conf.Positional]
-    """The YAML file."""
+    """The YAML file; a run folder's config.yaml repeats that run."""
     out: Path | None = None
     """Run folder; default runs/<name of the file>."""
     minutes: float | None = None
@@ -47,24 +42,17 @@ class TrainArguments:
     """Overrides such as task.data=data/maze loop.lr=0.001."""
 
 
-def build_task(values: dict[str, Any], seed: int) -> Any:
-    """Build the task that trains a config's model; raises `ConfigError`."""
-    model = values.get("model", {})
-    build_model(model)  # before any data is read: its errors name the nearest type or key
-    settings, (module, name) = values.get("task", {}), _TASKS[model["type"]]
-    if isinstance(settings, dict) and "type" in settings:
-        kind, settings = settings["type"], {k: v for k, v in settings.items() if k != "type"}
-        check(isinstance(kind, str) and kind in _SPECIAL, f"task.type {kind!r}: must be {', '.join(_SPECIAL)}, or left out")
-        module, name = _SPECIAL[kind]
-    tasks = importlib.import_module(module)  # each needs other libraries
-    config = from_dict(getattr(tasks, f"{name}Config"), settings, "task")
-    return getattr(tasks, name)(config, model, seed)
+def build_task(values: dict[str, Any], seed: int) -> Task:
+    """Build the task of a configuration; raises `ConfigError`."""
+    check_values({"loop": {}} | values)  # before any data is read: its errors name the nearest type or key
+    settings = values["task"]
+    cls, config = lookup("task", settings["type"], "task")
+    filled = from_dict(config, {k: v for k, v in settings.items() if k != "type"}, "task")
+    return cls(filled, values["model"], seed)
 
 
 def override(values: dict[str, Any], assignments: tuple[str, ...]) -> dict[str, Any]:
     """Return `values` with "section.key=yaml value" assignments applied; raises `ConfigError`."""
-    import yaml
-
     values = copy.deepcopy(values)
     for assignment in assignments:
         path, separator, text = assignment.partition("=")
@@ -78,7 +66,7 @@ def override(values: dict[str, Any], assignments: tuple[str, ...]) -> dict[str, 
                 raise ConfigError(f"--set {assignment!r}: {section!r} is not a section")
         try:
             target[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             raise ConfigError(f"--set {assignment!r}: {' '.join(str(error).split())}") from None
     return values
 
@@ -94,16 +82,15 @@ def train(values: dict[str, Any], out: Path, resume: bool = False) -> dict[str, 
     loop = from_dict(LoopConfig, values.get("loop", {}), "loop")
     pick_device(loop.device)
     task = build_task(values, loop.seed)
-    budget = {k: v for k, v in to_dict(loop).items() if k not in ("log_every", "wandb", "workers", "cuda_graphs")}
-    identity = {"model": values["model"], "task": values.get("task", {}), "loop": budget}
-    return Loop(loop, task, out, identity).run(resume)
+    settings = {"model": values["model"], "task": values["task"], "loop": to_dict(loop)}
+    return Loop(loop, task, out, settings).run(resume)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     args = tyro.cli(TrainArguments, args=arguments, description=__doc__)
-    keep_freed_memory()
-    try:
+    with errors_in_one_line():
+        keep_freed_memory()
         values = override(load_yaml(args.config), args.set)
         loop = from_dict(LoopConfig, values.get("loop", {}), "loop")
         if args.minutes is not None:
@@ -113,8 +100,6 @@ def main(arguments: list[str] | None = None) -> None:
         values["loop"] = to_dict(loop)
         figures = train(values, args.out or Path("runs") / args.config.stem, args.resume)
         print(json.dumps(figures))
-    except DreamenvError as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

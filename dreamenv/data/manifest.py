@@ -8,7 +8,8 @@ from typing import Any
 from dreamenv.artifacts import read_json
 from dreamenv.errors import DatasetError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_COLUMNS_OF_2 = ["camera"]  # version 2 had this one in every dataset
 _REMEDY = "collect the dataset again"
 
 
@@ -21,13 +22,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     manifest = read_json(path, DatasetError, "collect one with: python -m envs.collect")
     version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
-        raise DatasetError(f"{path}: format_version {version!r}; this release reads {FORMAT_VERSION}; {_REMEDY}")
+    if version == 2:
+        manifest = {**manifest, "columns": _COLUMNS_OF_2}
+    elif version != FORMAT_VERSION:
+        raise DatasetError(f"{path}: format_version {version!r}; this release reads 2 and {FORMAT_VERSION}; {_REMEDY}")
+    columns = manifest.get("columns")
+    if not isinstance(columns, list) or not set(map(str, columns)) <= set(_COLUMNS_OF_2):
+        raise DatasetError(f"{path}: columns {columns!r}: there are {', '.join(_COLUMNS_OF_2)}; {_REMEDY}")
     facts, shards = manifest.get("facts"), manifest.get("shards")
     if not isinstance(facts, dict) or not isinstance(shards, list) or not isinstance(facts.get("num_shards"), int):
         raise DatasetError(f"{path}: facts, facts.num_shards or shards is missing or of another type; {_REMEDY}")
     for entry in shards:
-        sound = isinstance(entry, dict) and isinstance(entry.get("sha256"), dict) and isinstance(entry.get("rewards"), dict)
+        sound = (
+            isinstance(entry, dict) and isinstance(entry.get("sha256"), dict) and isinstance(entry.get("rewards"), dict)
+        )
         if not sound or not all(isinstance(entry.get(k), int) for k in ("index", "steps", "episodes")):
             raise DatasetError(f"{path}: a shard's entry is damaged; {_REMEDY}")
         if entry.get("name") != shard_name(entry["index"]):
@@ -38,8 +46,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("steps") != sum(entry["steps"] for entry in shards):
         raise DatasetError(f"{path}: steps {manifest.get('steps')!r} is not the sum over its shards; {_REMEDY}")
     if manifest.get("complete") is not (len(shards) == facts["num_shards"]):
-        raise DatasetError(f"{path}: complete {manifest.get('complete')!r} with {len(shards)} of {facts['num_shards']} "
-                           f"shards; {_REMEDY}")  # fmt: skip
+        raise DatasetError(
+            f"{path}: complete {manifest.get('complete')!r} with {len(shards)} of {facts['num_shards']} "
+            f"shards; {_REMEDY}"
+        )
     return manifest
 
 

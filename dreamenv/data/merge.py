@@ -16,7 +16,7 @@ import numpy as np
 from dreamenv.artifacts import atomic_folder, sha256_file
 from dreamenv.data.manifest import shard_name
 from dreamenv.data.reader import Dataset
-from dreamenv.data.writer import COLUMNS, DatasetWriter
+from dreamenv.data.writer import DatasetWriter
 from dreamenv.errors import DatasetError
 
 _SAME = ("game", "distribution_mode", "max_steps", "action_meanings", "ends")
@@ -24,6 +24,8 @@ _SAME = ("game", "distribution_mode", "max_steps", "action_meanings", "ends")
 
 def merge(sources: list[Path], out: Path) -> Path:
     """Merge complete datasets into the folder `out` and return it; a killed merge is finished by the same call.
+
+    The result has the optional columns that all of them have.
 
     Raises:
         DatasetError: a source is damaged, of another game, or imagined; or `out` holds something else.
@@ -35,8 +37,10 @@ def merge(sources: list[Path], out: Path) -> Path:
     for dataset in datasets:
         for key in _SAME:
             if dataset.facts.get(key) != first.get(key):
-                raise DatasetError(f"{dataset.folder}: {key} is {dataset.facts.get(key)!r}, that of {datasets[0].folder} is "
-                                   f"{first.get(key)!r}; merge datasets of one game")  # fmt: skip
+                raise DatasetError(
+                    f"{dataset.folder}: {key} is {dataset.facts.get(key)!r}, that of {datasets[0].folder} is "
+                    f"{first.get(key)!r}; merge datasets of one game"
+                )
         if dataset.facts.get("world", "real") != "real":
             raise DatasetError(f"{dataset.folder}: holds imagined episodes; merge real ones")
     shards = [(dataset, entry) for dataset in datasets for entry in dataset.manifest["shards"]]
@@ -48,12 +52,20 @@ def merge(sources: list[Path], out: Path) -> Path:
     total = sum(d.manifest["steps"] for d in datasets)
     facts: dict[str, Any] = {
         **{key: first[key] for key in (*_SAME, "backend") if key in first},
-        "start_level": begin, "num_levels": max(ends) - begin, "seed": 0, "policy": "merged",
-        "num_shards": len(shards), "steps": total, "num_envs": 0, "shard_steps": 0, "seq_len": 0,
+        "start_level": begin,
+        "num_levels": max(ends) - begin,
+        "seed": 0,
+        "policy": "merged",
+        "num_shards": len(shards),
+        "steps": total,
+        "num_envs": 0,
+        "shard_steps": 0,
+        "seq_len": 0,
         "policy_mix": [[n, w * d.manifest["steps"] / total] for d in datasets for n, w in d.facts["policy_mix"]],
         "merged": [{"steps": d.manifest["steps"], "facts": d.facts} for d in datasets],
-    }  # fmt: skip
-    writer = DatasetWriter(out, facts)
+    }
+    optional = [c for c in datasets[0].manifest["columns"] if all(c in d.manifest["columns"] for d in datasets)]
+    writer = DatasetWriter(out, facts, optional)
     writer.recover()
     index = 0
     for k, dataset in enumerate(datasets):
@@ -61,13 +73,14 @@ def merge(sources: list[Path], out: Path) -> Path:
             if index not in writer.done:
                 target = out / shard_name(index)
                 with atomic_folder(target) as temporary:
-                    for name in COLUMNS:
+                    for name in writer.columns:
                         if name != "policies":
                             _link(dataset.folder / entry["name"] / f"{name}.npy", temporary / f"{name}.npy")
                     policies = (shard.policies.astype(np.int64) + offsets[k]).astype(np.uint8)
                     np.save(temporary / "policies.npy", policies, allow_pickle=False)
                     digest = sha256_file(temporary / "policies.npy")
-                writer.commit(entry | {"index": index, "name": target.name, "sha256": entry["sha256"] | {"policies": digest}})
+                kept = {name: entry["sha256"][name] for name in writer.columns}
+                writer.commit(entry | {"index": index, "name": target.name, "sha256": kept | {"policies": digest}})
             index += 1
     return out
 

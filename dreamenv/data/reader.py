@@ -11,13 +11,13 @@ import numpy as np
 
 from dreamenv.artifacts import sha256_file
 from dreamenv.data.manifest import read_manifest
-from dreamenv.data.writer import COLUMNS
+from dreamenv.data.writer import COLUMNS, OPTIONAL
 from dreamenv.errors import DatasetError
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Memory-mapped columns of one shard; dtypes and shapes in `dreamenv.data.writer`."""
+    """Memory-mapped columns of one shard, the optional ones in `columns`; see `dreamenv.data.writer`."""
 
     name: str
     frames: np.ndarray
@@ -28,7 +28,7 @@ class Shard:
     first: np.ndarray
     level_seeds: np.ndarray
     policies: np.ndarray
-    camera: np.ndarray
+    columns: dict[str, np.ndarray]
 
     def __len__(self) -> int:
         """Steps in the shard."""
@@ -56,8 +56,10 @@ class Dataset:
         self.manifest = read_manifest(self.folder)
         if not self.manifest["complete"]:
             have, all_shards = len(self.manifest["shards"]), self.manifest["facts"]["num_shards"]
-            raise DatasetError(f"{self.folder / 'manifest.json'}: {have} of {all_shards} shards; "
-                               "run the same collection again to finish it")  # fmt: skip
+            raise DatasetError(
+                f"{self.folder / 'manifest.json'}: {have} of {all_shards} shards; "
+                "run the same collection again to finish it"
+            )
         self.facts: dict[str, Any] = self.manifest["facts"]
         with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
             self.shards = list(pool.map(lambda entry: self._open(entry, verify), self.manifest["shards"]))
@@ -68,7 +70,8 @@ class Dataset:
 
     def _open(self, entry: dict[str, Any], verify: str) -> Shard:
         columns = {}
-        for name, (dtype, shape) in COLUMNS.items():
+        optional = self.manifest["columns"]
+        for name, (dtype, shape) in (COLUMNS | {n: OPTIONAL[n] for n in optional}).items():
             path = self.folder / entry["name"] / f"{name}.npy"
             if not path.exists():
                 raise DatasetError(f"{path}: missing; delete {path.parent} and its manifest entry, or collect again")
@@ -77,9 +80,12 @@ class Dataset:
             except (ValueError, OSError, EOFError, SyntaxError) as error:
                 raise DatasetError(f"{path}: truncated or altered ({error}); collect the dataset again") from None
             if column.dtype != dtype or column.shape != (entry["steps"], *shape):
-                raise DatasetError(f"{path}: holds {column.dtype} {column.shape}, the manifest says {dtype} "
-                                   f"{(entry['steps'], *shape)}; collect the dataset again")  # fmt: skip
+                raise DatasetError(
+                    f"{path}: holds {column.dtype} {column.shape}, the manifest says {dtype} "
+                    f"{(entry['steps'], *shape)}; collect the dataset again"
+                )
             if verify == "sha256" and sha256_file(path) != entry["sha256"].get(name):
                 raise DatasetError(f"{path}: sha256 differs from manifest.json; collect the dataset again")
             columns[name] = column
-        return Shard(entry["name"], **columns)
+        further = {name: columns.pop(name) for name in optional}
+        return Shard(entry["name"], **columns, columns=further)

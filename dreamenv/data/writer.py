@@ -1,6 +1,7 @@
 """Dataset folders: `manifest.json` + `shard-00000/*.npy`, each shard renamed into place, the manifest last.
 
-One shard holds E environments x T steps, or parts of them, environment-major and flat, so time runs along axis 0 within a
+One shard holds E environments x T steps, or parts of them, environment-major and flat, so time runs along axis 0 within
+a
 segment:
 
 | file | dtype, shape | at index t |
@@ -12,7 +13,7 @@ segment:
 | first.npy | bool (S,) | an episode or a segment starts here: t - 1 is not its past |
 | level_seeds.npy | int32 (S,) | the level being played |
 | policies.npy | uint8 (S,) | which component of the policy mix acted |
-| camera.npy | float32 (S, 2) | the picture's top left corner in tiles, x right, y down; nan where it is not known |
+| camera.npy | float32 (S, 2) | the picture's top left corner in tiles, x right, y down; only of games that scroll |
 
 A terminal transition keeps its reward and flags; there is no next frame, because Procgen never shows one.
 """
@@ -20,6 +21,7 @@ A terminal transition keeps its reward and flags; there is no next frame, becaus
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,10 @@ COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
     "first": ("bool", ()),
     "level_seeds": ("int32", ()),
     "policies": ("uint8", ()),
-    "camera": ("float32", (2,)),
 }
+"""What every dataset has."""
+OPTIONAL: dict[str, tuple[str, tuple[int, ...]]] = {"camera": ("float32", (2,))}
+"""What a dataset may have besides; its manifest names them."""
 
 
 class DatasetWriter:
@@ -49,22 +53,27 @@ class DatasetWriter:
         folder: the dataset folder.
         facts: JSON-able description of the collection (game, levels, policy mix, seed, number of shards ...);
             it is stored in the manifest and must be equal for a resume.
+        columns: which of `OPTIONAL` there are.
 
     Raises:
         DatasetError: the folder holds a dataset that was begun with other facts.
     """
 
-    def __init__(self, folder: str | Path, facts: dict[str, Any]) -> None:
+    def __init__(self, folder: str | Path, facts: dict[str, Any], columns: Sequence[str] = ()) -> None:
         self.folder = Path(folder)
         self.facts = json.loads(json.dumps(facts))
+        self.columns = COLUMNS | {name: OPTIONAL[name] for name in columns}
+        self._optional = list(columns)
         self._shards: dict[int, dict[str, Any]] = {}
         if (self.folder / "manifest.json").exists():
             old = read_manifest(self.folder)
             for key in sorted(set(self.facts) | set(old["facts"])):
                 before, now = old["facts"].get(key), self.facts.get(key)
                 if before != now:
-                    raise DatasetError(f"{self.folder}: was begun with {key} = {before!r}, now {now!r}; "
-                                       "use the same settings to resume, or another folder")  # fmt: skip
+                    raise DatasetError(
+                        f"{self.folder}: was begun with {key} = {before!r}, now {now!r}; "
+                        "use the same settings to resume, or another folder"
+                    )
             self._shards = {s["index"]: s for s in old["shards"]}
 
     @property
@@ -79,35 +88,46 @@ class DatasetWriter:
             DatasetError: a column is missing or has another dtype or shape.
         """
         length = len(columns["frames"])
-        for name, (dtype, shape) in COLUMNS.items():
+        for name, (dtype, shape) in self.columns.items():
             column = columns.get(name)
             if column is None or column.dtype != dtype or column.shape != (length, *shape):
                 found = "nothing" if column is None else f"{column.dtype} {column.shape}"
                 raise DatasetError(f"column {name}: expected {dtype} {(length, *shape)}, got {found}")
         path = self.folder / shard_name(index)
         with atomic_folder(path) as temporary:
-            for name in COLUMNS:
+            for name in self.columns:
                 np.save(temporary / f"{name}.npy", columns[name], allow_pickle=False)
-            hashes = {name: sha256_file(temporary / f"{name}.npy") for name in COLUMNS}
+            hashes = {name: sha256_file(temporary / f"{name}.npy") for name in self.columns}
         done = columns["terminated"] | columns["truncated"]
         values, counts = np.unique(columns["rewards"], return_counts=True)
         return {
-            "index": index, "name": path.name, "steps": length, "episodes": int(done.sum()),
+            "index": index,
+            "name": path.name,
+            "steps": length,
+            "episodes": int(done.sum()),
             "rewards": {repr(float(v)): int(c) for v, c in zip(values, counts, strict=True)},
             "levels": [int(columns["level_seeds"].min()), int(columns["level_seeds"].max())],
             "sha256": hashes,
-        }  # fmt: skip
+        }
 
     def commit(self, entry: dict[str, Any]) -> None:
         """Add a written shard to the manifest, atomically."""
         self._shards[entry["index"]] = entry
         shards = [self._shards[i] for i in sorted(self._shards)]
         complete = len(shards) == self.facts["num_shards"]
-        write_json(self.folder / "manifest.json", {
-            "format_version": FORMAT_VERSION, "complete": complete, "facts": self.facts,
-            "steps": sum(s["steps"] for s in shards), "episodes": sum(s["episodes"] for s in shards),
-            "reward_set": sorted({float(v) for s in shards for v in s["rewards"]}), "shards": shards,
-        })  # fmt: skip
+        write_json(
+            self.folder / "manifest.json",
+            {
+                "format_version": FORMAT_VERSION,
+                "complete": complete,
+                "columns": self._optional,
+                "facts": self.facts,
+                "steps": sum(s["steps"] for s in shards),
+                "episodes": sum(s["episodes"] for s in shards),
+                "reward_set": sorted({float(v) for s in shards for v in s["rewards"]}),
+                "shards": shards,
+            },
+        )
 
     def recover(self) -> None:
         """Finish or undo shard swaps that a kill interrupted."""

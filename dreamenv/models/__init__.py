@@ -1,1 +1,1 @@
-"""Networks and their registry: `build_model({"type": ..., **config})`."""
+"""Networks: what they are made of (`interface`), how they are found (`registry`), read and written (`io`)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -55,74 +54,6 @@ def sinusoidal(x: Tensor, dim: int, scale: float = 1000.0) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], 1)
 
 
-class UNet(nn.Module):
-    """U-Net (Ronneberger et al. 2015) of `ResBlock`s, each level half the grid of the one before, conditioned on a vector.
-
-    Args:
-        c_in, c_out: channels in and out.
-        widths: channels of each level.
-        blocks: residual blocks of each level, on the way down and (but for the last level) up.
-        cond: width of the conditioning vector.
-    """
-
-    def __init__(self, c_in: int, c_out: int, widths: tuple[int, ...], blocks: tuple[int, ...], cond: int) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(c_in, widths[0], 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        width = widths[0]
-        for w, n in zip(widths, blocks, strict=True):
-            self.down.append(nn.ModuleList(ResBlock(width if i == 0 else w, w, cond) for i in range(n)))
-            width = w
-        for level in range(len(widths) - 2, -1, -1):
-            w = widths[level]
-            self.up.append(nn.ModuleList(ResBlock(width + w if i == 0 else w, w, cond) for i in range(blocks[level])))
-            width = w
-        self.out_norm = group_norm(width)
-        self.out = zero_init(nn.Conv2d(width, c_out, 3, padding=1))
-
-    def recall(self, context: Tensor) -> Tensor:
-        """What is remembered beyond the context (B, K, C, H, W); here nothing, (B, 0, 0, 0)."""
-        return context.new_zeros(len(context), 0, 0, 0)
-
-    def settle(self, latents: Tensor, actions: Tensor) -> Tensor:
-        """What these dynamics make of real latents (B, T, C, H, W), T <= K, and the actions between; here nothing else."""
-        return latents
-
-    def remember(self, memory: Tensor, last: Tensor, latent: Tensor) -> Tensor:
-        """What is remembered one step on, when `latent` (B, C, H, W) follows `last`."""
-        return memory
-
-    def ahead(self, context: Tensor, actions: Tensor) -> Tensor | None:
-        """What an outcome head is told of the step after a context (B, K, C, H, W) and actions (B, K); here nothing."""
-        return None
-
-    def beside(self, clean: Tensor) -> dict[str, Tensor]:
-        """Options of `forward` that make another prediction comparable with `clean`, cell by cell; none here."""
-        return {}
-
-    def guided(self, clean: Tensor, unaware: Tensor, scale: float) -> Tensor:
-        """Classifier-free guidance (Ho & Salimans 2022): what the action changed, `scale` times."""
-        return unaware + scale * (clean - unaware)
-
-    def features(self, x: Tensor, cond: Tensor) -> Tensor:
-        """Inputs (B, c_in, H, W) and conditioning (B, cond) -> what `out` takes, (B, widths[0], H, W)."""
-        x = self.stem(x)
-        skips = []
-        for level, blocks in enumerate(cast(list[nn.ModuleList], self.down)):
-            if level:
-                x = F.avg_pool2d(x, 2)
-            for block in blocks:
-                x = block(x, cond)
-            skips.append(x)
-        skips.pop()
-        for blocks in cast(list[nn.ModuleList], self.up):
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-            x = torch.cat([x, skips.pop()], 1)
-            for block in blocks:
-                x = block(x, cond)
-        return F.silu(self.out_norm(x))
-
-
 class DynamicFilters(nn.Module):
     """A bank of convolutions of the last latent, mixed per cell by predicted coefficients.
 
@@ -147,3 +78,18 @@ class DynamicFilters(nn.Module):
         b, c, h, w = latent.shape
         filtered = self.filters(latent).view(b, self.bank, c, h, w)
         return (filtered * self.mix(features).unsqueeze(2)).sum(1)
+
+
+def alternating(x: Tensor) -> Tensor:
+    """Alternating sum of each channel of (B, C, H, W) -> (B, C), scaled so that white noise keeps its variance.
+
+    Pictures, which change slowly from cell to cell, give little: it reads the noise and hardly what it was mixed with.
+    """
+    h, w = x.shape[-2:]
+    sign = 1 - 2 * ((torch.arange(h, device=x.device)[:, None] + torch.arange(w, device=x.device)) % 2)
+    return (x * sign).sum((2, 3)) / (h * w) ** 0.5
+
+
+def fp32(x: Tensor) -> torch.autocast:
+    """A context without autocast on the device of `x`, of any shape: what is inside keeps its dtype."""
+    return torch.autocast(x.device.type, enabled=False)

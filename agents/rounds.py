@@ -1,0 +1,244 @@
+"""The loop: collect with agents, train the world model on, train agents in it, and collect with those.
+
+`python -m agents.rounds --rounds 2 --out runs/loop --data data/coinrun`. Every stage is a program of its own that could
+be run by hand; a killed loop goes on where it was with the same line. Controllability is measured before the first
+round and after each.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from agents.saved import ACTOR_CRITIC
+from agents.train import CONFIGS, load_algorithm
+from dreamenv.bundle import resolve_bundle
+from dreamenv.config import check, to_dict
+from dreamenv.errors import ConfigError, DreamenvError
+from dreamenv.stages import begin, run_command, stage
+
+SHOWN = ("delta_psnr_4", "random_delta_psnr_4", "branch_accuracy", "psnr_1", "psnr_10")
+"""What is measured before the first round and after each."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """One loop; each round begins with the bundle and the agent of the one before."""
+
+    rounds: int = 2
+    """How many."""
+    out: Path = Path("runs/loop")
+    """Run folder; the last bundle is <out>/round-<rounds>/model/bundle."""
+    data: Path | None = None
+    """Dataset that every round's training also uses."""
+    bundle: Path | None = None
+    """Bundle to begin with; the embedded one by default."""
+    agent: Path | None = None
+    """Agent to begin with; by default the first round collects without."""
+    game: str = "coinrun"
+    """Which game."""
+    collect_steps: int = 200_000
+    """Real steps collected in each round."""
+    expert: float = 0.4
+    """Share of episodes that the agent plays as it is."""
+    explorer: float = 0.4
+    """Share that it plays with every fifth action random; the rest is the game's mix of simple policies."""
+    minutes: float = 30.0
+    """Training of the world model, each round."""
+    model_steps: int | None = None
+    """Optimiser steps of each of its trainings, instead of minutes."""
+    agent_steps: int = 500_000
+    """Dreamt steps the agent learns from, each round; from the second on it is the agent of the round before that goes
+    on."""
+    agent_config: Path = CONFIGS / "ppo_hasty.yaml"
+    """Its algorithm."""
+    horizon: int = 64
+    """Length of the dreams it learns in."""
+    nfe: int = 1
+    """Network function evaluations of those dreams' steps; see `agents.train`."""
+    eval_every: int = 0
+    """Dreamt steps between looks at its real return on training levels; see `agents.train`."""
+    episodes: int = 200
+    """Real episodes on held-out levels that judge it."""
+    clips: int = 128
+    """Held-out clips that judge the bundle."""
+    seed: int = 0
+    """Decides everything but the wall clock."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises `ConfigError`."""
+        for name in ("rounds", "collect_steps", "agent_steps", "horizon", "nfe", "episodes", "clips"):
+            check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
+        check(self.minutes > 0, f"minutes {self.minutes}: must be > 0")
+        check(self.eval_every >= 0, f"eval_every {self.eval_every}: must be >= 0")
+        check(
+            self.expert >= 0 and self.explorer >= 0 and self.expert + self.explorer <= 1,
+            f"expert {self.expert}, explorer {self.explorer}: must be >= 0 and add up to at most 1",
+        )
+
+
+def collection_policy(agent: Path | None, expert: float, explorer: float) -> str:
+    """The policy mix of one round, see `dreamenv.policies.simple.make_policy`."""
+    if agent is None:
+        return "mix"
+    parts = {f"agent:{agent}": expert, f"agent:{agent}:0.2": explorer}
+    rest = 1 - expert - explorer
+    parts |= {
+        "random": 0.2 * rest,
+        "sticky": 0.2 * rest,
+        "biased": 0.575 * rest,
+        "hold:noop": 0.025 * rest,
+    }  # few, but long
+    return ",".join(f"{name}={weight:.6g}" for name, weight in parts.items() if weight > 1e-9)
+
+
+def _module(name: str, **options: Any) -> list[str]:
+    command = [sys.executable, "-m", name]
+    for key, value in options.items():
+        if value is True:
+            command.append(f"--{key.replace('_', '-')}")
+        elif isinstance(value, list):
+            command += [f"--{key.replace('_', '-')}", *map(str, value)]
+        elif value is not None and value is not False:
+            command += [f"--{key.replace('_', '-')}", str(value)]
+    return command
+
+
+def _last(command: list[str]) -> dict[str, Any]:
+    line = run_command(command)
+    try:
+        return dict(json.loads(line))
+    except ValueError:
+        raise ConfigError(f"{' '.join(command)}: its last line is no JSON, {line[:200]!r}") from None
+
+
+def loop(config: LoopConfig) -> list[dict[str, Any]]:
+    """Run every round; returns what was measured before the first and after each.
+
+    Raises:
+        ConfigError: a bad setting, another loop's run folder, or a stage that failed.
+    """
+    out, algorithm = config.out, load_algorithm(config.agent_config).algorithm
+    check(
+        algorithm in ACTOR_CRITIC,
+        f"agent_config {config.agent_config}: {algorithm} cannot go on from a round's agent; "
+        f"{', '.join(ACTOR_CRITIC)} can",
+    )
+    begin(out, {k: str(v) for k, v in to_dict(config).items() if k not in ("out", "rounds")})
+
+    def measure(bundle: Path, folder: Path) -> dict[str, Any]:
+        clips = str(config.clips)
+        command = [
+            sys.executable,
+            "-m",
+            "dreamenv",
+            "compare",
+            "--bundle",
+            str(bundle),
+            "--out",
+            str(folder),
+            "--seed",
+            str(config.seed),
+            "--clips",
+            clips,
+            "--random-clips",
+            clips,
+            "--branches",
+            clips,
+            "--horizon",
+            "10",
+            "--steps",
+            str(max(400 * config.clips, 6400)),
+            "--samples",
+            "1",
+            "--negatives",
+            "1000",
+            "--drift",
+            "0",
+            "--endless-steps",
+            "0",
+            "--policies",
+        ]
+        figures = _last(command)
+        return {name: figures.get(name) for name in SHOWN}
+
+    def judge(agent: Path) -> dict[str, Any]:
+        figures = _last(
+            _module("agents.evaluate", agent=agent, game=config.game, episodes=config.episodes, seed=config.seed)
+        )
+        return {"real_return": figures["mean_return"], "real_return_ci": figures["ci"]}
+
+    bundle, agent = resolve_bundle(config.bundle, config.game), config.agent
+    rows = [{"round": 0, **stage(out, "measure-0", partial(measure, bundle, out / "compare-0"))}]
+    sources = [] if config.data is None else [config.data]
+    for r in range(1, config.rounds + 1):
+        here = out / f"round-{r}"
+        collected, merged, model, trained = here / "data", here / "merged", here / "model", here / "agent"
+        policy = collection_policy(agent, config.expert, config.explorer)
+        collecting = _module(
+            "envs.collect",
+            game=config.game,
+            steps=config.collect_steps,
+            policy=policy,
+            out=collected,
+            seed=config.seed + r,
+        )
+        stage(out, f"collect-{r}", partial(run_command, collecting))
+        sources.append(collected)
+        merging = [sys.executable, "-m", "dreamenv.data.merge", *map(str, sources), "--out", str(merged)]
+        stage(out, f"merge-{r}", partial(run_command, merging))
+        modelling = _module(
+            "trainers.finetune",
+            data=merged,
+            bundle=bundle,
+            out=model,
+            minutes=config.minutes,
+            steps=config.model_steps,
+            seed=config.seed,
+            latents=out / "latents",
+        )
+        stage(out, f"model-{r}", partial(run_command, modelling))
+        bundle = model / "bundle"
+        row = {"round": r, **stage(out, f"measure-{r}", partial(measure, bundle, here / "compare"))}
+        learning = _module(
+            "agents.train",
+            world="dream",
+            game=config.game,
+            bundle=bundle,
+            steps=config.agent_steps,
+            starts=merged,
+            config=config.agent_config,
+            horizon=config.horizon,
+            out=trained,
+            seed=config.seed,
+            agent=agent if r > 1 else None,
+            nfe=config.nfe,
+            eval_every=config.eval_every,
+            resume=True,
+        )
+        stage(out, f"agent-{r}", partial(run_command, learning))
+        agent = trained / "agent"
+        row |= stage(out, f"judge-{r}", partial(judge, agent))
+        rows.append(row)
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line: every field of `LoopConfig` is an option; the last line printed is JSON."""
+    try:
+        rows = loop(tyro.cli(LoopConfig, args=arguments, description=__doc__))
+    except DreamenvError as error:
+        raise SystemExit(f"error: {error}") from None
+    for row in rows:
+        print("   ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

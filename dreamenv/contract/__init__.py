@@ -1,0 +1,1 @@
+"""What both worlds share: games, actions, resets, seeds and snapshots."""

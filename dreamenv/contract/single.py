@@ -1,0 +1,69 @@
+"""The single environment of either world is its vector environment with one game: written once, here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from dreamenv.contract.actions import check_action, keys_to_action
+
+
+class SingleView(gym.Env):
+    """N = 1 view of a vector environment in DISABLED autoreset mode; subclasses add `reset`."""
+
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 15}
+
+    def __init__(self, vector: Any) -> None:
+        self.vector = vector
+        self.observation_space = vector.single_observation_space
+        self.action_space = vector.single_action_space
+        self.render_mode = vector.render_mode
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Advance by one action.
+
+        Returns:
+            uint8 observation (64, 64, 3), reward in the game's own magnitude, terminated, truncated, info.
+
+        Raises:
+            InvalidActionError: not an integer in 0..14; the state is unchanged.
+            ResetError: before the first reset, or the episode is over.
+        """
+        frames, rewards, terminated, truncated, infos = self.vector.step(np.array([check_action(action)]))
+        return frames[0], float(rewards[0]), bool(terminated[0]), bool(truncated[0]), split_infos(infos, 1)[0]
+
+    def render(self) -> np.ndarray | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the current frame, uint8 (S, S, 3), or None without a render mode."""
+        frames = self.vector.render()
+        return None if frames is None else frames[0]
+
+    def snapshot(self) -> bytes:
+        """Return the state as bytes that `restore` accepts, in another process too."""
+        return self.vector.snapshot()
+
+    def restore(self, data: bytes) -> np.ndarray:
+        """Return to a snapshot and its observation, uint8 (64, 64, 3); raises `SnapshotError` if it does not fit."""
+        return self.vector.restore(data)[0]
+
+    def get_keys_to_action(self) -> dict[tuple[int, ...], int]:
+        """Return key-code combinations -> action, as `gymnasium.utils.play` wants them."""
+        return keys_to_action()
+
+    def close(self) -> None:
+        """Release what the vector environment holds."""
+        self.vector.close()
+
+
+def split_infos(infos: dict[str, Any], num_envs: int) -> list[dict[str, Any]]:
+    """Batched infos (arrays with `_name` masks) as one plain dict for each environment."""
+    out: list[dict[str, Any]] = [{} for _ in range(num_envs)]
+    for name, values in infos.items():
+        if name.startswith("_") or isinstance(values, dict):
+            continue
+        present = infos.get(f"_{name}", np.ones(num_envs, bool))
+        for i in np.flatnonzero(present):
+            value = values[i]
+            out[i][name] = value.item() if isinstance(value, np.generic) else value
+    return out

@@ -1,0 +1,71 @@
+"""Where and in which precision networks run, and the memory settings that CPU training wants."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+import torch
+
+from dreamenv.errors import ConfigError
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep what is freed, for this process: up to 1 GiB a block is taken from the heap and stays there.
+
+    Training frees and asks for the same few hundred megabytes at every step; giving them back to the system and
+    faulting them in again cost half of the time of an IMPALA update of 2,048 frames on two cores. Called by the
+    training programs, never on import.
+
+    Returns:
+        Whether it was possible: it is a setting of glibc on Linux.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return False
+    settings = ((_M_MMAP_THRESHOLD, 2**30), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**26))
+    return all([bool(mallopt(name, value)) for name, value in settings])
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """Return a usable device; "auto" is the GPU if there is one.
+
+    Raises:
+        ConfigError: no such device, or not on this machine.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+        torch.zeros(1, device=picked).cpu()
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {device!r}: not usable here ({reason}); use 'auto' or 'cpu'") from None
+    return picked
+
+
+def pick_precision(precision: str, device: torch.device) -> str:
+    """Return "fp32" or "bf16"; "auto" is bf16 on CUDA and on CPUs with instructions for it, where batches gain a third.
+
+    The environment variable DREAMENV_PRECISION ("fp32" or "bf16") says what "auto" is instead, so that a test or a
+    measurement does not depend on the machine's instructions.
+
+    Raises:
+        ConfigError: another name.
+    """
+    if precision == "auto":
+        precision = os.environ.get("DREAMENV_PRECISION") or "auto"
+    if precision not in ("auto", "fp32", "bf16"):
+        raise ConfigError(f"precision {precision!r}: must be 'auto', 'fp32' or 'bf16'")
+    if precision != "auto":
+        return precision
+    if device.type == "cpu":
+        asked = (getattr(torch.cpu, f"_is_{name}_supported", lambda: False) for name in ("amx_tile", "avx512_bf16"))
+        return "bf16" if any(supported() for supported in asked) else "fp32"
+    return "bf16" if device.type == "cuda" else "fp32"

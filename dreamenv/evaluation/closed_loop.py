@@ -1,0 +1,263 @@
+"""Policies played in both worlds from the same levels: is a policy's value in the dream its value in the game?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+
+from dreamenv.bundle import Bundle, bundled_agent
+from dreamenv.config import check
+from dreamenv.contract.actions import NUM_ACTIONS
+from dreamenv.contract.noise import philox
+from dreamenv.evaluation.clips import HELD_OUT, step_noise
+from dreamenv.evaluation.metrics import detail, interval, pearson, spearman
+from dreamenv.flow import SamplerConfig
+from dreamenv.policies.simple import VectorPolicy, make_policy
+from dreamenv.types import Clips, State
+from dreamenv.vector import DreamVectorEnv
+
+POLICIES = (
+    "hold:noop",
+    "hold:left",
+    "hold:right",
+    "hold:up",
+    "hold:right+up",
+    "random",
+    "sticky",
+    "biased",
+    "bundled:0.5",
+    "bundled",
+)
+"""Policies of different skill; the last are the agent that ships with the bundle, half at random and alone."""
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """One episode of each of N environments, cut off at a step limit.
+
+    Attributes:
+        returns: float64 (N,); lengths: int64 (N,); ended: bool (N,), whether it terminated before the limit.
+    """
+
+    returns: np.ndarray
+    lengths: np.ndarray
+    ended: np.ndarray
+
+
+def play_episodes(
+    envs: Any, frames: np.ndarray, policy: VectorPolicy, limit: int, rng: np.random.Generator, films: int = 0
+) -> tuple[Episodes, list[np.ndarray]]:
+    """Play every environment of a vector env, which stands at `frames` uint8 (N, 64, 64, 3), to its end or `limit`.
+
+    Dreams are played in copies, and the env handed in stays where it stands: those that have ended are dropped, for a
+        step of
+    each costs as much as one of those that go on, none begins anew, and none is drawn if nobody looks.
+
+    Returns:
+        The episodes, and of the first `films` the frames before each step, uint8 (T, 64, 64, 3).
+    """
+    n, frames = len(frames), frames.copy()
+    playing = np.arange(n)  # whom the environments of `envs` belong to
+    running, first = np.ones(n, bool), np.ones(n, bool)
+    returns, lengths, ended = np.zeros(n), np.zeros(n, np.int64), np.zeros(n, bool)
+    film: list[np.ndarray] = []
+    drawn = policy.looks or films > 0
+    if isinstance(envs, DreamVectorEnv):
+        envs = envs.select(playing, drawn)
+        envs.autoreset_mode = AutoresetMode.DISABLED
+    for _ in range(limit):
+        film.append(frames[:films].copy())
+        actions = policy.act(frames, first, rng)
+        frames[playing], rewards, terminated, truncated, _ = envs.step(actions[playing])
+        going = running[playing]
+        returns[playing] += np.where(going, rewards, 0)
+        lengths[playing] += going
+        ended[playing] |= going & terminated
+        running[playing] &= ~(terminated | truncated)
+        first[:] = False
+        first[playing] = terminated | truncated
+        if not running.any():
+            break
+        if isinstance(envs, DreamVectorEnv) and running.sum() < len(playing):
+            envs, playing = envs.select(np.flatnonzero(running[playing]), drawn), np.flatnonzero(running)
+    return Episodes(returns, lengths, ended), [np.stack(film, 1)[i, : lengths[i]] for i in range(min(films, n))]
+
+
+def play_both(
+    bundle: Bundle,
+    policies: tuple[str, ...] = POLICIES,
+    episodes: int = 20,
+    limit: int = 150,
+    sampler: SamplerConfig | None = None,
+    levels: tuple[int, int] = HELD_OUT,
+    seed: int = 0,
+) -> dict[str, tuple[Episodes, Episodes]]:
+    """Play policies in the real game and in the dream of it, from the same first frames (needs procgen).
+
+    Args:
+        bundle: the bundle.
+        policies: specifications, see `dreamenv.policies.simple.make_policy`; "bundled" is the agent that ships with the
+            bundle, "bundled:EPSILON" the same at random so often, and both are left out where none ships.
+        episodes: how many each, one per level.
+        limit: steps after which an episode is cut off, in both worlds.
+        sampler: how the dream is drawn.
+        levels: first level and number of levels.
+        seed: decides levels, actions and noise.
+
+    Returns:
+        specification -> (real episodes, dreamt episodes).
+
+    Raises:
+        ConfigError: `episodes` < 1, or `limit` outside 1 .. the game's own.
+        PolicyError: an unknown policy.
+    """
+    check(episodes >= 1, f"episodes {episodes}: must be >= 1")
+    check(1 <= limit <= bundle.game.max_steps, f"limit {limit}: must be in 1..{bundle.game.max_steps}")
+    real: Any = gym.make_vec(
+        "envs:RealProcgen-v0",
+        num_envs=episodes,
+        game=bundle.game.name,
+        start_level=levels[0],
+        num_levels=levels[1],
+        distribution_mode=bundle.game.distribution_mode,
+    )
+    dream = DreamVectorEnv(episodes, bundle=bundle, sampler=sampler)
+    bias = np.asarray(real.unwrapped.game.bias)
+    chosen = levels[0] + philox((seed, 0xC105ED)).choice(levels[1], episodes, replace=episodes > levels[1])
+    out = {}
+    agent = bundled_agent(bundle.folder)
+    frames, _ = real.reset(seed=seed, options={"level": chosen})
+    imagined, _ = dream.reset(seed=seed, options={"frames": frames[:, None]})
+    for number, spec in enumerate(policies):
+        name = spec
+        if spec.partition(":")[0] == "bundled":
+            if agent is None:
+                continue
+            name = f"agent:{agent}" + spec[len("bundled") :]
+        frames, _ = real.reset(seed=seed, options={"level": chosen})
+        out[spec] = tuple(
+            play_episodes(envs, start, make_policy(name, bias), limit, philox((seed, number)))[0]
+            for envs, start in ((real, frames), (dream, imagined))
+        )
+    real.close()
+    return out  # pyright: ignore[reportReturnType]
+
+
+def agreement(results: dict[str, tuple[Episodes, Episodes]], replicates: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """How well dream values predict real values over policies.
+
+    Value is the mean return. Intervals are 95 % bootstrap intervals over episodes: each replicate draws levels anew,
+    the same ones in both worlds.
+
+    Returns:
+        `pearson`, `spearman`, `mean_absolute_error`, each with `_ci`; and `policies`: per policy the mean return,
+        episode length and success rate (a positive return) in both worlds, with `_ci` of the returns.
+    """
+    names = list(results)
+    returns = np.stack([np.stack([e.returns for e in results[n]]) for n in names])  # (P, 2, E)
+    draws = np.random.default_rng(seed).integers(returns.shape[2], size=(replicates, returns.shape[2]))
+    means = returns[:, :, draws].mean(-1)  # (P, 2, R)
+    value = returns.mean(-1)
+
+    def figures(v: np.ndarray) -> tuple[float, float, float]:
+        return pearson(v[:, 0], v[:, 1]), spearman(v[:, 0], v[:, 1]), float(np.abs(v[:, 0] - v[:, 1]).mean())
+
+    replicated = np.array([figures(means[:, :, r]) for r in range(replicates)])
+    out: dict[str, Any] = {}
+    for i, key in enumerate(("pearson", "spearman", "mean_absolute_error")):
+        out[key], out[f"{key}_ci"] = figures(value)[i], list(interval(replicated[:, i]))
+    out["policies"] = [
+        {"policy": name}
+        | {
+            f"{world}_{key}": figure
+            for w, world in enumerate(("real", "dream"))
+            for key, figure in (
+                ("return", float(value[p, w])),
+                ("return_ci", list(interval(means[p, w]))),
+                ("length", float(results[name][w].lengths.mean())),
+                ("success", float((results[name][w].returns > 0).mean())),
+            )
+        }
+        for p, name in enumerate(names)
+    ]
+    return out
+
+
+def endless(
+    bundle: Bundle,
+    clips: Clips,
+    steps: int = 5000,
+    num_envs: int = 1,
+    policy: str = "random",
+    sampler: SamplerConfig | None = None,
+    shown: tuple[int, ...] = (1, 100, 1000, 5000),
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Dream on from real contexts without any reset, ends of episodes ignored, and watch whether the picture holds.
+
+    Args:
+        bundle: the bundle.
+        clips: real clips; their contexts are where the dreams start, their frames the reference.
+        steps: how long.
+        num_envs: how many dreams.
+        policy: who plays, see `dreamenv.policies.simple.make_policy`.
+        sampler: how the dream is drawn.
+        shown: steps whose frames are kept.
+        seed: decides actions and noise.
+
+    Raises:
+        ConfigError: `steps` < 1.
+        PolicyError: an unknown policy.
+
+    Returns:
+        `diverged`: share of dreams whose latent left the trained range at least once (they start again);
+        `step` (T,), and at those steps the means `latent_rms`, `detail` (see `dreamenv.evaluation.metrics.detail`) and
+        `brightness` in 0..1; the same of the clips' real frames as `real_latent_rms` ...; and `frames` uint8
+        (num_envs, S, 64, 64, 3) after the steps `shown` (S,) that were reached.
+    """
+    check(steps >= 1, f"steps {steps}: must be >= 1")
+    sampler = sampler or SamplerConfig()
+    model, k = bundle.world_model, clips.context
+    begin = np.resize(np.arange(len(clips.frames)), num_envs)
+    start = model.start(clips.frames[begin, :k], clips.actions[begin, : k - 1])
+    actor, rng = make_policy(policy, np.ones(NUM_ACTIONS)), philox((seed, 0xE0D1E55))
+
+    def statistics(latents: torch.Tensor, frames: np.ndarray) -> tuple[float, float, float]:
+        return float(latents.square().mean().sqrt()), float(detail(frames).mean()), float(frames.mean() / 255)
+
+    sample = clips.frames[:256, -1]
+    real = statistics(model.encode(sample), sample)
+    state, lost = start, np.zeros(num_envs, bool)
+    frames = clips.frames[begin, k - 1]
+    rows: list[tuple[float, ...]] = []
+    kept: list[np.ndarray] = []
+    for t in range(1, steps + 1):
+        noise = step_noise(model, sampler, seed, np.arange(num_envs), t)
+        actions = actor.act(frames, np.full(num_envs, t == 1), rng)
+        state = model.step(state, actions, noise, sampler).state
+        gone = bundle.limits.exceeded(state.latents[:, -1])
+        if gone.any():
+            lost |= gone.cpu().numpy()
+            state = State.where(gone, start, state)
+        watched = t in shown or t == steps or t % max(steps // 100, 1) == 0
+        if watched or actor.looks:
+            frames = model.render(state).numpy()
+        if watched:
+            rows.append((t, *statistics(state.latents[:, -1], frames)))
+        if t in shown:
+            kept.append(frames)
+    names = ("latent_rms", "detail", "brightness")
+    columns = dict(zip(("step", *names), np.array(rows).T, strict=True))
+    film = np.stack(kept, 1) if kept else np.zeros((num_envs, 0, 64, 64, 3), np.uint8)
+    return {
+        "diverged": float(lost.mean()),
+        "frames": film,
+        "shown": [t for t in shown if t <= steps],
+        **columns,
+        **{f"real_{n}": v for n, v in zip(names, real, strict=True)},
+    }

@@ -1,0 +1,87 @@
+"""The main job, headless: the dream beside the real game, from the same held-out start under the same actions."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dreamenv.artifacts import write_json
+from dreamenv.bundle import bundled_agent, load_bundle, resolve_bundle
+from dreamenv.evaluation.clips import cut_clips, open_loop, outcome_scores, play_real
+from dreamenv.evaluation.compare import compare_open_loop, outcome_figures
+from dreamenv.evaluation.figures import save_grid, save_horizon_plot, side_by_side
+from dreamenv.evaluation.metrics import colour_frequencies
+from dreamenv.flow import SamplerConfig
+from dreamenv.types import Clips
+from dreamenv.video import save_video
+
+
+def demo(
+    out: Path,
+    game: str = "coinrun",
+    bundle: Path | None = None,
+    clips: int = 256,
+    horizon: int = 30,
+    film_steps: int = 60,
+    play_steps: int = 60_000,
+    sampler: SamplerConfig | None = None,
+    device: str = "auto",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure a bundle against the real game and film the two side by side.
+
+    Writes `side_by_side.mp4` and `.gif`, `film_strip.png`, `horizon.png` and `metrics.json` into `out`.
+
+    Returns:
+        The contents of `metrics.json`.
+    """
+    sampler = sampler or SamplerConfig()
+    loaded = load_bundle(resolve_bundle(bundle, game), device)
+    facts = loaded.game
+    envs = 32
+    print(f"playing {play_steps} steps of the real {facts.name} on held-out levels ...", flush=True)
+    play = play_real(facts.name, -(-play_steps // envs), envs, distribution_mode=facts.distribution_mode, seed=seed)
+    print(f"dreaming {clips} clips of {horizon} steps and scoring the heads ...", flush=True)
+    model = loaded.world_model
+    frequencies = colour_frequencies(play.frames[:, :: max(play.frames.shape[1] // 128, 1)])
+    result = compare_open_loop(model, cut_clips(play, clips, model.context, horizon, seed), frequencies, sampler, seed)
+    scored = outcome_figures(model, outcome_scores(model, play, sampler, negatives=4000, seed=seed))
+    shipped = bundled_agent(loaded.folder)
+    shown = (
+        play
+        if shipped is None
+        else play_real(
+            facts.name, 8 * film_steps, 16, f"agent:{shipped}", distribution_mode=facts.distribution_mode, seed=seed
+        )
+    )
+    film = _liveliest(cut_clips(shown, 64, model.context, film_steps, seed + 1), 3)
+    began = time.perf_counter()
+    dreams, _ = open_loop(model, film, sampler, seed)
+    speed = dreams.shape[0] * dreams.shape[1] / (time.perf_counter() - began)
+
+    k = film.context
+    real = film.frames[:, k:]
+    start = film.frames[:, :k]
+    for i, name in enumerate(["side_by_side.mp4", "side_by_side.gif"]):
+        columns = {"real": np.concatenate([start[0], real[0]]), "dream": np.concatenate([start[0], dreams[0]])}
+        save_video(out / name, side_by_side(columns, scale=(6, 3)[i]))
+    steps = np.unique(np.linspace(0, film_steps - 1, 10).astype(int))
+    save_grid(out / "film_strip.png", [rows[i][steps] for i in range(len(real)) for rows in (real, dreams)])
+    save_horizon_plot(
+        out / "horizon.png", result.curves, f"{facts.name}, held-out levels, {clips} clips, {sampler.nfe} NFE"
+    )
+    figures = result.figures | scored | {"film_frames_per_s": speed, "film_level_seeds": film.level_seeds.tolist()}
+    curves = {name: [round(float(v), 3) for v in curve] for name, curve in result.curves.items()}
+    metrics = {"game": facts.name, "bundle": loaded.identity, "seed": seed, "figures": figures, "curves": curves}
+    write_json(out / "metrics.json", metrics)
+    return metrics
+
+
+def _liveliest(clips: Clips, count: int) -> Clips:
+    """The clips in which most moves: a player who stands still shows nothing."""
+    motion = np.abs(np.diff(clips.frames[:, ::4].astype(np.int16), axis=1)).mean((1, 2, 3, 4))
+    best = np.argsort(-motion, kind="stable")[:count]
+    return Clips(clips.frames[best], clips.actions[best], clips.level_seeds[best], clips.context)

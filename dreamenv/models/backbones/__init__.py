@@ -1,0 +1,1 @@
+"""Backbones: the parts of dynamics that mix cells."""

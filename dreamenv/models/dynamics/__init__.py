@@ -1,0 +1,1 @@
+"""Dynamics: latents and an action -> the next latents."""

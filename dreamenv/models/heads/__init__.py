@@ -1,0 +1,1 @@
+"""Heads: what an action earns and whether it ends the episode."""

@@ -1,0 +1,50 @@
+"""An outcome head that looks at the whole picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dreamenv.config import check
+from dreamenv.models.blocks import ResBlock, group_norm
+from dreamenv.models.interface import NULL_ACTION, OutcomeHead, OutcomeHeadConfig, State
+from dreamenv.models.registry import register
+
+
+@register("head", "picture_head", OutcomeHeadConfig)
+class PictureOutcomeHead(OutcomeHead):
+    """Convolutions over the past latents, conditioned on the actions; it heeds no hints.
+
+    Args:
+        config: its shape; latents must be square, of a multiple of 4 cells in 4..64.
+    """
+
+    def __init__(self, config: OutcomeHeadConfig) -> None:
+        super().__init__(config)
+        c, size, width = config.latent.shape
+        check(
+            size == width and 4 <= size <= 64 and size % 4 == 0,
+            f"latent.shape {config.latent.shape}: a picture head needs a square of a multiple of 4 cells in 4..64",
+        )
+        w, side = config.width, size // 4
+        self.stem = nn.Conv2d(c * config.context, w, 3, padding=1)
+        self.action = nn.Embedding(NULL_ACTION + 1, 32)
+        self.blocks = nn.ModuleList([ResBlock(w, w, 32 * config.context) for _ in range(3)])
+        self.norm = group_norm(w)
+        self.hidden = nn.Linear(w * side * side + w, 128)
+        self.out = nn.Linear(128, len(config.rewards))
+
+    def logits(self, state: State, action: Tensor, hints: Mapping[str, Tensor]) -> Tensor:
+        """See `OutcomeHead.logits`."""
+        cond = self.action(torch.cat([state.actions, action[:, None]], 1)).flatten(1)
+        x = self.stem(state.latents.flatten(1, 2))
+        for i, block in enumerate(self.blocks):
+            if i:
+                x = F.max_pool2d(x, 2)
+            x = block(x, cond)
+        x = F.silu(self.norm(x))
+        x = torch.cat([x.flatten(1), x.amax((2, 3))], 1)
+        return self.out(F.silu(self.hidden(x))).float()

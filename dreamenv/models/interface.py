@@ -1,0 +1,382 @@
+"""What a world model is made of: a codec, dynamics and an outcome head, and the records they hand to one another.
+
+Shapes: B is a batch, K the context length, T time, (C, H, W) one latent. Nothing here knows a family of models; a new
+one is a file that registers subclasses of these (`dreamenv.models.registry`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dreamenv.config import check, to_dict
+from dreamenv.contract.actions import NOOP, NUM_ACTIONS
+
+NULL_ACTION = NUM_ACTIONS
+"""An extra action, "not known": for classifier-free guidance and for actions hidden in training."""
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """What one latent is. A codec and the dynamics and head that work on its latents have equal ones."""
+
+    shape: tuple[int, int, int]
+    """(C, H, W)."""
+    layout: str = "patches"
+    """What a cell means, in the codec's own word: "patches" of the picture, "tiles" of the level's grid ..."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises `ConfigError`."""
+        c, h, w = self.shape
+        check(1 <= c <= 256, f"shape {self.shape}: must have 1..256 channels")
+        check(1 <= h <= 128 and 1 <= w <= 128, f"shape {self.shape}: must have 1..128 rows and columns")
+        check(0 < len(self.layout) <= 64, f"layout {self.layout!r}: must be a word")
+
+
+class State(Mapping[str, Tensor]):
+    """What a dream remembers: named tensors that share their first axis, the batch.
+
+    Every state has `latents` float32 (B, K, C, H, W), the current one last, and `actions` int64 (B, K - 1), those
+    between them. A family adds what it keeps besides: a canvas, a cache, the game's number.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor of that name."""
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names."""
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        """How many tensors."""
+        return len(self._tensors)
+
+    @property
+    def latents(self) -> Tensor:
+        """float32 (B, K, C, H, W), the current one last."""
+        return self._tensors["latents"]
+
+    @property
+    def actions(self) -> Tensor:
+        """int64 (B, K - 1)."""
+        return self._tensors["actions"]
+
+    def replace(self, **tensors: Tensor) -> State:
+        """The same state with some tensors replaced or added."""
+        return State({**self._tensors, **tensors})
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> State:
+        """`function` of every tensor."""
+        return State({name: function(value) for name, value in self._tensors.items()})
+
+    def rows(self, index: slice | Tensor) -> State:
+        """A part of the batch."""
+        return self.apply(lambda value: value[index])
+
+    @staticmethod
+    def cat(states: list[State]) -> State:
+        """Concatenate along the batch."""
+        return State({name: torch.cat([state[name] for state in states]) for name in states[0]})
+
+    @staticmethod
+    def where(mask: Tensor, yes: State, no: State) -> State:
+        """Row by row, `yes` where the mask bool (B,) says so, else `no`."""
+        return State({n: torch.where(mask.view(-1, *(1,) * (yes[n].ndim - 1)), yes[n], no[n]) for n in yes})
+
+    def put(self, row: int, other: State) -> None:
+        """Overwrite one row, in place, with the only row of another state."""
+        for name, value in self._tensors.items():
+            value[row] = other[name][0]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """As NumPy arrays, for snapshots."""
+        return {name: value.cpu().numpy() for name, value in self._tensors.items()}
+
+    @staticmethod
+    def from_arrays(arrays: Mapping[str, np.ndarray], device: torch.device) -> State:
+        """From what `arrays` returned."""
+        return State({name: torch.from_numpy(value).to(device) for name, value in arrays.items()})
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One evaluation of dynamics.
+
+    Attributes:
+        latent: float32 (B, C, H, W), the clean next latent.
+        log_error: float32 (B, H, W), the log of the squared error that the dynamics expect of it in each cell.
+        hints: what a head, or another evaluation of the same step, may be told of it, each (B, ...); usually nothing.
+    """
+
+    latent: Tensor
+    log_error: Tensor
+    hints: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Codec(nn.Module, ABC):
+    """Frames <-> latents.
+
+    Attributes:
+        spec: what a latent is.
+        frame: (H, W, C) of a frame.
+        columns: names of dataset columns that `encode` and `sequence` want beside the frames, where data has them.
+        keeps: names of tensors of a `State` that `decode` wants beside the latent.
+        autocast: whether `decode` may run under bf16 autocast (it must then keep its last layers in fp32).
+    """
+
+    config: Any
+    spec: LatentSpec
+    frame: tuple[int, int, int] = (64, 64, 3)
+    columns: ClassVar[tuple[str, ...]] = ()
+    keeps: ClassVar[tuple[str, ...]] = ()
+    autocast: ClassVar[bool] = False
+
+    @property
+    def content_channels(self) -> int:
+        """How many of the first channels are learnt content; the others, if any, hold known quantities."""
+        return self.spec.shape[0]
+
+    def shared(self) -> dict[str, Any]:
+        """Values that the configurations of models on its latents take over, where they have such a field."""
+        return {"latent": to_dict(self.spec)}
+
+    @abstractmethod
+    def encode(self, images: Tensor, **columns: Tensor) -> Tensor:
+        """Images (B, c, h, w) in [0, 1] -> latents (B, C, H, W); what no column says is read off the picture."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor, **kept: Tensor) -> Tensor:
+        """Latents (B, C, H, W) -> images (B, c, h, w), about [0, 1] and not clamped."""
+
+    def sequence(self, latents: Tensor, first: Tensor | None = None, **columns: Tensor) -> Tensor:
+        """Fill in what only pictures in a row can tell.
+
+        Args:
+            latents: (B, T, C, H, W), each encoded alone.
+            first: bool (B, T), where an episode begins; None: at the first only.
+            columns: of `self.columns`, each (B, T, ...); without them it is worked out from the latents.
+        """
+        return latents
+
+    def hold(self, latents: Tensor, repeated: Tensor) -> Tensor:
+        """Latents (B, T, C, H, W) in which a picture repeats the one before where bool (B, T) says so."""
+        return latents
+
+    def noised(self, latents: Tensor, noise: Tensor) -> Tensor:
+        """Latents (..., C, H, W) with noise added to their content, not to known quantities."""
+        return latents + noise
+
+    def visible(self, latents: Tensor) -> Tensor:
+        """Which share of each cell the picture of latents (B, C, H, W) shows, (B, H, W)."""
+        return torch.ones_like(latents[:, 0])
+
+    def pool(self, values: Tensor, latents: Tensor) -> Tensor:
+        """Means over each cell of pictures' values (B, h, w) -> (B, H, W)."""
+        return nn.functional.adaptive_avg_pool2d(values[:, None], self.spec.shape[1:])[:, 0]
+
+    def path_errors(self, dream: Tensor, real: Tensor) -> dict[str, Tensor]:
+        """How far known quantities of dreams (B, T, C, H, W) are from the real ones after each step, name -> (T,)."""
+        return {}
+
+    def check_columns(self, columns: Mapping[str, np.ndarray], where: str) -> None:
+        """Raise `DatasetError` if data cannot be encoded for training; `where` names it."""
+
+
+class Dynamics(nn.Module, ABC):
+    """Latents and an action -> the next latent. `predict` is one differentiable evaluation; all else is bookkeeping.
+
+    Attributes:
+        remembers: whether `begin` makes something of pictures from before the context.
+        learning_rates: parameter name -> factor, for those that learn faster and do not decay.
+        chunk: frames that one evaluation predicts.
+    """
+
+    config: Any
+    remembers: ClassVar[bool] = False
+    learning_rates: ClassVar[dict[str, float]] = {}
+    chunk: ClassVar[int] = 1
+
+    @property
+    def spec(self) -> LatentSpec:
+        """What its latents are."""
+        return self.config.latent
+
+    @property
+    def context(self) -> int:
+        """K, how many latents a state holds."""
+        return self.config.context
+
+    def smooth(self, latents: Tensor, actions: Tensor) -> Tensor:
+        """What these dynamics make of latents (B, T, C, H, W), T <= K, that were read off real pictures."""
+        return latents
+
+    def begin(
+        self, latents: Tensor, actions: Tensor, past: Tensor | None = None, columns: Mapping[str, Tensor] | None = None
+    ) -> State:
+        """Make a state of real history.
+
+        Args:
+            latents: (B, T, C, H, W), T <= K; a shorter history repeats its first, as an environment does after reset.
+            actions: int64 (B, T - 1), those between them; padding is no-ops.
+            past: (B, P, C, H, W), earlier latents, for dynamics that remember.
+            columns: the codec's columns at the P past moments and at the context's first, each (B, P + 1, ...).
+        """
+        missing = self.context - latents.shape[1]
+        if missing:
+            latents = torch.cat([latents[:, :1].expand(-1, missing, -1, -1, -1), latents], 1)
+            actions = nn.functional.pad(actions, (missing, 0), value=NOOP)
+        return State({"latents": latents, "actions": actions})
+
+    @abstractmethod
+    def predict(
+        self,
+        state: State,
+        action: Tensor,
+        x: Tensor | None = None,
+        tau: Tensor | None = None,
+        level: Tensor | None = None,
+        hints: Mapping[str, Tensor] | None = None,
+    ) -> Prediction:
+        """Predict the next latent: one evaluation, differentiable.
+
+        Args:
+            state: (B,) states.
+            action: int64 (B,), the one taken now; `NULL_ACTION` is unknown.
+            x: (B, C, H, W), the point at `tau` on the path from noise to the next latent; None means tau = 0.
+            tau: (B,) in [0, 1); None is 0.
+            level: (B,), the standard deviation of noise in the state's latents; None is 0.
+            hints: of another prediction, or of `truth`, with which this one is to be comparable cell by cell.
+        """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Prediction:
+        """`predict`, by the name under which data-parallel training calls it."""
+        return self.predict(*args, **kwargs)
+
+    def hints(self, state: State, action: Tensor) -> dict[str, Tensor]:
+        """What `predict` would hint, where that is cheaper to know alone."""
+        return {}
+
+    def advance(self, state: State, action: Tensor, latent: Tensor) -> State:
+        """The state one step on, when `action` (B,) led to `latent` (B, C, H, W)."""
+        return state.replace(
+            latents=torch.cat([state.latents[:, 1:], latent[:, None]], 1),
+            actions=torch.cat([state.actions, action[:, None]], 1)[:, 1:],
+        )
+
+    def truth(self, state: State, target: Tensor) -> dict[str, Tensor]:
+        """Hints with which a prediction is comparable with the true next latent (B, C, H, W): for training."""
+        return {}
+
+    def align(self, latent: Tensor, target: Tensor) -> Tensor:
+        """A prediction (n B, C, H, W) made with `truth`, its known quantities those of the target (B, C, H, W)."""
+        return latent
+
+    def guide(self, aware: Prediction, unaware: Prediction, scale: float) -> Prediction:
+        """Classifier-free guidance (Ho & Salimans 2022): what the action changed, `scale` times."""
+        return replace(aware, latent=unaware.latent + scale * (aware.latent - unaware.latent))
+
+    def grown(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of an older or smaller configuration, made to fit this one where that changes nothing."""
+        return weights
+
+
+class Backbone(nn.Module, ABC):
+    """A part that mixes cells: maps (B, c_in, H, W) and a condition (B, cond) -> features (B, width, H, W)."""
+
+    width: int
+
+    @abstractmethod
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """See the class."""
+
+
+@dataclass(frozen=True)
+class OutcomeHeadConfig:
+    """Shape of a head, and the joint outcomes it tells apart."""
+
+    latent: LatentSpec = LatentSpec((16, 16, 16))
+    """What the latents are; training takes it from the codec."""
+    context: int = 4
+    """K latents and actions it sees: the dynamics' context."""
+    width: int = 48
+    """Channels."""
+    rewards: tuple[float, ...] = (0.0, 0.0, 10.0)
+    """Reward of each joint outcome, in the game's own magnitude."""
+    terminated: tuple[bool, ...] = (False, True, True)
+    """Whether each joint outcome ends the episode."""
+    bias: tuple[float, ...] = ()
+    """Added to the logits: the prior correction for class-balanced training (King & Zeng 2001), and calibration."""
+    scale: float = 1.0
+    """Multiplies the logits before the bias (calibration, Platt 1999)."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises `ConfigError`."""
+        check(1 <= len(self.rewards) <= 1024, f"rewards: must have 1..1024 outcomes, got {len(self.rewards)}")
+        check(
+            len(self.terminated) == len(self.rewards),
+            f"terminated {self.terminated}: must have one entry per outcome, {len(self.rewards)}",
+        )
+        check(len(self.bias) in (0, len(self.rewards)), f"bias {self.bias}: must be empty or one per outcome")
+        check(1 <= self.context <= 64, f"context {self.context}: must be 1..64")
+        check(8 <= self.width <= 2048, f"width {self.width}: must be 8..2048")
+
+
+class OutcomeHead(nn.Module, ABC):
+    """A categorical over the joint (reward, terminated) outcomes that occur in the game.
+
+    One joint distribution keeps them consistent (a coin that ends the episode always does); the probabilities of reward
+    and end are its marginals. It sees only the past and the action, because Procgen shows no terminal frame.
+
+    Attributes:
+        hinted: whether it cannot do without the dynamics' hints.
+    """
+
+    hinted: ClassVar[bool] = False
+    prior: Tensor
+
+    def __init__(self, config: OutcomeHeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        prior = torch.tensor(config.bias or (0.0,) * len(config.rewards))
+        self.register_buffer("prior", prior, persistent=False)
+
+    @property
+    def spec(self) -> LatentSpec:
+        """What its latents are."""
+        return self.config.latent
+
+    @abstractmethod
+    def logits(self, state: State, action: Tensor, hints: Mapping[str, Tensor]) -> Tensor:
+        """Uncorrected logits float32 (B, outcomes) of what `action` int64 (B,) brings at `state`."""
+
+    def forward(self, state: State, action: Tensor, hints: Mapping[str, Tensor]) -> Tensor:
+        """`logits`, by the name under which data-parallel training calls it."""
+        return self.logits(state, action, hints)
+
+    def log_probabilities(self, state: State, action: Tensor, hints: Mapping[str, Tensor]) -> Tensor:
+        """Calibrated log-probabilities (B, outcomes) of the joint outcomes; takes what `logits` takes."""
+        return (self.config.scale * self.logits(state, action, hints) + self.prior).log_softmax(1)
+
+    def grown(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `Dynamics.grown`."""
+        return weights
+
+
+def to_images(frames: Tensor) -> Tensor:
+    """Frames uint8 (..., h, w, c) -> images float32 (..., c, h, w) in [0, 1]."""
+    return frames.movedim(-1, -3).float().div_(255)
+
+
+def to_frames(images: Tensor) -> Tensor:
+    """Images (..., c, h, w) -> frames uint8 (..., h, w, c), rounded and clamped."""
+    return images.float().mul(255).round_().clamp_(0, 255).to(torch.uint8).movedim(-3, -1)

@@ -1,0 +1,65 @@
+"""What version 1 of bundles and model folders called things: read as what it was, written as version 2 alone.
+
+Version 1 had one list of types for all kinds, wrote a U-Net's levels beside the dynamics' own settings, called the
+codec "autoencoder", and kept the game's facts in each bundle.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import Tensor
+
+_TYPES = {
+    "autoencoder": ("codec", "patch_autoencoder"),
+    "tile_autoencoder": ("codec", "tile_autoencoder"),
+    "latent_flow": ("dynamics", "latent_flow"),
+    "tile_flow": ("dynamics", "tile_flow"),
+    "outcome_head": ("head", "picture_head"),
+    "tile_outcome_head": ("head", "player_head"),
+}
+_BACKBONE = re.compile(r"^(stem|down|up|out_norm)\.")
+
+
+def spec_from_1(spec: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The kind and the specification of a model of version 1; an unknown type is left for the registry to refuse."""
+    spec = dict(spec)
+    name = spec.pop("type", None)
+    kind, new = _TYPES.get(name, ("codec", name)) if isinstance(name, str) else ("codec", name)
+    if kind in ("dynamics", "head"):
+        tiles = new in ("tile_flow", "player_head")
+        channels, size = spec.pop("latent_channels", 28 if tiles else 16), spec.pop("latent_size", 16)
+        spec["latent"] = {"shape": [channels, size, size], "layout": "tiles" if tiles else "patches"}
+    if kind == "dynamics":
+        levels = {key: spec.pop(key) for key in ("channels", "blocks") if key in spec}
+        spec["backbone"] = {"type": "unet", **levels}
+    return kind, {"type": new, **spec}
+
+
+def model_from_1(description: dict[str, Any]) -> dict[str, Any]:
+    """`model.json` of version 1 as one of version 2."""
+    kind, spec = spec_from_1(description["model"])
+    return {**description, "format_version": 2, "kind": kind, "model": spec}
+
+
+def tensors_from_1(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of version 1 by their names of version 2: a U-Net is a part that dynamics hold."""
+    if "out_norm.weight" not in tensors:  # no dynamics
+        return tensors
+    return {f"backbone.{k}" if _BACKBONE.match(k) else k: v for k, v in tensors.items()}
+
+
+def bundle_from_1(description: dict[str, Any]) -> dict[str, Any]:
+    """`bundle.json` of version 1 as one of version 2; `files` says where its parts are."""
+    models = {name: spec_from_1(spec) for name, spec in description["models"].items()}
+    game = {key: description["game"][key] for key in ("name", "distribution_mode", "max_steps")}
+    digests = {name.replace("autoencoder.", "codec."): value for name, value in description["sha256"].items()}
+    return {
+        **description,
+        "format_version": 2,
+        "game": game,
+        "models": {"codec": models["autoencoder"][1], "dynamics": models["dynamics"][1], "head": models["head"][1]},
+        "sha256": digests,
+        "files": {"codec.safetensors": "autoencoder.safetensors"},
+    }

@@ -1,0 +1,1 @@
+"""Play both worlds in a window, or film them without one."""

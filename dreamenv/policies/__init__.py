@@ -1,0 +1,1 @@
+"""Who plays: simple policies, saved agents, and the names by which they are asked for."""

@@ -1,0 +1,149 @@
+"""Saved agents: the IMPALA network (Espeholt et al. 2018, Procgen's 16/32/32 -> 256) as JSON + safetensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dreamenv.artifacts import atomic_folder, read_json, readable_folder, sha256_file, write_json
+from dreamenv.config import check, from_dict, to_dict
+from dreamenv.contract.actions import NUM_ACTIONS
+from dreamenv.device import pick_precision
+from dreamenv.errors import BundleError, ConfigError, PolicyError
+from dreamenv.models.interface import to_images
+
+
+@dataclass(frozen=True)
+class ImpalaConfig:
+    """Shape of the agent's network."""
+
+    channels: tuple[int, ...] = (16, 32, 32)
+    """Width of each stage; each halves the picture."""
+    features: int = 256
+    """Width of the last hidden layer."""
+    memory: int = 0
+    """Width of the LSTMs that the policy and the value each have behind it; 0 goes without."""
+    greedy: bool = False
+    """Whether the best action is taken (networks trained as action values) rather than one sampled."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises `ConfigError`."""
+        check(
+            1 <= len(self.channels) <= 5 and 1 <= min(self.channels) and max(self.channels) <= 1024,
+            f"channels {self.channels}: 1..5 stages of 1..1024",
+        )
+        check(1 <= self.features <= 8192, f"features {self.features}: must be 1..8192")
+        check(0 <= self.memory <= 8192, f"memory {self.memory}: must be 0..8192")
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+class ImpalaAgent(nn.Module):
+    """Policy and value of frames.
+
+    Args:
+        config: its shape.
+        precision: "fp32", "bf16" autocast of all but the last layers, or "auto": bf16 where the hardware has it.
+    """
+
+    def __init__(self, config: ImpalaConfig, precision: str = "auto") -> None:
+        super().__init__()
+        self.config, self.precision = config, precision
+        stages: list[nn.Module] = []
+        width, side = 3, 64
+        for channels in config.channels:
+            stages += [nn.Conv2d(width, channels, 3, padding=1), nn.MaxPool2d(3, 2, 1)]
+            stages += [_Residual(channels), _Residual(channels)]
+            width, side = channels, (side + 1) // 2
+        self.trunk = nn.Sequential(
+            *stages, nn.ReLU(), nn.Flatten(), nn.Linear(width * side * side, config.features), nn.ReLU()
+        )
+        last = config.memory or config.features
+        self.actor_memory = nn.LSTM(config.features, config.memory) if config.memory else None
+        self.critic_memory = nn.LSTM(config.features, config.memory) if config.memory else None
+        self.policy = nn.Linear(last, NUM_ACTIONS)
+        self.value = nn.Linear(last, 1)
+
+    def forward(self, images: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Look at one frame of each of B episodes.
+
+        Args:
+            images: (B, 3, 64, 64) in [0, 1].
+            memory: float32 (4, B, M), what it remembers: hidden and cell state of the actor and of the critic; None is
+                nothing.
+
+        Returns:
+            Action logits (B, 15), values (B,), and the memory after it, None where `config.memory` is 0.
+        """
+        device = images.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=pick_precision(self.precision, device) == "bf16"):
+            features = self.trunk(images.contiguous(memory_format=torch.channels_last)).float()
+        if self.actor_memory is None or self.critic_memory is None:
+            return self.policy(features), self.value(features)[:, 0], None
+        before = features.new_zeros(4, len(features), self.config.memory) if memory is None else memory
+        acting, actor = self.actor_memory(features[None], (before[:1], before[1:2]))
+        judging, critic = self.critic_memory(features[None], (before[2:3], before[3:]))
+        return self.policy(acting[0]), self.value(judging[0])[:, 0], torch.cat([*actor, *critic])
+
+    @torch.inference_mode()
+    def probabilities(self, frames: np.ndarray, memory: Tensor | None = None) -> tuple[np.ndarray, Tensor | None]:
+        """Frames uint8 (B, 64, 64, 3) -> action probabilities float64 (B, 15), and the memory, as `forward` has it."""
+        device = self.policy.weight.device
+        logits, _, memory = self(to_images(torch.as_tensor(frames).to(device)), memory)
+        if self.config.greedy:
+            return F.one_hot(logits.argmax(1), NUM_ACTIONS).double().cpu().numpy(), memory
+        return logits.double().softmax(1).cpu().numpy(), memory
+
+
+def save_agent(folder: str | Path, agent: ImpalaAgent, facts: dict | None = None) -> Path:
+    """Write `agent.json` and `agent.safetensors` (fp16), atomically; returns the folder."""
+    from safetensors.torch import save_file
+
+    with atomic_folder(Path(folder)) as temporary:
+        save_file(
+            {k: v.half().cpu().contiguous() for k, v in agent.state_dict().items()}, temporary / "agent.safetensors"
+        )
+        write_json(
+            temporary / "agent.json",
+            {
+                "format_version": 1,
+                "network": to_dict(agent.config),
+                "facts": facts or {},
+                "sha256": sha256_file(temporary / "agent.safetensors"),
+            },
+        )
+    return Path(folder)
+
+
+def load_agent(folder: str | Path, precision: str = "auto") -> ImpalaAgent:
+    """Load a saved agent; see `ImpalaAgent` for `precision`.
+
+    Raises:
+        PolicyError: missing, damaged, or of a newer format.
+    """
+    from dreamenv.models.io import load_weights
+
+    folder = readable_folder(folder)
+    path = folder / "agent.json"
+    description = read_json(path, PolicyError, f"is {folder} a saved agent?")
+    try:
+        if description["format_version"] != 1:
+            raise PolicyError(f"{path}: format_version {description['format_version']!r}; this release reads 1")
+        agent = ImpalaAgent(from_dict(ImpalaConfig, description["network"], "network"), precision)
+        load_weights(agent, folder / "agent.safetensors", description["sha256"])
+    except (KeyError, TypeError, ConfigError, BundleError) as error:
+        raise PolicyError(f"{path}: is damaged ({error}); save the agent again") from None
+    return agent.eval().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

@@ -1,0 +1,413 @@
+"""The SB3 adapter against SB3's own `DummyVecEnv`, saved agents against the policies they came from, exact resumes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecMonitor, VecTransposeImage
+
+from agents.adapter import NativeVecEnv
+from agents.evaluate import evaluate
+from agents.report import learnt_from
+from agents.saved import ALGORITHMS, agent_facts, go_on_from, make_algorithm, save_algorithm, to_agent
+from agents.train import AlgorithmConfig, TimedVecEnv, TrainConfig, load_algorithm, train
+from agents.worlds import MixedVecEnv, dataset_starts, dream_world, make_world, real_world
+from dreamenv.bundle import load_bundle
+from dreamenv.env import DreamEnv
+from dreamenv.errors import CheckpointError, ConfigError, InvalidActionError, PolicyError
+from dreamenv.policies.agent import ImpalaConfig, load_agent
+from dreamenv.policies.simple import AgentPolicy, make_policy
+from dreamenv.vector import DreamVectorEnv
+from envs.collect import CollectConfig, collect
+from tests.conftest import same_bytes
+
+SMALL = {"channels": [4, 8], "features": 16}
+
+
+def dreams(bundle: Path, n: int = 3, **options: Any) -> NativeVecEnv:
+    return NativeVecEnv(DreamVectorEnv(n, bundle=bundle, **options))
+
+
+def test_a_batch_is_what_dummy_vec_env_makes_of_single_dreams(toy_bundle: Path) -> None:
+    """Same observations, rewards, ends, terminal observations and truncations over several episodes."""
+    batch = dreams(toy_bundle, 3, exact=True)
+    single = DummyVecEnv([lambda: DreamEnv(bundle=str(toy_bundle)) for _ in range(3)])
+    for envs in (batch, single):
+        envs.seed(7)
+    assert (batch.reset() == single.reset()).all()
+    rng, ends = np.random.default_rng(0), 0
+    for _ in range(230):
+        actions = rng.integers(15, size=3)
+        ours, theirs = batch.step(actions), single.step(actions)
+        for a, b in zip(ours[:3], theirs[:3], strict=True):
+            assert cast(Any, a).dtype == cast(Any, b).dtype and (a == b).all()
+        for mine, other, done in zip(ours[3], theirs[3], ours[2], strict=True):
+            assert mine["TimeLimit.truncated"] == other["TimeLimit.truncated"]
+            assert ("terminal_observation" in mine) == ("terminal_observation" in other) == bool(done)
+            if done:
+                ends += 1
+                assert (mine["terminal_observation"] == other["terminal_observation"]).all()
+            assert mine["uncertainty"] == other["uncertainty"] and mine["dream_step"] == other["dream_step"]
+    assert ends >= 6
+    assert any(i["TimeLimit.truncated"] for i in ours[3]) or ends > 0
+
+
+def test_what_it_returns_is_fresh_writable_and_distinct(toy_bundle: Path) -> None:
+    envs = dreams(toy_bundle)
+    first = cast(np.ndarray, envs.reset())
+    observations, rewards, dones, infos = envs.step(np.zeros(3, np.int64))
+    kept = cast(np.ndarray, observations).copy()
+    for array in (first, observations, rewards, dones):
+        cast(np.ndarray, array)[:] = 0
+    infos[0]["mine"] = 1
+    assert "mine" not in infos[1] and rewards.dtype == np.float32 and dones.dtype == bool
+    again = dreams(toy_bundle)
+    again.seed(3)
+    envs.seed(3)
+    assert (again.reset() == envs.reset()).all() and kept.any()
+    assert len({id(i) for i in infos}) == 3 and len(envs.reset_infos) == 3
+
+
+def test_seeds_options_attributes_and_methods(toy_bundle: Path) -> None:
+    envs = dreams(toy_bundle, render_mode="rgb_array")
+    envs.seed(5)
+    first = envs.reset()
+    envs.seed(5)
+    assert (envs.reset() == first).all() and envs._seeds == [None] * 3
+    envs.set_options({"start": 2})
+    envs.reset()
+    assert [i["start"] for i in envs.reset_infos] == [2, 2, 2]
+    envs.set_options([{"start": i} for i in (4, 0, 1)])
+    envs.reset()
+    assert [i["start"] for i in envs.reset_infos] == [4, 0, 1]
+    envs.set_options([{"start": 1}, {}, {}])
+    with pytest.raises(ConfigError, match="start"):
+        envs.reset()
+    envs.set_options()
+    assert envs.get_attr("num_envs") == [3, 3, 3] and envs.get_attr("exact", indices=[1]) == [False]
+    with pytest.raises(AttributeError):
+        envs.get_attr("no_such_thing")
+    assert not envs.has_attr("no_such_thing") and envs.has_attr("sampler")
+    envs.set_attr("truncate_above", 9.0)
+    assert envs.get_attr("truncate_above", 0) == [9.0]
+    with pytest.raises(ConfigError, match="batch"):
+        envs.set_attr("truncate_above", 9.0, indices=[0])
+    snapshot = envs.env_method("snapshot")[0]
+    after = envs.step(np.full(3, 7))[0]
+    envs.env_method("restore", snapshot, indices=[0])
+    assert (envs.step(np.full(3, 7))[0] == after).all()
+    assert envs.env_is_wrapped(gym.Wrapper) == [False] * 3
+    picture = envs.render()
+    assert picture is not None and picture.shape == (128, 128, 3) and len(envs.get_images()) == 3
+    with pytest.raises(InvalidActionError):
+        envs.step(np.array([0, 15, 0]))
+    with pytest.raises(ConfigError, match="SAME_STEP"):
+        NativeVecEnv(DreamVectorEnv(2, bundle=toy_bundle, autoreset_mode="Disabled"))
+
+
+def test_sb3_wrappers_work_on_it(toy_bundle: Path) -> None:
+    envs = VecFrameStack(VecTransposeImage(VecMonitor(dreams(toy_bundle))), 4)
+    assert envs.reset().shape == (3, 12, 64, 64)
+    episodes = []
+    for _ in range(110):
+        _, _, _, infos = envs.step(np.zeros(3, np.int64))
+        episodes += [i["episode"] for i in infos if "episode" in i]
+    assert episodes and all(1 <= e["l"] <= 100 for e in episodes)
+
+
+def test_the_real_game_gives_no_terminal_observation() -> None:
+    envs = real_world("coinrun", 8)
+    envs.seed(0)
+    envs.reset()
+    policy, rng, ends = make_policy("biased", np.asarray(envs.get_attr("game")[0].bias)), np.random.default_rng(0), 0
+    for _ in range(150):
+        frames, rewards, dones, infos = envs.step(policy.act(np.zeros((8, 1)), np.zeros(8, bool), rng))
+        assert all("terminal_observation" not in i for i in infos)
+        for done, info, fresh in zip(dones, infos, envs.reset_infos, strict=True):
+            if done:
+                ends += 1
+                assert info["episode_step"] > 0 and fresh["episode_step"] == 0
+    assert ends > 0
+
+
+def test_a_mix_is_its_parts(toy_bundle: Path) -> None:
+    mixed = make_world("mix", "coinrun", 4, toy_bundle, "cpu", share=0.5)
+    assert isinstance(mixed, MixedVecEnv) and mixed.leaders == [0, 2]
+    alone = [dream_world(load_bundle(toy_bundle, "cpu"), 2), real_world("coinrun", 2)]
+    mixed.seed(3)
+    alone[0].seed(3)
+    alone[1].seed(5)
+    assert (mixed.reset() == np.concatenate([cast(np.ndarray, e.reset()) for e in alone])).all()
+    for step in range(20):
+        actions = np.array([7, 1, 7, step % 15])
+        ours = mixed.step(actions)
+        theirs = [alone[0].step(actions[:2]), alone[1].step(actions[2:])]
+        for i in range(3):
+            assert (ours[i] == np.concatenate([cast(np.ndarray, t[i]) for t in theirs])).all()
+        assert len(ours[3]) == 4 and "level_seed" in ours[3][3] and "uncertainty" in ours[3][0]
+    assert mixed.get_attr("num_envs") == [2, 2, 2, 2] and len(mixed.env_method("snapshot", indices=[0, 2])) == 2
+    for bad in ({"world": "moon"}, {"world": "mix", "share": 1.0}, {"world": "mix", "share": 0.0}):
+        with pytest.raises(ConfigError):
+            make_world(**cast(Any, {"world": "mix", "game": "coinrun", "num_envs": 4, "bundle": toy_bundle, **bad}))
+
+
+def test_short_dreams_start_from_real_contexts(toy_bundle: Path, tmp_path: Path) -> None:
+    wanted = CollectConfig(out=str(tmp_path / "d"), steps=400, num_envs=4, shard_steps=50, policy="biased")
+    data = collect(wanted, progress=False)
+    starts = dataset_starts(data, 30, 4)
+    assert starts.frames.shape == (30, 4, 64, 64, 3) and starts.actions.shape == (30, 3)
+    envs = dream_world(load_bundle(toy_bundle, "cpu"), 3, horizon=5, starts=starts)
+    envs.reset()
+    lengths = []
+    for _ in range(20):
+        _, _, dones, infos = envs.step(np.zeros(3, np.int64))
+        lengths += [i["dream_step"] for i, d in zip(infos, dones, strict=True) if d]
+    assert lengths and max(lengths) == 5
+    with pytest.raises(ConfigError, match="horizon"):
+        dream_world(load_bundle(toy_bundle, "cpu"), 3, horizon=0)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "PPO": {"n_steps": 8, "batch_size": 8, "n_epochs": 1},
+    "A2C": {"n_steps": 4},
+    "TRPO": {"n_steps": 8, "batch_size": 8},
+    "MaskablePPO": {"n_steps": 8, "batch_size": 8, "n_epochs": 1},
+    "RecurrentPPO": {"n_steps": 8, "batch_size": 8, "n_epochs": 1},
+    "DQN": {"buffer_size": 64, "learning_starts": 8, "train_freq": 4, "batch_size": 8},
+    "QRDQN": {"buffer_size": 64, "learning_starts": 8, "train_freq": 4, "batch_size": 8},
+    "ARS": {"n_delta": 2},
+}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_saved_agent_acts_as_the_algorithm_that_learnt_it(name: str, toy_bundle: Path, tmp_path: Path) -> None:
+    model = make_algorithm(name, dreams(toy_bundle, 2), SETTINGS[name], ImpalaConfig((4, 8), 16), 0, "fp32")
+    model.learn(32, **({"use_masking": False} if name == "MaskablePPO" else {}))
+    frames = np.random.default_rng(0).integers(0, 256, (10, 64, 64, 3), dtype=np.uint8)
+    saved = load_agent(save_algorithm(tmp_path / "agent", model, {}), "fp32")
+    ours, _ = saved.probabilities(frames)
+    exact, _ = to_agent(model).probabilities(frames)
+    if name in ("DQN", "QRDQN", "ARS"):
+        assert (exact.argmax(1) == model.predict(frames.transpose(0, 3, 1, 2), deterministic=True)[0]).all()
+        assert set(np.unique(ours)) == {0.0, 1.0}
+    elif name != "RecurrentPPO":  # which has a test of its own
+        tensor = model.policy.obs_to_tensor(frames.transpose(0, 3, 1, 2))[0]
+        with torch.no_grad():
+            theirs = cast(Any, model.policy).get_distribution(tensor).distribution.probs.numpy()
+        assert exact == pytest.approx(theirs, abs=1e-6) and ours == pytest.approx(theirs, abs=2e-3)
+    assert not list(tmp_path.rglob("*.zip")) and not list(tmp_path.rglob("*.pkl"))
+
+
+def test_a_recurrent_agent_remembers_as_the_algorithm_that_learnt_it(toy_bundle: Path, tmp_path: Path) -> None:
+    """Sequences of three environments, one of which begins anew in the middle, against sb3-contrib's own prediction."""
+    network = ImpalaConfig((4, 8), 16, memory=24)
+    model = make_algorithm("RecurrentPPO", dreams(toy_bundle, 3), SETTINGS["RecurrentPPO"], network, 0, "fp32")
+    model.learn(48)
+    policy = AgentPolicy(to_agent(model))
+    assert load_agent(save_algorithm(tmp_path / "agent", model, {})).config.memory == 24 and policy.remembers
+    rng = np.random.default_rng(0)
+    states = None
+    for step in range(6):
+        frames = rng.integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+        first = np.array([step == 0, step in (0, 3), step == 0])
+        _, states = model.predict(frames.transpose(0, 3, 1, 2), states, first)
+        policy.act(frames, first, rng)
+        assert states is not None and policy._memory is not None
+        assert policy._memory[:2].numpy() == pytest.approx(np.concatenate(states), abs=1e-5)
+    alone = AgentPolicy(to_agent(model))
+    alone.act(frames, np.ones(3, bool), rng)
+    assert policy._memory is not None and alone._memory is not None
+    assert (policy._memory[:2] - alone._memory[:2]).abs().max() > 1e-3, "it does remember"
+    policy.act(frames[:2], np.zeros(2, bool), rng)  # another batch begins anew
+    with pytest.raises(ConfigError, match="memory 24: PPO has none"):
+        make_algorithm("PPO", dreams(toy_bundle), {}, network, 0)
+
+
+@pytest.mark.parametrize("name", ["MaskablePPO", "RecurrentPPO"])
+def test_contributed_algorithms_resume_to_the_same_bytes(name: str, toy_bundle: Path, tmp_path: Path) -> None:
+    def settings(**changes: Any) -> TrainConfig:
+        made = config(tmp_path, toy_bundle, **changes)
+        made.config.write_text(json.dumps(json.loads(made.config.read_text()) | {"algorithm": name}))
+        return made
+
+    whole = train(settings(out=tmp_path / "whole"))
+    train(settings(out=tmp_path / "parts", steps=128))
+    parts = train(settings(out=tmp_path / "parts", resume=True))
+    assert whole["steps"] == parts["steps"] == 256
+    for file in ("agent/agent.safetensors", "checkpoint/arrays.safetensors"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes(), file
+
+
+def test_ars_counts_the_steps_that_were_taken(
+    toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = config(tmp_path, toy_bundle)
+    made.config.write_text(
+        json.dumps({"algorithm": "ARS", "num_envs": 4, "network": SMALL, "settings": {"n_delta": 1}})
+    )
+    taken, step_wait = [0], TimedVecEnv.step_wait
+
+    def counted(self: TimedVecEnv) -> Any:
+        taken[0] += self.num_envs
+        return step_wait(self)
+
+    monkeypatch.setattr(TimedVecEnv, "step_wait", counted)
+    assert train(made)["steps"] == taken[0] >= 256
+    assert load_agent(tmp_path / "run" / "agent").config.greedy
+    with pytest.raises(ConfigError, match="no checkpoints"):
+        train(replace(made, resume=True))
+
+
+def test_what_cannot_be_trained_is_refused(toy_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="SAC"):
+        make_algorithm("SAC", dreams(toy_bundle), {}, ImpalaConfig(), 0)
+    with pytest.raises(ConfigError, match="refuses"):
+        make_algorithm("PPO", dreams(toy_bundle), {"no_such": 1}, ImpalaConfig(), 0)
+    (tmp_path / "c.yaml").write_text("algoritm: PPO\n")
+    with pytest.raises(ConfigError, match="algorithm"):
+        load_algorithm(tmp_path / "c.yaml")
+
+
+def config(tmp_path: Path, bundle: Path, **changes: Any) -> TrainConfig:
+    (tmp_path / "ppo.yaml").write_text(
+        json.dumps(
+            {
+                "algorithm": "PPO",
+                "num_envs": 4,
+                "network": SMALL,
+                "settings": {"n_steps": 16, "batch_size": 32, "n_epochs": 2, "gamma": 0.99},
+            }
+        )
+    )
+    settings = {
+        "out": tmp_path / "run",
+        "config": tmp_path / "ppo.yaml",
+        "bundle": bundle,
+        "steps": 256,
+        "eval_episodes": 2,
+        "checkpoint_every": 1,
+        "device": "cpu",
+        "horizon": 30,
+    }
+    return TrainConfig(**cast(Any, settings | changes))
+
+
+@pytest.mark.parametrize("world", ["dream", "mix", "real"])
+def test_a_resumed_run_ends_with_the_same_bytes(world: str, toy_bundle: Path, tmp_path: Path) -> None:
+    whole = train(config(tmp_path, toy_bundle, world=world, share=0.25, out=tmp_path / "whole"))
+    train(config(tmp_path, toy_bundle, world=world, share=0.25, out=tmp_path / "parts", steps=128))
+    parts = train(config(tmp_path, toy_bundle, world=world, share=0.25, out=tmp_path / "parts", resume=True))
+    assert whole["steps"] == parts["steps"] == 256
+    for name in ("agent/agent.safetensors", "checkpoint/arrays.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
+    shares = whole["shares"]
+    assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) >= 0 and shares["update"] > 0
+    assert (shares["decode"] > 0) == (world != "real")
+    assert (tmp_path / "whole" / "best" / "agent.json").exists()
+    imagined = {"dream": 256, "mix": 64, "real": 0}[world]
+    assert learnt_from(agent_facts(Path(whole["agent"]))) == (imagined, 256 - imagined)
+    assert (tmp_path / "whole" / "progress.csv").stat().st_size > 100
+
+
+def test_an_agent_goes_on_from_a_saved_one(toy_bundle: Path, tmp_path: Path) -> None:
+    first = Path(train(config(tmp_path, toy_bundle, out=tmp_path / "first", steps=64))["agent"])
+    fresh = make_algorithm("PPO", dreams(toy_bundle, 2), SETTINGS["PPO"], ImpalaConfig((4, 8), 16), 5, "fp32")
+    go_on_from(fresh, first)
+    frames = np.random.default_rng(0).integers(0, 256, (10, 64, 64, 3), dtype=np.uint8)
+    assert np.array_equal(to_agent(fresh).probabilities(frames)[0], load_agent(first, "fp32").probabilities(frames)[0])
+    tensor = fresh.policy.obs_to_tensor(frames.transpose(0, 3, 1, 2))[0]
+    with torch.no_grad():
+        values = cast(Any, fresh.policy).predict_values(tensor)[:, 0]
+        assert torch.equal(values, load_agent(first, "fp32")(tensor.float() / 255)[1])
+    one, two = (
+        train(config(tmp_path, toy_bundle, out=tmp_path / n, steps=64, **extra))["agent"]
+        for n, extra in (("anew", {}), ("on", {"agent": first}))
+    )
+    weights = [(Path(folder) / "agent.safetensors").read_bytes() for folder in (first, one, two)]
+    assert same_bytes(weights[0], weights[1]) and not same_bytes(weights[0], weights[2])
+    assert [learnt_from(agent_facts(Path(folder))) for folder in (first, two)] == [(64, 0), (128, 0)]
+    assert learnt_from({"world": "real", "steps": 5, "from": {"world": "mix", "steps": 8}}) == (4, 9)
+    assert learnt_from({}) == (None, None)
+    other = make_algorithm("PPO", dreams(toy_bundle, 2), SETTINGS["PPO"], ImpalaConfig((4, 4), 16), 0)
+    with pytest.raises(PolicyError, match="another shape"):
+        go_on_from(other, first)
+    dqn = make_algorithm("DQN", dreams(toy_bundle, 2), SETTINGS["DQN"], ImpalaConfig((4, 8), 16), 0)
+    with pytest.raises(ConfigError, match="DQN cannot go on"):
+        go_on_from(dqn, first)
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused(toy_bundle: Path, tmp_path: Path) -> None:
+    train(config(tmp_path, toy_bundle, steps=64))
+    with pytest.raises(CheckpointError, match="another configuration"):
+        train(config(tmp_path, toy_bundle, steps=128, seed=1, resume=True))
+    victim = tmp_path / "run" / "checkpoint" / "arrays.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="sha256"):
+        train(config(tmp_path, toy_bundle, steps=128, resume=True))
+
+
+def test_evaluation_is_one_whole_episode_on_each_level() -> None:
+    first = evaluate("hold:right", "real", episodes=12, seed=3)
+    again = evaluate("hold:right", "real", episodes=12, seed=3)
+    assert first.figures == again.figures and len(set(first.levels.tolist())) == 12
+    assert first.levels.min() >= 10000 and first.levels.max() < 11000
+    single: Any = gym.make("envs:RealProcgen-v0", game="coinrun", start_level=10000, num_levels=1000)
+    for i in range(4):  # played again, one by one, in the single environment
+        single.reset(options={"level": int(first.levels[i])})
+        total, length, done = 0.0, 0, False
+        while not done:
+            _, reward, terminated, truncated, _ = single.step(7)
+            total, length, done = total + reward, length + 1, terminated or truncated
+        assert (total, length) == (first.episodes.returns[i], first.episodes.lengths[i])
+    single.close()
+    low, high = first.figures["ci"]
+    assert (
+        low <= first.figures["mean_return"] <= high
+        and first.figures["success_rate"] == first.figures["mean_return"] / 10
+    )
+
+
+def test_evaluation_from_the_command_line(toy_bundle: Path, tmp_path: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "agents.evaluate", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    done = run(
+        "--agent",
+        "random",
+        "--world",
+        "dream",
+        "--bundle",
+        str(toy_bundle),
+        "--levels",
+        "10000:10100",
+        "--episodes",
+        "5",
+        "--video",
+        str(tmp_path / "film.mp4"),
+    )
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["episodes"] == 5 and set(figures) >= {"mean_return", "ci", "success_rate"}
+    assert (tmp_path / "film.mp4").stat().st_size > 1000
+    bad = run("--agent", "random", "--levels", "5")
+    assert bad.returncode == 1 and bad.stderr.startswith("error: ") and "Traceback" not in bad.stderr
+    with pytest.raises(PolicyError, match="bundled"):
+        evaluate("bundled", "dream", bundle=toy_bundle, episodes=1)
+    with pytest.raises(PolicyError, match="unknown"):
+        evaluate("nobody", episodes=1)
+
+
+def test_the_default_settings_are_procgens() -> None:
+    algorithm = load_algorithm(Path("agents/configs/ppo.yaml"))
+    assert isinstance(algorithm, AlgorithmConfig) and algorithm.algorithm == "PPO" and algorithm.num_envs == 64
+    s = algorithm.settings
+    assert algorithm.num_envs * s["n_steps"] // s["batch_size"] == 8 and s["gamma"] == 0.999 and s["gae_lambda"] == 0.95

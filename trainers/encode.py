@@ -1,0 +1,139 @@
+"""Encode a dataset once: `python -m trainers.encode DATA CODEC OUT`, where CODEC is a codec's model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dreamenv.artifacts import atomic_file, read_json, readable_folder, write_json
+from dreamenv.console import run_command_line
+from dreamenv.data import HELD_OUT_FROM, Dataset, Shard
+from dreamenv.device import keep_freed_memory, pick_device
+from dreamenv.errors import BundleError, DatasetError
+from dreamenv.evaluation.metrics import colour_bins, colour_frequencies
+from dreamenv.models.interface import Codec, to_images
+from dreamenv.models.io import load_model
+from trainers.pixels import colour_weights
+
+FORMAT_VERSION = 2
+_BATCH = {"cpu": 64, "cuda": 1024}  # frames encoded at once
+
+
+def training_data(folder: str | Path) -> Dataset:
+    """Open a dataset to train on, every byte verified.
+
+    Raises:
+        DatasetError: damaged, or it holds held-out levels.
+    """
+    dataset = Dataset(folder, verify="sha256")
+    for shard in dataset.shards:
+        if (highest := int(shard.level_seeds.max())) >= HELD_OUT_FROM:
+            raise DatasetError(
+                f"{folder}: {shard.name} holds level {highest}; levels from {HELD_OUT_FROM} on are held out, collect "
+                "others to train on"
+            )
+    return dataset
+
+
+def check_columns(dataset: Dataset, codec: Codec) -> None:
+    """Raise `DatasetError` if the data lacks what a codec wants beside the frames."""
+    for shard in dataset.shards:
+        where = f"{dataset.folder}: {shard.name}"
+        if missing := set(codec.columns) - set(shard.columns):
+            raise DatasetError(
+                f"{where} has no column {sorted(missing)[0]}, which a {type(codec).__name__} needs; collect a game "
+                "that has it, or train another codec"
+            )
+        codec.check_columns(shard.columns, where)
+
+
+def load_codec(folder: str | Path) -> tuple[Codec, str]:
+    """Return a trained codec and the sha256 of its weights; raises `BundleError` if it is none."""
+    model, _ = load_model(folder, "codec")
+    assert isinstance(model, Codec)
+    return model, read_json(readable_folder(folder) / "model.json", BundleError, "train it again")["sha256"]
+
+
+def shard_names(dataset: Dataset) -> list[str]:
+    """What the encoded files of each shard are called after: the beginning of its frames' sha256."""
+    return [entry["sha256"]["frames"][:16] for entry in dataset.manifest["shards"]]
+
+
+def encode_dataset(data: Path, codec: Path, out: Path, device: str = "auto") -> Path:
+    """Encode every frame; resumes shard by shard. Returns `out`.
+
+    Writes per shard `latents-<frames>.npy` float16 (S, C, H, W) and `importance-<frames>.npy` uint8 (S, H, W): the mean
+    rare-colour weight of each cell's pixels, times 16; and `latents.json` last. <frames> begins the sha256 of the
+    shard's
+    frames, so one folder serves a dataset that grows by merging: what it has encoded before is not encoded again.
+
+    Args:
+        data: dataset folder.
+        codec: a codec's model folder.
+        out: folder of the latents.
+        device: auto, cpu, cuda ...
+
+    Raises:
+        DatasetError: the data is damaged, or lacks a column that the codec wants.
+        BundleError: the model folder holds no codec.
+    """
+    dataset = training_data(data)
+    model, digest = load_codec(codec)
+    check_columns(dataset, model)
+    keep_freed_memory()
+    out.mkdir(parents=True, exist_ok=True)
+    marker = out / "identity.json"
+    identity = {"format_version": FORMAT_VERSION, "codec": digest}
+    if not marker.exists() or read_json(marker, DatasetError, "delete it and encode again") != identity:
+        for stale in out.glob("*.npy"):
+            stale.unlink()
+        write_json(marker, identity)
+    (out / "latents.json").unlink(missing_ok=True)
+    target = pick_device(device)
+    model = model.to(target, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    weights = _rarity(dataset).to(target)
+    for shard, name in zip(dataset.shards, shard_names(dataset), strict=True):
+        paths = [out / f"{kind}-{name}.npy" for kind in ("latents", "importance")]
+        if all(p.exists() for p in paths):
+            continue
+        for path, array in zip(paths, _encode(shard, model, weights, target), strict=True):
+            with atomic_file(path) as temporary, open(temporary, "wb") as file:
+                np.save(file, array, allow_pickle=False)
+        print(f"encoded {shard.name}", flush=True)
+    facts = {"format_version": FORMAT_VERSION, "data": str(data), "codec": str(codec), "codec_sha256": digest}
+    write_json(out / "latents.json", facts)
+    return out
+
+
+def _rarity(dataset: Dataset) -> torch.Tensor:
+    """The weight of each colour bin, (4096,), by a sample of the dataset's frames."""
+    rng = np.random.default_rng(0)
+    picked = [(s, np.sort(rng.choice(len(s), min(len(s), 256), replace=False))) for s in dataset.shards]
+    sample = np.concatenate([shard.frames[rows] for shard, rows in picked])
+    return colour_weights(torch.from_numpy(colour_frequencies(sample)).float())
+
+
+def _encode(shard: Shard, model: Codec, weights: torch.Tensor, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+    """Latents float16 and importance uint8 of one shard."""
+    size, shape = _BATCH.get(device.type, 64), model.spec.shape
+    latents = np.empty((len(shard), *shape), np.float16)
+    importance = np.empty((len(shard), *shape[1:]), np.uint8)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=False):
+        for at in range(0, len(shard), size):
+            rows = slice(at, at + size)
+            frames = torch.from_numpy(np.array(shard.frames[rows])).to(device)
+            images = to_images(frames).contiguous(memory_format=torch.channels_last)
+            columns = {n: torch.from_numpy(np.array(shard.columns[n][rows])).to(device) for n in model.columns}
+            encoded = model.encode(images, **columns)
+            latents[rows] = encoded.half().cpu().numpy()
+            cells = model.pool(weights[colour_bins(frames)], encoded)
+            importance[rows] = (cells * 16).round().clamp(0, 255).byte().cpu().numpy()
+    columns = {n: torch.from_numpy(np.array(shard.columns[n]))[None] for n in model.columns}
+    first = torch.from_numpy(np.array(shard.first))[None]
+    return model.sequence(torch.from_numpy(latents)[None], first, **columns)[0].numpy(), importance
+
+
+if __name__ == "__main__":
+    run_command_line(encode_dataset, positional=True)

@@ -1,0 +1,85 @@
+"""Joint outcomes of a dataset, their labels, and the calibration of what a head says of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dreamenv.config import check
+from dreamenv.errors import BundleError, ConfigError
+from dreamenv.models.interface import OutcomeHead
+from dreamenv.models.io import load_model
+from trainers.latent_data import LatentDataset
+
+
+def outcome_labels(
+    data: LatentDataset, head: OutcomeHead | None, limit: int
+) -> tuple[list[tuple[float, bool]], np.ndarray]:
+    """`joint_outcomes` of a dataset, and labels int64 (N,); where there is a trained head, its outcomes in its order.
+
+    Raises:
+        ConfigError: the data holds an outcome that the head does not know.
+    """
+    outcomes, labels = joint_outcomes(data.rewards, data.terminated, limit)
+    if head is None:
+        return outcomes, labels
+    known = list(zip(head.config.rewards, head.config.terminated, strict=True))
+    unknown = [o for o in outcomes if o not in known]
+    check(not unknown, f"head: does not know the outcomes {unknown} of this data; train a new one")
+    return known, np.array([known.index(o) for o in outcomes])[labels]
+
+
+def joint_outcomes(
+    rewards: np.ndarray, terminated: np.ndarray, limit: int
+) -> tuple[list[tuple[float, bool]], np.ndarray]:
+    """Return the joint outcomes, (0, False) first and then by frequency, and each step's label int64 (N,)."""
+    pairs = np.stack([np.round(rewards.astype(np.float64), 4), terminated.astype(np.float64)], 1)
+    values, inverse, counts = np.unique(pairs, axis=0, return_inverse=True, return_counts=True)
+    inverse = inverse.reshape(-1)
+    null = (values == 0).all(1)
+    order = np.argsort(np.where(null, -np.inf, -counts), kind="stable")
+    if not null.any():  # an odd dataset without an uneventful step: the null outcome exists all the same
+        values = np.concatenate([[[0.0, 0.0]], values])
+        order, inverse = np.arange(len(values)), inverse + 1
+    kept = order[:limit]
+    ends = [o for o in order if values[o][1]]
+    if ends and ends[0] not in kept:  # an episode must be able to end
+        kept = np.append(kept[:-1], ends[0])
+    new = np.zeros(len(values), np.int64)
+    for old in range(len(values)):
+        same = [k for k, o in enumerate(kept) if values[o][1] == values[old][1]] or [0]
+        new[old] = min(same, key=lambda k: abs(values[kept[k]][0] - values[old][0]))
+    return [(float(values[o][0]), bool(values[o][1])) for o in kept], new[inverse]
+
+
+def calibrate(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[float, list[float], float]:
+    """Fit one scale and a bias per outcome by weighted likelihood (vector-bias Platt scaling, Guo et al. 2017)."""
+    with torch.enable_grad():
+        log_scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        bias = torch.zeros(logits.shape[1], dtype=torch.float64, requires_grad=True)
+        x, w = logits.double(), weights.double() / weights.sum()
+        optimizer = torch.optim.LBFGS([log_scale, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            nll = (F.cross_entropy(log_scale.exp() * x + bias, labels, reduction="none") * w).sum()
+            nll = nll + 1e-6 * (bias**2).sum()  # an outcome absent from validation must not run away
+            nll.backward()
+            return nll
+
+        optimizer.step(closure)  # pyright: ignore[reportArgumentType]
+        final = closure()
+    bias = bias.detach() - bias.detach()[0]
+    return float(log_scale.detach().exp()), [float(b) for b in bias], float(final.detach())
+
+
+def trained_head(folder: str, option: str) -> OutcomeHead:
+    """Load a trained head; raises `ConfigError`, naming the option, where the folder holds something else."""
+    try:
+        model, _ = load_model(folder, "head")
+    except BundleError as error:
+        raise ConfigError(f"{option} {folder}: is no trained outcome head ({error})") from None
+    assert isinstance(model, OutcomeHead)
+    return model

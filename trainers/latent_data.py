@@ -1,0 +1,129 @@
+"""Encoded datasets: latents in RAM, next to the actions, rewards and flags of the frames they came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dreamenv.artifacts import read_json
+from dreamenv.contract.actions import NOOP
+from dreamenv.data import Dataset, Windows, split_levels
+from dreamenv.errors import DatasetError
+from dreamenv.models.interface import Codec
+from trainers.encode import FORMAT_VERSION, load_codec, shard_names
+
+_REMEDY = "encode the dataset: python -m trainers.encode DATA CODEC OUT"
+
+
+class LatentDataset:
+    """All latents of a dataset, flat in time, in RAM.
+
+    Attributes:
+        latents: float16 (N, C, H, W).
+        importance: uint8 (N, H, W), 16 x the cell's mean rare-colour weight.
+        actions: int64 (N,); rewards: float32 (N,); terminated: bool (N,).
+        columns: the optional columns of the dataset that the codec wants, each (N, ...).
+        start: int64 (N,), index of the first step of each step's episode or segment.
+        validation: bool (N,), steps of validation levels.
+        codec: the one that encoded them.
+
+    Raises:
+        DatasetError: not encoded, encoded incompletely, or by an older release.
+    """
+
+    def __init__(self, folder: Path, val_ratio: float = 0.02) -> None:
+        self.folder = Path(folder)
+        path = self.folder / "latents.json"
+        self.facts = read_json(path, DatasetError, _REMEDY)
+        if self.facts.get("format_version") != FORMAT_VERSION:
+            found = self.facts.get("format_version", 1)
+            raise DatasetError(f"{path}: format_version {found}, this release reads {FORMAT_VERSION}; encode again")
+        if missing := {"data", "codec", "codec_sha256"} - set(self.facts):
+            raise DatasetError(f"{path}: key {sorted(missing)[0]} is missing; encode again")
+        self.dataset = Dataset(self.facts["data"])
+        self.codec: Codec
+        self.codec, digest = load_codec(self.facts["codec"])
+        encoded = read_json(self.folder / "identity.json", DatasetError, "encode the dataset again")
+        if encoded != {"format_version": FORMAT_VERSION, "codec": digest}:
+            raise DatasetError(f"{self.folder}: was encoded by another codec; encode again")
+        shards = self.dataset.shards
+        self.latents, self.importance = self._read("latents"), self._read("importance")
+        self.actions = np.concatenate([s.actions for s in shards]).astype(np.int64)
+        self.rewards = np.concatenate([s.rewards for s in shards])
+        self.terminated = np.concatenate([s.terminated for s in shards])
+        self.columns = {n: np.concatenate([s.columns[n] for s in shards]) for n in self.codec.columns}
+        self.first = np.concatenate([s.first for s in shards])
+        self.start = np.maximum.accumulate(np.where(self.first, np.arange(len(self.first)), 0))
+        levels = np.concatenate([s.level_seeds for s in shards])
+        self.validation = split_levels(levels, val_ratio, 0)
+
+    def _read(self, kind: str) -> np.ndarray:
+        """All shards' files of one kind in one array."""
+        out: np.ndarray | None = None
+        at = 0
+        for shard, name in zip(self.dataset.shards, shard_names(self.dataset), strict=True):
+            path = self.folder / f"{kind}-{name}.npy"
+            try:
+                part = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError, EOFError, SyntaxError) as error:
+                raise DatasetError(f"{path}: missing or damaged ({error}); encode the dataset again") from None
+            if len(part) != len(shard):
+                raise DatasetError(f"{path}: has {len(part)} steps, its shard {len(shard)}; delete it, encode again")
+            if out is None:
+                out = np.empty((len(self.dataset), *part.shape[1:]), part.dtype)
+            out[at : at + len(part)] = part
+            at += len(part)
+        if out is None:
+            raise DatasetError(f"{self.facts['data']}: has no shards; collect some")
+        return out
+
+    def windows(self, length: int, validation: bool) -> np.ndarray:
+        """Start indices int64 (W,) of windows of `length` observations in one part of the split."""
+        return Windows([self.first], length, [self.validation == validation]).start
+
+    def gather(self, indices: np.ndarray) -> Tensor:
+        """Latents float16 (B, T, C, H, W) at flat indices (B, T), in time's order; one may repeat the one before."""
+        repeated = np.zeros(indices.shape, bool)
+        repeated[:, 1:] = indices[:, 1:] == indices[:, :-1]
+        return self.codec.hold(torch.from_numpy(self.latents[indices]), torch.from_numpy(repeated))
+
+    def contexts(self, now: np.ndarray, length: int, after: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Indices and actions of contexts that end at `now` (B,), padded at the start of an episode.
+
+        A short history repeats its first observation, with no-ops between: what an environment does after reset.
+
+        Returns:
+            indices int64 (B, length + after) of observations, and actions int64 (B, length + after): entry j is
+            taken at observation j.
+        """
+        raw = now[:, None] + np.arange(-length + 1, after + 1)
+        indices = np.maximum(raw, self.start[now][:, None])
+        return indices, np.where(raw == indices, self.actions[np.minimum(indices, len(self.actions) - 1)], NOOP)
+
+    def frames(self, indices: np.ndarray) -> np.ndarray:
+        """Original frames uint8 (..., 64, 64, 3) at flat indices."""
+        flat = indices.reshape(-1)
+        ends = np.cumsum([len(s) for s in self.dataset.shards])
+        shard = np.searchsorted(ends, flat, side="right")
+        out = np.stack(
+            [self.dataset.shards[k].frames[i - (ends[k - 1] if k else 0)] for k, i in zip(shard, flat, strict=True)]
+        )
+        return out.reshape(*indices.shape, *out.shape[1:])
+
+
+def channel_weights(codec: Codec, latents: Tensor) -> Tensor:
+    """How much squared pixel error a unit error in each channel causes, (C,), of mean 1; 0 for known quantities."""
+    content = codec.content_channels
+    with torch.no_grad():
+        base = codec.decode(latents)
+        effect = []
+        for c in range(content):
+            moved = latents.clone()
+            noise = torch.randn(latents.shape[0], *latents.shape[2:], generator=torch.Generator().manual_seed(c))
+            moved[:, c] += 0.2 * torch.sign(noise)
+            effect.append((codec.decode(moved) - base).square().mean())
+    weights = torch.stack(effect)
+    return torch.cat([weights / weights.mean(), torch.zeros(latents.shape[1] - content)])

@@ -1,0 +1,139 @@
+"""Recipes: the stages from the real game to a bundle, as data (`trainers/recipes/*.yaml`).
+
+A stage collects, encodes or trains. `{name}` in its settings is what the stage of that name made: a dataset, a folder
+of latents, or a model folder; `{steps}`, `{ends}` and `{dreams}` are numbers that the pipeline decides.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from dreamenv.config import check, from_dict, load_yaml
+from dreamenv.contract.games import Game
+from dreamenv.errors import ConfigError
+from dreamenv.models.registry import lookup
+from trainers.loop import LoopConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One recipe.
+
+    Attributes:
+        name: of its file.
+        needs: what the game must have: "camera", "player" (at a fixed place in the picture).
+        defaults: numbers that `{steps}` and `{ends}` stand for unless the pipeline is told others.
+        stages: name -> settings, in order; extra: such as are trained by hand only.
+        bundle: which stages are the codec, the dynamics and the head.
+        finetune: which stages train a bundle's dynamics and head on, with what is set otherwise then.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    defaults: dict[str, int]
+    stages: dict[str, dict[str, Any]]
+    extra: dict[str, dict[str, Any]]
+    bundle: dict[str, str]
+    finetune: dict[str, dict[str, Any]]
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of the stages that train."""
+        return [name for name, stage in self.stages.items() if "task" in stage]
+
+    def suits(self, game: Game, mode: str) -> bool:
+        """Whether a game in a difficulty has what is needed."""
+        return all(game.view.has(need, mode) for need in self.needs)
+
+    def values(self, stage: str, made: dict[str, Any]) -> dict[str, Any]:
+        """The sections model, task and loop of a stage, with `{name}` filled in.
+
+        Raises:
+            ConfigError: no such stage, or it names something that `made` has not.
+        """
+        known = self.stages | self.extra
+        if stage not in known or "task" not in known[stage]:
+            trained = [name for name, settings in known.items() if "task" in settings]
+            raise ConfigError(f"stage {stage!r}: recipe {self.name} trains {', '.join(trained)}")
+        settings = known[stage]
+        where = f"{self.name}.{stage}"
+        return {
+            "model": copy.deepcopy(settings["model"]),
+            "task": filled(settings["task"], made, f"{where}.task"),
+            "loop": {"steps": None, **settings.get("loop", {})},
+        }
+
+
+def recipes() -> list[str]:
+    """Names of the recipes in the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """Read a recipe: one of the package by its name, or a YAML file by its path.
+
+    Raises:
+        ConfigError: there is none, or it is malformed.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not path.exists():
+        near = difflib.get_close_matches(name, recipes(), n=1, cutoff=0.0)[0]
+        raise ConfigError(f"recipe {name!r}: unknown; did you mean {near!r}? There are: {', '.join(recipes())}")
+    values = load_yaml(path)
+    models = values.pop("models", {})
+    unknown = set(values) - {f.name for f in fields(Recipe)}
+    check(not unknown, f"{path}: {sorted(unknown)[:1]} is no part of a recipe")
+    for part in ("stages", "extra"):
+        for stage, settings in values.get(part, {}).items():
+            check(isinstance(settings, dict), f"{path}: {part}.{stage}: expected settings, got {settings!r}")
+            if isinstance(settings.get("model"), str):
+                check(
+                    settings["model"] in models,
+                    f"{path}: {part}.{stage}.model: there is no model {settings['model']!r}",
+                )
+                settings["model"] = copy.deepcopy(models[settings["model"]])
+    for part in ("stages", "bundle"):
+        check(isinstance(values.get(part), dict), f"{path}: {part} is missing")
+    return Recipe(
+        name=path.stem,
+        needs=tuple(values.get("needs", ())),
+        defaults=values.get("defaults", {}),
+        stages=values["stages"],
+        extra=values.get("extra", {}),
+        bundle=values["bundle"],
+        finetune=values.get("finetune", {}),
+    )
+
+
+def filled(value: Any, made: dict[str, Any], where: str) -> Any:
+    """`value` with each string `{name}` in it replaced by what was made; raises `ConfigError` for an unknown name."""
+    if isinstance(value, dict):
+        return {k: filled(v, made, f"{where}.{k}") for k, v in value.items()}
+    if isinstance(value, list):
+        return [filled(v, made, where) for v in value]
+    if isinstance(value, str) and value.startswith("{") and value.endswith("}"):
+        check(value[1:-1] in made, f"{where}: {value} is made by no earlier stage")
+        found = made[value[1:-1]]
+        return str(found) if isinstance(found, Path) else found
+    return value
+
+
+def check_values(values: dict[str, Any]) -> None:
+    """Raise `ConfigError` for a misspelt name or a bad value in model, task and loop, without reading data."""
+    for name in ("model", "task", "loop"):
+        check(isinstance(values.get(name), dict), f"{name}: expected a section of keys, got {values.get(name)!r}")
+    cls, config = lookup("task", values["task"].get("type"), "task")
+    from_dict(config, {k: v for k, v in values["task"].items() if k != "type"}, "task")
+    for term, settings in values["task"].get("terms", {}).items():
+        from_dict(lookup("term", term, f"task.terms.{term}")[1], settings, f"task.terms.{term}")
+    model = values["model"]
+    _, shape = lookup(getattr(cls, "kind", ""), model.get("type"), "model")
+    assert is_dataclass(shape)
+    from_dict(shape, {k: v for k, v in model.items() if k != "type"}, "model")
+    from_dict(LoopConfig, values["loop"], "loop")

@@ -1,0 +1,1 @@
+"""Tasks: what each kind of model is trained for."""

@@ -1,0 +1,362 @@
+"""Trains the reward / termination head on (context, action), class-balanced, then calibrates it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dreamenv.config import check
+from dreamenv.contract.noise import philox
+from dreamenv.device import pick_device
+from dreamenv.errors import ConfigError
+from dreamenv.evaluation.metrics import average_precision
+from dreamenv.models.interface import Dynamics, OutcomeHead, State
+from dreamenv.models.io import initialise, load_model
+from dreamenv.models.registry import build, register
+from trainers.batch import Batch
+from trainers.dreams import Dreams, dream
+from trainers.labels import calibrate, outcome_labels, trained_head
+from trainers.latent_data import LatentDataset
+from trainers.models import completed
+
+_DEPTHS = 8  # depths at which each uneventful dream of the validation is asked: there are few, and they weigh much
+
+
+@dataclass(frozen=True)
+class OutcomeTaskConfig:
+    """What the outcome head is trained for."""
+
+    latents: str
+    """Folder of the encoded dataset."""
+    also: str = ""
+    """Folder of more encoded data, whose rare outcomes are drawn too; its uneventful steps are not, so it may hold ends
+    of episodes only (`python -m envs.collect --ends 16`)."""
+    init_from: str = ""
+    """Model folder to start from; empty starts anew."""
+    balance: float = 0.4
+    """Share of each batch drawn from the rare outcomes, evenly between them."""
+    near: float = 0.2
+    """Share drawn from the last steps before a rare outcome, the hardest negatives."""
+    dynamics: str = ""
+    """Model folder of trained dynamics; some contexts are then dreamt, as they will be when the head is used. A head
+    that is told the dynamics' hints needs them for these too."""
+    drift: int = 64
+    """Most steps dreamt before the head is asked."""
+    dreams: int = 8192
+    """How many dreams there are, dreamt once before training; 0 for none. Three quarters end in rare outcomes, after 1
+    to `drift` steps, each doubling as likely, of those that have so many steps before them; the others are `drift`
+    steps long, so that a long dream of nothing is not taken for an ending one. Half are drawn with two evaluations a
+    step instead of one."""
+    dreamt: float = 0.5
+    """Share of each batch with a dreamt context."""
+    context_noise: float = 0.2
+    """Largest standard deviation of the noise added to the context."""
+    val_ratio: float = 0.1
+    """Share of levels kept for validation and calibration."""
+    max_outcomes: int = 32
+    """Most joint (reward, terminated) outcomes to tell apart; the rarest are merged into the nearest reward."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises `ConfigError`."""
+        check(0 <= self.balance < 1, f"balance {self.balance}: must be in [0, 1)")
+        check(0 <= self.near < 1 - self.balance, f"near {self.near}: must be in [0, 1 - balance)")
+        check(1 <= self.drift <= 64, f"drift {self.drift}: must be in 1..64")
+        check(self.dreams == 0 or self.dreams >= 2, f"dreams {self.dreams}: must be 0, or 2 or more")
+        check(0 <= self.dreamt <= 1, f"dreamt {self.dreamt}: must be in 0..1")
+        check(self.context_noise >= 0, f"context_noise {self.context_noise}: must be >= 0")
+        check(0 < self.val_ratio < 1, f"val_ratio {self.val_ratio}: must be in (0, 1)")
+        check(self.max_outcomes >= 2, f"max_outcomes {self.max_outcomes}: must be >= 2")
+
+
+@dataclass(frozen=True)
+class OutcomeBatch(Batch):
+    """Contexts float16 (B, K, C, H, W), actions int64 (B, K), labels int64 (B,); the first rows' are dreamt."""
+
+    context: Tensor
+    actions: Tensor
+    labels: Tensor
+
+
+class Moments:
+    """Steps of one or two datasets that share a codec, counted on from the first one's.
+
+    Args:
+        data: the main one.
+        also: another, whose rare outcomes are used too; or None.
+        labels: int64 (N,), the outcome of each step of the main one.
+        outcomes: (reward, terminated) of each label.
+        context: K.
+
+    Attributes:
+        labels: int64 (M,), of all steps; outcomes that the main data does not know are 0 and stay out.
+        start: int64 (M,), the first step of each one's episode that has a whole context where it matters.
+    """
+
+    def __init__(
+        self,
+        data: LatentDataset,
+        also: LatentDataset | None,
+        labels: np.ndarray,
+        outcomes: list[tuple[float, bool]],
+        context: int,
+    ) -> None:
+        self.data, self.also, self.context, self._own = data, also, context, len(labels)
+        self.labels, self.start = labels, data.start
+        self._added = (np.zeros(0, np.int64),) * 2  # the other data's moments of training and of validation
+        if also is not None:
+            further = np.zeros(len(also.start), np.int64)
+            for i, (reward, end) in enumerate(outcomes):
+                further[(np.round(also.rewards.astype(np.float64), 4) == reward) & (also.terminated == end)] = i
+            begin = also.start + context - 1  # of episodes cut short the first contexts are not whole
+            self.labels = np.concatenate([labels, further])
+            self.start = np.concatenate([self.start, self._own + begin])
+            whole = np.arange(len(further)) >= begin
+            parts = (whole & ~also.validation, whole & also.validation)
+            self._added = (self._own + np.flatnonzero(parts[0]), self._own + np.flatnonzero(parts[1]))
+
+    def split(self, validation: bool) -> list[np.ndarray]:
+        """The steps int64 of each outcome in one part, the uneventful last and with all others of the main data."""
+        every = np.flatnonzero(self.data.validation == validation)
+        steps = np.concatenate([every, self._added[validation]])
+        rare = [steps[self.labels[steps] == c] for c in range(1, int(self.labels.max()) + 1)]
+        return [*(c for c in rare if len(c)), every]
+
+    def _of(self, now: np.ndarray) -> list[tuple[LatentDataset, np.ndarray, np.ndarray]]:
+        """Which data steps (B,) belong to: each with the rows bool (B,) that are its own, and their indices in it."""
+        parts = [(self.data, now < self._own, now[now < self._own])]
+        rest = now >= self._own
+        return parts if self.also is None else [*parts, (self.also, rest, now[rest] - self._own)]
+
+    def taken(self, now: np.ndarray) -> np.ndarray:
+        """Actions int64 (B,) at steps (B,)."""
+        taken = np.empty(len(now), np.int64)
+        for data, rows, at in self._of(now):
+            taken[rows] = data.actions[at]
+        return taken
+
+    def actions(self, now: np.ndarray) -> Tensor:
+        """Actions int64 (B, K) of the contexts that end at steps (B,)."""
+        taken = np.empty((len(now), self.context), np.int64)
+        for data, rows, at in self._of(now):
+            taken[rows] = data.contexts(at, self.context)[1]
+        return torch.from_numpy(taken)
+
+    def contexts(self, now: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Contexts float16 (B, K, C, H, W) and actions int64 (B, K) of steps (B,)."""
+        shape = self.data.latents.shape[1:]
+        context = torch.empty((len(now), self.context, *shape), dtype=torch.float16)
+        taken = np.empty((len(now), self.context), np.int64)
+        for data, rows, at in self._of(now):
+            indices, taken[rows] = data.contexts(at, self.context)
+            context[torch.from_numpy(rows)] = data.gather(indices)
+        return context, torch.from_numpy(taken)
+
+    def far(self, steps: np.ndarray, length: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """One of `steps` for each length (D,), with so many steps of its episode before it where there are such."""
+        room = self.start[steps] - steps
+        order = np.argsort(room, kind="stable")
+        fit = np.searchsorted(room[order], -length, side="right").clip(1)
+        return steps[order[(rng.random(len(length)) * fit).astype(np.int64)]]
+
+
+@register("task", "outcome", OutcomeTaskConfig)
+class OutcomeTask:
+    """See `trainers.tasks.interface.Task`."""
+
+    kind = "head"
+    auxiliary: nn.Module | None = None
+
+    def __init__(self, config: OutcomeTaskConfig, model: dict[str, Any], seed: int) -> None:
+        self.config = config
+        self.data = LatentDataset(Path(config.latents), config.val_ratio)
+        before = trained_head(config.init_from, "init_from") if config.init_from else None
+        outcomes, labels = outcome_labels(self.data, before, config.max_outcomes)
+        told = {"rewards": [r for r, _ in outcomes], "terminated": [t for _, t in outcomes]}
+        dynamics = _fitting_dynamics(config.dynamics, self.data) if config.dynamics else None
+        more = {} if dynamics is None else {"context": dynamics.context}
+        torch.manual_seed(seed)
+        spec = completed("head", model, self.data.codec, **more) | told
+        self.model: OutcomeHead = build("head", spec, where="model")
+        found = self.model.spec
+        check(found == self.data.codec.spec, f"model.latent {found}: the latents are {self.data.codec.spec}")
+        if before is not None:
+            initialise(self.model, config.init_from)
+        self.context = self.model.config.context
+        if dynamics is not None:
+            check(
+                dynamics.context == self.context,
+                f"dynamics {config.dynamics}: has a context of {dynamics.context}, the head of {self.context}",
+            )
+        check(
+            0 < int(self.data.validation.sum()) < len(labels),
+            f"val_ratio {config.val_ratio}: leaves no levels to train on or none to validate on; collect more levels",
+        )
+        also = self._further() if config.also else None
+        self.moments = Moments(self.data, also, labels, outcomes, self.context)
+        self._train, self._val = self.moments.split(False), self.moments.split(True)
+        check(
+            dynamics is not None or not self.model.hinted,
+            f"dynamics {config.dynamics!r}: a {model['type']} needs them for their hints; dreams: 0 if for no more",
+        )
+        self._dynamics, self.dreams, self.val_dreams = dynamics, None, None
+        if dynamics is not None and config.dreams:
+            rng = philox((seed, 1))
+            self.dreams = self._imagine(dynamics, self._train, config.dreams, rng)
+            self.val_dreams = self._imagine(dynamics, self._val, config.dreams // 8 + 2, rng)
+
+    def _further(self) -> LatentDataset:
+        also = LatentDataset(Path(self.config.also), self.config.val_ratio)
+        same = also.facts["codec_sha256"] == self.data.facts["codec_sha256"]
+        check(
+            same, f"also {also.folder}: was encoded by another codec than {self.data.folder}; encode it with that one"
+        )
+        return also
+
+    def _imagine(self, dynamics: Dynamics, moments: list[np.ndarray], count: int, rng: np.random.Generator) -> Dreams:
+        """Dream from real contexts to `count` of the `moments`: the first three quarters to rare outcomes, evenly."""
+        *rare, every = moments
+        each = count * 3 // 4 // len(rare) if rare else 0
+        drift = self.config.drift
+        length = (drift ** rng.random(count)).round().astype(np.int64)
+        length[each * len(rare) :] = drift
+        far = [self.moments.far(c, length[i * each : (i + 1) * each], rng) for i, c in enumerate(rare)]
+        ends = np.concatenate([*far, rng.choice(every, count - each * len(rare))])
+        begin = np.maximum(ends - length, self.moments.start[ends])
+        moments_of = self.moments
+        latents = dream(dynamics, moments_of.contexts, moments_of.taken, begin, ends, drift, rng, pick_device("auto"))
+        return Dreams(latents, begin, ends - begin, each * len(rare))
+
+    def batch(self, rng: np.random.Generator, size: int) -> OutcomeBatch:
+        """Draw moments, balanced between outcomes, some of their contexts dreamt."""
+        config = self.config
+        *rare, every = self._train
+        pick, place = rng.random(size), rng.random(size)
+        earlier = rng.integers(1, 12, size=size, endpoint=True)
+        now = every[rng.integers(len(every), size=size)]
+        if rare:
+            which = rng.integers(len(rare), size=size)
+            event = np.array([rare[w][int(p * len(rare[w]))] for w, p in zip(which, place, strict=True)])
+            near = np.maximum(event - earlier, self.moments.start[event])
+            now = np.where(pick < config.balance, event, np.where(pick < config.balance + config.near, near, now))
+        dreams, rows = self.dreams, 0
+        if dreams is not None:
+            rows = int(size * config.dreamt)
+            eventful = (pick[:rows] < config.balance + config.near) & (dreams.eventful > 0)
+            first = np.where(eventful, 0, dreams.eventful)
+            last = np.where(eventful, dreams.eventful, len(dreams.begin))
+            row = first + (place[:rows] * (last - first)).astype(np.int64)
+            steps = dreams.length[row]
+            back = np.where(pick[:rows] < config.balance, 0, earlier[:rows])
+            depth = np.where(eventful, np.maximum(steps - back, 0), rng.integers(0, steps, endpoint=True))
+            now[:rows] = dreams.begin[row] + depth
+        context, actions = self.moments.contexts(now[rows:])
+        if dreams is not None:
+            context = torch.cat([dreams.contexts(row, depth, self.context), context])
+            actions = torch.cat([self.moments.actions(now[:rows]), actions])
+        return OutcomeBatch(context, actions, torch.from_numpy(self.moments.labels[now]))
+
+    def loss(
+        self, model: nn.Module, batch: OutcomeBatch, generator: torch.Generator, progress: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of the joint outcomes."""
+        context, labels, actions = batch.context, batch.labels, batch.actions
+        level = torch.rand(len(context), generator=generator, device=context.device) * self.config.context_noise
+        noise = torch.randn(context.shape, generator=generator, device=context.device)
+        noised = self.data.codec.noised(context, noise * level[:, None, None, None, None])
+        hints = self._hints(context, actions)
+        logits = model(State({"latents": noised, "actions": actions[:, :-1]}), actions[:, -1], hints)
+        accuracy = (logits.detach().argmax(1) == labels).float().mean()
+        return F.cross_entropy(logits, labels), {"accuracy": accuracy}
+
+    def graph_key(self, progress: float) -> int | None:
+        """See `trainers.tasks.interface.Task`: one all along."""
+        return 0
+
+    def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        """Calibrate on validation levels (stored with the model), then average precision and negative log-likelihood.
+
+        With dreams, half of the calibration's weight lies on dreamt contexts, whose figures are called `dreamt ...`.
+        """
+        assert isinstance(model, OutcomeHead)
+        all_labels, own = self.moments.labels, len(self.data.start)
+        val = self._val[-1]
+        share = np.bincount(all_labels[:own][val], minlength=len(model.config.rewards)) / len(val)
+        logits, labels, weights = {}, {}, {}
+        for name, (now, contexts) in self._validation_sets().items():
+            logits[name] = self._logits(model, now, contexts)
+            which = all_labels[now]
+            labels[name] = torch.from_numpy(which)
+            found = np.bincount(which, minlength=len(share)) / len(now)
+            weights[name] = torch.from_numpy((share / np.maximum(found, 1e-12))[which] / len(now))
+        scale, bias, nll = calibrate(*(torch.cat(list(part.values())) for part in (logits, labels, weights)))
+        model.config = replace(model.config, scale=scale, bias=tuple(bias))
+        figures = {"nll": nll}
+        for name in logits:
+            probabilities = (scale * logits[name] + torch.tensor(bias)).softmax(1)
+            for c in range(1, len(model.config.rewards)):
+                outcome = f"reward {model.config.rewards[c]:g}{' end' if model.config.terminated[c] else ''}"
+                figures[f"ap {name}{outcome}"] = average_precision(
+                    probabilities[:, c].numpy(), (labels[name] == c).numpy(), weights[name].numpy()
+                )
+        return figures
+
+    def _validation_sets(self) -> dict[str, tuple[np.ndarray, Tensor | None]]:
+        """Steps, and their dreamt contexts if they are not the real ones."""
+        *rare, val = self._val
+        calm = val[self.moments.labels[val] == 0]
+        kept = np.random.default_rng(0).permutation(calm)[:12000]
+        sets: dict[str, tuple[np.ndarray, Tensor | None]] = {"": (np.concatenate([*rare, kept]), None)}
+        if (dreams := self.val_dreams) is not None:
+            long = np.repeat(np.arange(dreams.eventful, len(dreams.begin)), _DEPTHS)
+            depth = np.random.default_rng(0).integers(0, dreams.length[long], endpoint=True)
+            row = np.concatenate([np.arange(dreams.eventful), long])
+            depth = np.concatenate([dreams.length[: dreams.eventful], depth])
+            at = dreams.begin[row] + depth
+            fair = (row < dreams.eventful) == (self.moments.labels[at] > 0)
+            sets["dreamt "] = (at[fair], dreams.contexts(row[fair], depth[fair], self.context))
+        return sets
+
+    def _logits(self, head: OutcomeHead, now: np.ndarray, contexts: Tensor | None) -> Tensor:
+        device = next(head.parameters()).device
+        out = []
+        for at in range(0, len(now), 256):
+            context, actions = self.moments.contexts(now[at : at + 256])
+            if contexts is not None:
+                context = contexts[at : at + 256]
+            context, actions = context.float().to(device), actions.to(device)
+            state = State({"latents": context, "actions": actions[:, :-1]})
+            out.append(head.logits(state, actions[:, -1], self._hints(context, actions)).cpu())
+        return torch.cat(out)
+
+    def _hints(self, context: Tensor, actions: Tensor) -> Mapping[str, Tensor]:
+        """What the head is told of the next step, of a context without noise, as when it is used."""
+        if self._dynamics is None:
+            return {}
+        state = State({"latents": context, "actions": actions[:, :-1]})
+        with torch.no_grad():
+            return self._dynamics.to(context.device).hints(state, actions[:, -1])
+
+    def facts(self) -> dict[str, Any]:
+        """Share of each joint outcome in the data, and what other data there was."""
+        labels, also = self.moments.labels[: len(self.data.start)], self.moments.also
+        share = np.bincount(labels, minlength=len(self.model.config.rewards)) / len(labels)
+        return {
+            "outcome_share": share.tolist(),
+            "also": None if also is None else also.dataset.facts,
+            "codec_sha256": self.data.facts["codec_sha256"],
+        }
+
+
+def _fitting_dynamics(folder: str, data: LatentDataset) -> Dynamics:
+    dynamics, facts = load_model(folder, "dynamics")
+    if facts.get("codec_sha256") != data.facts["codec_sha256"]:
+        raise ConfigError(f"dynamics {folder}: is no dynamics trained on these latents")
+    assert isinstance(dynamics, Dynamics)
+    return dynamics.eval().requires_grad_(False)

@@ -1,0 +1,1 @@
+"""Terms: one loss a file, with its settings beside it."""
