@@ -96,3 +96,10 @@ def predicted(
 ) -> Prediction:
     """One evaluation on contexts (B, K, C, H, W) and actions (B, K), the current one last."""
     return model.predict(model.begin(context, actions[:, :-1]), actions[:, -1], x, tau, hints=hints)
+
+
+@pytest.fixture(params=["fp32", "bf16"])
+def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each test that asks for it runs in both, in its subprocesses too, whatever instructions the machine has."""
+    monkeypatch.setenv("DREAMENV_PRECISION", request.param)
+    return request.param

@@ -46,7 +46,11 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     model = {"type": "patch_autoencoder", "latent_channels": 8, "width": 16, "blocks": 1}
     train(
-        {"model": model, "task": {"type": "codec", "data": str(data), "val_ratio": 0.2}, "loop": {"steps": 2, "batch_size": 4}},
+        {
+            "model": model,
+            "task": {"type": "codec", "data": str(data), "val_ratio": 0.2},
+            "loop": {"steps": 2, "batch_size": 4},
+        },
         root / "ae",
     )
     return encode_dataset(data, root / "ae" / "model", root / "latents", "cpu")
