@@ -103,7 +103,7 @@ def play(
         device: auto, cpu, cuda ...
         seed: decides levels, noise and chance.
         agent: a saved agent's folder; by default the one that ships with the bundle.
-        player: who begins at the controls.
+        player: who begins at the controls; without a window, the bundled agent, or chance where a bundle has none.
         levels: first:last+1 level of the real game.
         out: folder for films, recorded episodes and the saved moment.
         headless: film to this .mp4 or .gif instead of opening a window.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class FilmRecorder:
         self.path, self.fps, self.count = path, fps, 0
         self._pictures: queue.Queue[np.ndarray | None] = queue.Queue(maxsize=256)
         self._problem: Exception | None = None
+        self._ended = False
         self._thread = threading.Thread(target=self._write, name="film", daemon=True)
         self._thread.start()
 
@@ -54,13 +56,18 @@ class FilmRecorder:
         return self.path if self.count else None
 
     def _write(self) -> None:
-        coming = iter(self._pictures.get, None)
+        coming = self._coming()
         try:
             save_video(self.path, coming, self.fps)
         except Exception as error:  # noqa: BLE001 - told by close(), in the thread that asked
             self._problem = error
-            for _ in coming:
+            for _ in self._coming() if not self._ended else ():
                 pass
+
+    def _coming(self) -> Iterator[np.ndarray]:
+        while (picture := self._pictures.get()) is not None:
+            yield picture
+        self._ended = True
 
 
 class EpisodeRecorder:

@@ -43,7 +43,8 @@ def run(
         device: "auto", "cpu" ...
         seed: decides levels, noise and chance.
         agent: a saved agent's folder; by default the bundle's own, if it ships one.
-        player: who is at the controls: "human", "agent" or "random".
+        player: who is at the controls: "human", "agent" or "random"; without a window a human is the bundle's agent, or
+            chance where it ships none.
         levels: first level and number of levels.
         out: folder for films, recorded episodes and the saved moment.
         headless: film to this .mp4 or .gif instead of opening a window.
@@ -76,8 +77,9 @@ def run(
     if headless is None:
         return Window(open_session, folder, scale, fps, out).run()
     script = None if actions is None else parse_script(actions)
-    check(script is not None or player != "human", "headless: nobody is at the controls; give --actions or --player")
     session = open_session(folder)
+    if script is None and player == "human":  # nobody is at the controls
+        session.player = "agent" if "agent" in session.players else "random"
     try:
         if world != "dream":
             session.load_real()

@@ -24,7 +24,7 @@ from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, save_agent
 from dreamenv.policies.simple import make_policy
 from envs.collect import CollectConfig, _before_ends, collect
 from envs.procgen import RealProcgenVectorEnv
-from trainers.latent_data import training_data
+from trainers.encode import training_data
 
 SMALL = {"steps": 1600, "num_envs": 4, "shard_steps": 100, "num_levels": 50, "policy": "biased"}
 

@@ -302,7 +302,7 @@ def test_films_hold_every_picture(tmp_path: Path) -> None:
 
 
 def test_what_is_played_can_train(session: Session, tmp_path: Path) -> None:
-    from trainers.latent_data import training_data
+    from trainers.encode import training_data
 
     session.record(tmp_path / "played")
     actions = [RIGHT, UP, RIGHT, NOOP, RIGHT, RIGHT]

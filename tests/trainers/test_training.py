@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
-import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,13 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from dreamenv.bundle import load_bundle, pick_precision
+from dreamenv.bundle import pick_precision
 from dreamenv.errors import BundleError, CheckpointError, ConfigError, DatasetError
 from dreamenv.models.io import load_model
 from envs.collect import CollectConfig, collect
+from trainers.batch import Batch
 from trainers.loop import Loop, LoopConfig, learning_rate
+from trainers.prefetch import prefetch
 from trainers.train import train
 
 TINY_AE = {"type": "patch_autoencoder", "latent_channels": 8, "width": 16, "blocks": 1}
@@ -37,7 +39,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(data: Path, **loop: object) -> dict:
     every = {"checkpoint_every": 5, "val_every": 30, "log_every": 10}
-    task = {"data": str(data), "val_ratio": 0.2}
+    task = {"type": "codec", "data": str(data), "val_ratio": 0.2}
     return {"model": TINY_AE, "task": task, "loop": {"steps": 60, "batch_size": 4, **every, **loop}}
 
 
@@ -130,26 +132,31 @@ class _Sum(nn.Module):
         self.slow, self.fast = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
 
 
+@dataclass(frozen=True)
+class Ones(Batch):
+    one: Tensor
+
+
 class _Less:
     """Makes a sum small: each number's slope is one."""
 
-    critic = None
+    auxiliary = None
 
     def __init__(self) -> None:
         self.model = _Sum()
 
-    def batch(self, rng: np.random.Generator, size: int) -> dict[str, Tensor]:
-        return {"one": torch.ones(size)}
+    def batch(self, rng: np.random.Generator, size: int) -> Ones:
+        return Ones(torch.ones(size))
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor], *_: object) -> tuple[Tensor, dict[str, Tensor]]:
-        return sum(p.sum() for p in model.parameters()) * batch["one"].mean(), {}
+    def loss(self, model: nn.Module, batch: Ones, *_: object) -> tuple[Tensor, dict[str, Tensor]]:
+        return sum(p.sum() for p in model.parameters()) * batch.one.mean(), {}
 
 
 def test_some_parameters_learn_faster_and_do_not_decay(tmp_path: Path) -> None:
     """AdamW's first step is the learning rate along the slope's sign, and as much of the weight as decays."""
     task = _Less()
     loop = Loop(LoopConfig(steps=1, lr=1e-2, warmup=0.0, weight_decay=0.5, device="cpu"), task, tmp_path, {})
-    loop._update(0, {"one": torch.ones(1)})
+    loop.update(0, Ones(torch.ones(1)))
     torch.testing.assert_close(task.model.slow, torch.full((3, 3), 1 - 0.01 * 0.5 - 0.01))
     torch.testing.assert_close(task.model.fast, torch.full((3, 3), 1 - 0.1))
 
@@ -169,7 +176,7 @@ def test_workers_hand_on_errors_as_they_are() -> None:
             raise DatasetError("item 2: is damaged")
         return item * item
 
-    made = ahead(make, [0, 1, 2, 3], 2, torch.device("cpu"))
+    made = prefetch(make, [0, 1, 2, 3], 2, torch.device("cpu"))
     assert [next(made), next(made)] == [0, 1]
     with pytest.raises(DatasetError, match="^item 2: is damaged$"):
         next(made)
@@ -178,23 +185,23 @@ def test_workers_hand_on_errors_as_they_are() -> None:
 class _Noisy:
     """Fits a layer to noise, twice as hard in the second half of the training."""
 
-    critic = None
+    auxiliary = None
 
     def __init__(self) -> None:
         torch.manual_seed(0)
         self.model = nn.Linear(8, 8)
 
-    def batch(self, rng: np.random.Generator, size: int) -> dict[str, Tensor]:
-        return {"x": torch.from_numpy(rng.standard_normal((size, 8), np.float32))}
+    def batch(self, rng: np.random.Generator, size: int) -> Ones:
+        return Ones(torch.from_numpy(rng.standard_normal((size, 8), np.float32)))
 
-    def stage(self, progress: float) -> int:
+    def graph_key(self, progress: float) -> int:
         return int(progress >= 0.5)
 
     def loss(
-        self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator, progress: float
+        self, model: nn.Module, batch: Ones, generator: torch.Generator, progress: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        noise = torch.randn(batch["x"].shape, generator=generator, device=batch["x"].device)
-        return (1 + self.stage(progress)) * (model(batch["x"]) - noise).square().mean(), {"noise": noise.mean()}
+        noise = torch.randn(batch.one.shape, generator=generator, device=batch.one.device)
+        return (1 + self.graph_key(progress)) * (model(batch.one) - noise).square().mean(), {"noise": noise.mean()}
 
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
         return {}
@@ -205,7 +212,8 @@ class _Noisy:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_recorded_steps_learn_what_others_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Loop, "_save", lambda self: None)  # a bare layer is no registered model
+    for name in ("save_model", "save_checkpoint"):  # a bare layer is no registered model
+        monkeypatch.setattr(f"trainers.loop.{name}", lambda *_: None)
     weights = []
     for graphs in (False, True):
         settings = LoopConfig(
@@ -213,8 +221,8 @@ def test_recorded_steps_learn_what_others_do(tmp_path: Path, monkeypatch: pytest
         )
         loop = Loop(settings, _Noisy(), tmp_path / str(graphs), {})
         loop.run()
-        recorded = loop._recorded
-        assert loop.step == 12 and (recorded.stage == 1 if recorded is not None else not graphs)
+        recorded = loop.recorded
+        assert loop.step == 12 and (recorded.key == 1 if recorded is not None else not graphs)
         weights.append({name: value.clone() for name, value in loop.model.state_dict().items()})
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value)
@@ -227,142 +235,6 @@ def test_two_processes_train_together(data: Path, tmp_path: Path) -> None:
     command = [*launcher, "-m", "trainers.train", str(path), "--out", str(tmp_path / "run")]
     subprocess.run(command, check=True, capture_output=True)
     assert load_model(tmp_path / "run" / "model")[1]["step"] == 6
-
-
-TINY = [
-    "--set",
-    "loop.batch_size=4",
-    "autoencoder:model.width=16",
-    "autoencoder:model.blocks=1",
-    "autoencoder:model.latent_channels=8",
-    *[
-        f"{s}:model.{k}"
-        for s in ("predictor", "unrolled", "flow", "settled")
-        for k in ("latent_channels=8", "channels=[16,32]", "blocks=[1,1]", "embedding=32", "filter_bank=4")
-    ],
-    "unrolled:task.unroll=2",
-    "flow:task.unroll=2",
-    "settled:task.unroll=2",
-    *[f"{s}:model.{k}" for s in ("outcomes", "heads") for k in ("width=16", "latent_channels=8")],
-]
-
-
-@pytest.mark.filterwarnings("default::DeprecationWarning")
-def test_from_the_real_game_to_a_dream_through_the_command_line(tmp_path: Path) -> None:
-    """Collect, train every stage, bundle, measure, film and bench: each command as a user would type it."""
-
-    def run(*command: str) -> str:
-        done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout
-
-    out = tmp_path / "run"
-    pipeline = [
-        "trainers.pipeline",
-        "--game",
-        "coinrun",
-        "--steps",
-        "3000",
-        "--stage-steps",
-        "8",
-        "--starts",
-        "4",
-        "--out",
-        str(out),
-        *TINY,
-    ]
-    first = json.loads(run(*pipeline).splitlines()[-1])
-    bundle = load_bundle(first["bundle"], "cpu")
-    assert bundle.starts.frames.shape == (4, 1, 64, 64, 3) and bundle.world_model.rewards.tolist()[0] == 0.0
-    weights = (out / "bundle" / "dynamics.safetensors").read_bytes()
-    (out / "stages" / "flow.json").unlink()  # as if it had been killed there: it goes on from its checkpoint
-    assert "[predictor] done before" in run(*pipeline)
-    assert (out / "bundle" / "dynamics.safetensors").read_bytes() == weights
-
-    small = ["--bundle", str(out / "bundle"), "--clips", "8", "--horizon", "5"]
-    compared = run(
-        "dreamenv",
-        "compare",
-        *small,
-        "--steps",
-        "1600",
-        "--out",
-        str(tmp_path / "compare"),
-        "--nfe",
-        "2",
-        "--card",
-        "--horizon",
-        "6",
-        "--drift",
-        "2",
-        "--branches",
-        "3",
-        "--episodes",
-        "1",
-        "--limit",
-        "5",
-        "--endless-steps",
-        "7",
-        "--random-clips",
-        "4",
-        "--thorough",
-        "--policies",
-        "random",
-        "hold:right",
-    )
-    written = {p.name for p in (tmp_path / "compare").iterdir()}
-    assert written == {
-        "report.html",
-        "metrics.json",
-        "open_loop.csv",
-        "policies.csv",
-        "horizon.png",
-        "film_strip.png",
-        "side_by_side.mp4",
-        "calibration.png",
-        "branches.png",
-        "policies.png",
-        "endless.png",
-        "endless_frames.png",
-    }
-    page = (tmp_path / "compare" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 7 and "//" not in re.sub(r"base64,[^\"]*", "", page)
-    figures = json.loads(compared.splitlines()[-1])
-    assert figures["clips"] == 8 and 5 < figures["psnr_1"] < 60 and figures["autoencoder_psnr"] > figures["psnr_5"]
-    assert [figures[k] for k in ("steps", "closed_loop_episodes", "endless_dreams")] == [3200, 1, 4]
-    assert load_bundle(out / "bundle", "cpu").card == figures
-    run("dreamenv", "demo", *small, "--out", str(tmp_path / "demo"))
-    made = {p.name: p.stat().st_size for p in (tmp_path / "demo").iterdir()}
-    assert set(made) == {"side_by_side.mp4", "side_by_side.gif", "horizon.png", "film_strip.png", "metrics.json"}
-    assert all(size > 1000 for size in made.values())
-    assert json.loads(run("dreamenv", "info", "--bundle", str(out / "bundle")))["card"] == figures
-    timed = run(
-        "dreamenv", "bench", "--bundle", str(out / "bundle"), "--nfe", "1,2", "--num-envs", "4", "--seconds", "0.2"
-    )
-    bench = json.loads(timed.splitlines()[-1])
-    assert len(bench["rows"]) == 4 and bench["peak_memory_mib"] > 50
-
-
-@pytest.mark.parametrize("command", [[], ["demo"], ["play"], ["compare"], ["bench"], ["info"]])
-def test_every_command_has_help(command: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "dreamenv", *command, "--help"], capture_output=True, text=True, check=True
-    )
-    assert all(
-        name in done.stdout for name in (["demo", "play", "compare", "bench", "info"] if not command else ["--bundle"])
-    )
-
-
-@pytest.mark.parametrize(
-    ("command", "problem"),
-    [(["info", "--bundle", "."], "bundle.json"), (["compare", "--quick", "--thorough"], "exclude each other")],
-)
-def test_a_user_error_is_one_line(command: list[str], problem: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "dreamenv", *command], capture_output=True, text=True, check=False, cwd=tmp_path
-    )
-    assert problem in done.stderr
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
 def test_bf16_is_chosen_by_the_hardware() -> None:

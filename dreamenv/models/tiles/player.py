@@ -34,9 +34,9 @@ def place_in_tile(grid: Grid, phase: Tensor) -> tuple[Tensor, Tensor]:
 
     The tile is counted from the one in which the player is at a phase of zero.
     """
-    rest = torch.tensor(grid.player_place, device=phase.device, dtype=torch.float32)
-    tile = (phase + rest).floor().detach()
-    return tile, phase + rest - tile
+    at = torch.stack([phase[:, i] + place for i, place in enumerate(grid.player_place)], 1)
+    tile = at.floor().detach()
+    return tile, at - tile
 
 
 def surroundings(grid: Grid, context: Tensor, tile: Tensor) -> Tensor:
@@ -49,8 +49,8 @@ def surroundings(grid: Grid, context: Tensor, tile: Tensor) -> Tensor:
     """
     c, last = context.shape[2] - CAMERA, [max(context.shape[1] - _PICTURES + i, 0) for i in range(_PICTURES)]
     by = behind(context)
-    corner = torch.tensor(grid.player_tile, device=tile.device, dtype=tile.dtype) - _AROUND
-    at = torch.stack([by[:, i] for i in last], 1) + tile[:, None] + corner
+    corner = torch.stack([tile[:, i] + (own - _AROUND) for i, own in enumerate(grid.player_tile)], 1)
+    at = torch.stack([by[:, i] for i in last], 1) + corner[:, None]
     pictures = torch.stack([context[:, i, :c] for i in last], 1)
     recent = _cut(pictures.flatten(0, 1), at.flatten(0, 1), 2 * _AROUND + 1)
     return recent.unflatten(0, (-1, _PICTURES)).flatten(1, 2)
