@@ -195,7 +195,6 @@ def test_wrappers_of_gymnasium_count_episodes(tmp_path: Path, mode: str) -> None
 
 
 def test_rewards_terminate_and_come_in_real_magnitudes(tmp_path: Path) -> None:
-    from dataclasses import replace
 
     from dreamenv.bundle import load_bundle
 
@@ -425,7 +424,7 @@ def test_a_diverged_dream_is_truncated_and_shows_its_last_sound_frame(toy_bundle
     sound, *_ = envs.step(np.array([7, 7]))
     latents = envs._state.latents.clone()
     latents[0, 0] = poison  # a context that drives the prediction out of range; the last latent stays sound
-    envs._state = replace(envs._state, latents=latents)
+    envs._state = envs._state.replace(latents=latents)
     frames, rewards, terminated, truncated, infos = envs.step(np.array([7, 7]))
     if infos["diverged"][0]:
         assert truncated[0] or terminated[0]

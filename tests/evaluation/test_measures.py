@@ -15,7 +15,7 @@ from scipy import stats
 from skimage.metrics import structural_similarity
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 
-from dreamenv import metrics
+from dreamenv.evaluation import metrics
 from dreamenv.bundle import Limits, load_bundle
 from dreamenv.contract.actions import NOOP
 from dreamenv.errors import ConfigError, DreamenvError, PolicyError
@@ -77,6 +77,9 @@ class RealAsDream:
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return latents
+
+    def render(self, state: Moment) -> torch.Tensor:
+        return state.latents[:, -1]
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import imageio.v3 as iio
 import numpy as np
 import pygame
 import pytest
@@ -24,6 +25,7 @@ from dreamenv.play.run import run
 from dreamenv.play.screen import KEYS, Screen, View
 from dreamenv.play.session import Session
 from dreamenv.play.window import Window
+from tests.conftest import MEAN
 
 RIGHT = NAMES.index("right")
 
@@ -270,6 +272,18 @@ def test_no_display_is_a_clear_error(toy_bundle: Path) -> None:
 _FILM = {"headless": Path("x.mp4"), "player": "random"}
 
 
+def test_without_a_window_somebody_plays(toy_bundle: Path, tmp_path: Path) -> None:
+    """The bundle's agent, or chance where it ships none: the embedded one has one, the toy has not."""
+    films = {}
+    for name, bundle in (("toy", toy_bundle), ("embedded", None)):
+        path = tmp_path / f"{name}.gif"
+        films[name] = run(bundle=bundle, world="dream", headless=path, steps=12, scale=1, device="cpu", sampler=MEAN)
+        assert films[name]["steps"] == 12 and iio.imread(path).shape[0] >= 10
+        again = iio.imread(path)
+        assert np.abs(np.diff(again.astype(int), axis=0)).max() > 0, "something moves"
+
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -281,7 +295,6 @@ _FILM = {"headless": Path("x.mp4"), "player": "random"}
         {"player": "agent"},
         {"world": "moon"},
         _FILM | {"headless": Path("x.avi")},
-        _FILM | {"player": "human"},
         _FILM | {"actions": "fly"},
         _FILM | {"steps": 0},
     ],
