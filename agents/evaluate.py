@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import gymnasium as gym
 import numpy as np
 import tyro
 
 from dreamenv.bundle import bundled_agent, load_bundle, resolve_bundle
 from dreamenv.config import check
+from dreamenv.console import errors_in_one_line
 from dreamenv.contract.noise import philox
-from dreamenv.errors import DreamenvError, PolicyError
-from dreamenv.evaluation.clips import HELD_OUT, parse_levels
+from dreamenv.errors import PolicyError
+from dreamenv.evaluation.clips import HELD_OUT, parse_levels, real_envs
 from dreamenv.evaluation.closed_loop import Episodes, play_episodes
 from dreamenv.evaluation.figures import side_by_side
 from dreamenv.evaluation.metrics import interval
@@ -64,7 +64,7 @@ def evaluate(
 ) -> Evaluation:
     """Play one episode on each of `episodes` levels, to its end.
 
-    A dream starts from the real first frame of its level, so both worlds can be compared level by level.
+    A dream starts from the real first frame of its level, so worlds can be compared level by level.
 
     Args:
         agent: "random", "bundled", an agent's folder, any policy specification, a network, or any policy.
@@ -80,60 +80,54 @@ def evaluate(
         limit: steps after which an episode is cut off; the game's own by default.
 
     Raises:
-        ConfigError: a value outside its range.
-        PolicyError: no such agent.
+        ConfigError, PolicyError: a value outside its range, no such agent.
     """
-    check(world in ("real", "dream"), f"world {world!r}: must be 'real' or 'dream'")
-    check(episodes >= 1, f"episodes {episodes}: must be >= 1")
     first, end = levels
-    check(0 <= first < end, f"levels {first}:{end}: the first must be >= 0 and less than the end")
+    _check(world, episodes, first, end)
     chosen = first + philox((seed, 0xE7A1)).choice(end - first, episodes, replace=episodes > end - first)
     if distribution_mode is None:
-        in_dream = world == "dream"
-        distribution_mode = (
-            load_bundle(resolve_bundle(bundle, game), "cpu").game.distribution_mode if in_dream else "easy"
-        )
-    played: list[Episodes] = []
-    films_kept: list[np.ndarray] = []
+        dreamt = load_bundle(resolve_bundle(bundle, game), "cpu") if world == "dream" else None
+        distribution_mode = "easy" if dreamt is None else dreamt.game.distribution_mode
+    played, films_kept = [], []
     for at in range(0, episodes, _BATCH):
-        batch = chosen[at : at + _BATCH]
-        envs: Any = gym.make_vec(
-            "envs:RealProcgen-v0",
-            num_envs=len(batch),
-            game=game,
-            start_level=first,
-            num_levels=end - first,
-            distribution_mode=distribution_mode,
-        )
+        envs = real_envs(game, len(batch := chosen[at : at + _BATCH]), (first, end - first), distribution_mode)
         longest, bias = envs.unwrapped.game.max_steps, np.asarray(envs.unwrapped.game.bias)
         check(limit is None or 1 <= limit <= longest, f"limit {limit}: must be in 1..{longest}")
         policy = _policy(agent, bias, bundle, game)
         frames, _ = envs.reset(seed=seed + at, options={"level": batch})
         if world == "dream":
             envs.close()
-            dreams = DreamVectorEnv(len(batch), game, bundle, sampler={"nfe": nfe})
-            frames, _ = dreams.reset(seed=seed + at, options={"frames": frames[:, None]})
-            envs = dreams
-        filmed = films if at == 0 else 0
-        episode, film = play_episodes(envs, frames, policy, limit or longest, philox((seed, at)), filmed)
+            envs = DreamVectorEnv(len(batch), game, bundle, sampler={"nfe": nfe})
+            frames, _ = envs.reset(seed=seed + at, options={"frames": frames[:, None]})
+        rng, filmed = philox((seed, at)), films if at == 0 else 0
+        episode, film = play_episodes(envs, frames, policy, limit or longest, rng, filmed)
         envs.close()
         played.append(episode)
         films_kept += film
     every = Episodes(*(np.concatenate([getattr(p, n) for p in played]) for n in ("returns", "lengths", "ended")))
+    name = agent if isinstance(agent, str) else "network"
+    figures = {"world": world, "game": game, "levels": [first, end], "seed": seed, "agent": name}
+    figures = _figures(every, seed) | figures
+    return Evaluation(figures, every, chosen, films_kept)
+
+
+def _check(world: str, episodes: int, first: int, end: int) -> None:
+    check(world in ("real", "dream"), f"world {world!r}: must be 'real' or 'dream'")
+    check(episodes >= 1, f"episodes {episodes}: must be >= 1")
+    check(0 <= first < end, f"levels {first}:{end}: the first must be >= 0 and less than the end")
+
+
+def _figures(every: Episodes, seed: int) -> dict[str, Any]:
+    """Mean return with its 95 % bootstrap interval, success rate and length."""
+    episodes = len(every.returns)
     draws = np.random.default_rng(seed).integers(episodes, size=(10000, episodes))
-    figures = {
+    return {
         "mean_return": float(every.returns.mean()),
         "ci": list(interval(every.returns[draws].mean(1))),
         "success_rate": float((every.returns > 0).mean()),
         "mean_length": float(every.lengths.mean()),
         "episodes": episodes,
-        "world": world,
-        "game": game,
-        "levels": [first, end],
-        "seed": seed,
-        "agent": agent if isinstance(agent, str) else "network",
     }
-    return Evaluation(figures, every, chosen, films_kept)
 
 
 def _policy(agent: str | ImpalaAgent | VectorPolicy, bias: np.ndarray, bundle: Path | None, game: str) -> VectorPolicy:
@@ -181,7 +175,7 @@ class _Arguments:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    try:
+    with errors_in_one_line():
         args = tyro.cli(_Arguments, args=arguments, description=__doc__)
         first, count = parse_levels(args.levels)
         foreign = None
@@ -208,8 +202,6 @@ def main(arguments: list[str] | None = None) -> None:
             }
             save_video(args.video, side_by_side(films))
         print(json.dumps(result.figures | {"agent": args.agent}))
-    except DreamenvError as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

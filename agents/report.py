@@ -21,7 +21,7 @@ from agents.saved import agent_facts
 from dreamenv.artifacts import atomic_file, write_json
 from dreamenv.bundle import bundled_agent, resolve_bundle
 from dreamenv.config import check
-from dreamenv.errors import DreamenvError
+from dreamenv.console import errors_in_one_line
 from dreamenv.evaluation.clips import HELD_OUT
 from dreamenv.evaluation.figures import save_grid, save_plot
 from dreamenv.evaluation.metrics import interval, pearson
@@ -145,7 +145,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
     figures["imagined_steps"], figures["real_steps"] = learnt_from(
         agent_facts(folder) if (folder / "agent.json").exists() else {}
     )
-    out, gap = config.out, dream.mean(1) - real.mean(1)
+    out = config.out
 
     def draw(axes: Any) -> None:
         points, counts = np.unique(np.stack([real.mean(1), dream.mean(1)], 1), axis=0, return_counts=True)
@@ -156,43 +156,42 @@ def report(config: ReportConfig) -> dict[str, Any]:
         axes.set(xlabel="mean return in the real game", ylabel="mean return in the dream", title="levels, and how many")
 
     save_plot(out / "scatter.png", draw, (5, 4.5))
+    rows, strips = _films(config, real, dream)
+    if strips:
+        width = max(len(s) for s in strips)
+        blank = np.zeros((width, *strips[0].shape[1:]), np.uint8)
+        save_grid(out / "films.png", [np.concatenate([s, blank[len(s) :]]) for s in strips])
+    write_json(out / "metrics.json", {"figures": figures, "levels": rows})
+    parts = _page(config, figures, rows)
+    with atomic_file(out / "report.html") as temporary:
+        temporary.write_text(
+            document(f"{config.agent}: does it live off the dream's mistakes?", parts), encoding="utf-8"
+        )
+    return figures
+
+
+def _films(config: ReportConfig, real: np.ndarray, dream: np.ndarray) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+    """The levels at which the worlds differ most: rows of figures, and frames of one episode in either world."""
+    gap = dream.mean(1) - real.mean(1)
     order = np.argsort(gap, kind="stable")
     chosen = [("flattered", int(i)) for i in order[::-1][: config.films] if gap[i] > 0]
     chosen += [("slighted", int(i)) for i in order[: config.films] if gap[i] < 0]
     rows, strips = [], []
     for kind, i in chosen:
         level = HELD_OUT[0] + i
+        where = (config.game, (level, level + 1), 1, config.bundle, config.nfe, config.seed)
         films = [
-            evaluate(
-                config.agent,
-                world,
-                config.game,
-                (level, level + 1),
-                1,
-                config.bundle,
-                config.nfe,
-                config.seed,
-                films=1,
-                limit=config.limit,
-            ).frames[0]
-            for world in ("real", "dream")
+            evaluate(config.agent, world, *where, films=1, limit=config.limit).frames[0] for world in ("real", "dream")
         ]
         strips += [f[np.unique(np.linspace(0, len(f) - 1, 12).round().astype(int))] for f in films]
-        rows.append(
-            {
-                "level": level,
-                "kind": kind,
-                "real": float(real[i].mean()),
-                "dream": float(dream[i].mean()),
-                "real_steps": len(films[0]),
-                "dream_steps": len(films[1]),
-            }
-        )
-    if strips:
-        width = max(len(s) for s in strips)
-        blank = np.zeros((width, 64, 64, 3), np.uint8)
-        save_grid(out / "films.png", [np.concatenate([s, blank[len(s) :]]) for s in strips])
-    write_json(out / "metrics.json", {"figures": figures, "levels": rows})
+        returns = {"real": float(real[i].mean()), "dream": float(dream[i].mean())}
+        lengths = {"real_steps": len(films[0]), "dream_steps": len(films[1])}
+        rows.append({"level": level, "kind": kind, **returns, **lengths})
+    return rows, strips
+
+
+def _page(config: ReportConfig, figures: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    """The parts of report.html."""
     low, high = figures["optimism_ci"]
     verdict = (
         "The dream flatters this agent."
@@ -206,14 +205,14 @@ def report(config: ReportConfig) -> dict[str, Any]:
         learnt = (
             f"<p>It learnt from {figures['imagined_steps']:,} imagined and {figures['real_steps']:,} real steps.</p>"
         )
-    parts = [
+    return [
         f"<h1>{html.escape(config.agent)}: dream return against real return</h1>",
-        f"<p>{config.levels} levels that nobody trained on, {config.repeats} episodes each in both worlds from the same "
-        f"first frames, cut off after {config.limit} steps.</p>",
+        f"<p>{config.levels} levels that nobody trained on, {config.repeats} episodes each in both worlds from the "
+        f"same first frames, cut off after {config.limit} steps.</p>",
         learnt,
         f"<p>Real return {figures['real_return']:.2f}, dream return {figures['dream_return']:.2f}: optimism "
         f"{figures['optimism']:+.2f} ({low:+.2f} to {high:+.2f}, 95 % bootstrap over levels). <b>{verdict}</b></p>",
-        embed(out / "scatter.png", "scatter", "plot"),
+        embed(config.out / "scatter.png", "scatter", "plot"),
         "<h2>Where they differ most</h2>",
         table(
             rows,
@@ -229,21 +228,14 @@ def report(config: ReportConfig) -> dict[str, Any]:
         if rows
         else "<p>Nowhere.</p>",
         "<p>The first episode of each, start to end: upper row real, lower row dreamt.</p>" if rows else "",
-        embed(out / "films.png", "films"),
+        embed(config.out / "films.png", "films"),
     ]
-    with atomic_file(out / "report.html") as temporary:
-        temporary.write_text(
-            document(f"{config.agent}: does it live off the dream's mistakes?", parts), encoding="utf-8"
-        )
-    return figures
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line: every field of `ReportConfig` is an option; the last line printed is JSON."""
-    try:
+    with errors_in_one_line():
         figures = report(tyro.cli(ReportConfig, args=arguments, description=__doc__))
-    except DreamenvError as error:
-        raise SystemExit(f"error: {error}") from None
     print(json.dumps(figures))
 
 

@@ -18,6 +18,7 @@ from gymnasium.wrappers.vector import DtypeObservation, RescaleObservation
 
 from dreamenv.bundle import resolve_bundle
 from dreamenv.config import check
+from dreamenv.console import errors_in_one_line
 from dreamenv.errors import DreamenvError
 
 
@@ -147,10 +148,8 @@ def train(config: RllibConfig) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line: every field of `RllibConfig` is an option; the last line printed is JSON."""
-    try:
+    with errors_in_one_line():
         print(json.dumps(train(tyro.cli(RllibConfig, args=arguments, description=__doc__))))
-    except DreamenvError as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from agents.saved import ACTOR_CRITIC
 from agents.train import CONFIGS, load_algorithm
 from dreamenv.bundle import resolve_bundle
 from dreamenv.config import check, to_dict
-from dreamenv.errors import ConfigError, DreamenvError
+from dreamenv.console import errors_in_one_line
+from dreamenv.errors import ConfigError
 from dreamenv.stages import begin, run_command, stage
 
 SHOWN = ("delta_psnr_4", "random_delta_psnr_4", "branch_accuracy", "psnr_1", "psnr_10")
@@ -132,109 +133,75 @@ def loop(config: LoopConfig) -> list[dict[str, Any]]:
     )
     begin(out, {k: str(v) for k, v in to_dict(config).items() if k not in ("out", "rounds")})
 
-    def measure(bundle: Path, folder: Path) -> dict[str, Any]:
-        clips = str(config.clips)
-        command = [
-            sys.executable,
-            "-m",
-            "dreamenv",
-            "compare",
-            "--bundle",
-            str(bundle),
-            "--out",
-            str(folder),
-            "--seed",
-            str(config.seed),
-            "--clips",
-            clips,
-            "--random-clips",
-            clips,
-            "--branches",
-            clips,
-            "--horizon",
-            "10",
-            "--steps",
-            str(max(400 * config.clips, 6400)),
-            "--samples",
-            "1",
-            "--negatives",
-            "1000",
-            "--drift",
-            "0",
-            "--endless-steps",
-            "0",
-            "--policies",
-        ]
-        figures = _last(command)
-        return {name: figures.get(name) for name in SHOWN}
-
-    def judge(agent: Path) -> dict[str, Any]:
-        figures = _last(
-            _module("agents.evaluate", agent=agent, game=config.game, episodes=config.episodes, seed=config.seed)
-        )
-        return {"real_return": figures["mean_return"], "real_return_ci": figures["ci"]}
-
     bundle, agent = resolve_bundle(config.bundle, config.game), config.agent
-    rows = [{"round": 0, **stage(out, "measure-0", partial(measure, bundle, out / "compare-0"))}]
+    rows = [{"round": 0, **stage(out, "measure-0", partial(_measure, config, bundle, out / "compare-0"))}]
     sources = [] if config.data is None else [config.data]
     for r in range(1, config.rounds + 1):
-        here = out / f"round-{r}"
-        collected, merged, model, trained = here / "data", here / "merged", here / "model", here / "agent"
-        policy = collection_policy(agent, config.expert, config.explorer)
-        collecting = _module(
-            "envs.collect",
-            game=config.game,
-            steps=config.collect_steps,
-            policy=policy,
-            out=collected,
-            seed=config.seed + r,
-        )
-        stage(out, f"collect-{r}", partial(run_command, collecting))
-        sources.append(collected)
-        merging = [sys.executable, "-m", "dreamenv.data.merge", *map(str, sources), "--out", str(merged)]
-        stage(out, f"merge-{r}", partial(run_command, merging))
-        modelling = _module(
-            "trainers.finetune",
-            data=merged,
-            bundle=bundle,
-            out=model,
-            minutes=config.minutes,
-            steps=config.model_steps,
-            seed=config.seed,
-            latents=out / "latents",
-        )
-        stage(out, f"model-{r}", partial(run_command, modelling))
-        bundle = model / "bundle"
-        row = {"round": r, **stage(out, f"measure-{r}", partial(measure, bundle, here / "compare"))}
-        learning = _module(
-            "agents.train",
-            world="dream",
-            game=config.game,
-            bundle=bundle,
-            steps=config.agent_steps,
-            starts=merged,
-            config=config.agent_config,
-            horizon=config.horizon,
-            out=trained,
-            seed=config.seed,
-            agent=agent if r > 1 else None,
-            nfe=config.nfe,
-            eval_every=config.eval_every,
-            resume=True,
-        )
-        stage(out, f"agent-{r}", partial(run_command, learning))
-        agent = trained / "agent"
-        row |= stage(out, f"judge-{r}", partial(judge, agent))
+        row, bundle, agent = _round(config, r, sources, bundle, agent)
         rows.append(row)
     return rows
 
 
+def _round(
+    config: LoopConfig, r: int, sources: list[Path], bundle: Path, agent: Path | None
+) -> tuple[dict[str, Any], Path, Path]:
+    """One round: what was measured, the new bundle and the new agent; `sources` grows by what was collected."""
+    out, here = config.out, config.out / f"round-{r}"
+    collected, merged, model, trained = here / "data", here / "merged", here / "model", here / "agent"
+    policy, steps = collection_policy(agent, config.expert, config.explorer), config.collect_steps
+    options: dict[str, Any] = {"game": config.game, "steps": steps, "policy": policy, "seed": config.seed + r}
+    stage(out, f"collect-{r}", partial(run_command, _module("envs.collect", out=collected, **options)))
+    sources.append(collected)
+    merging = [sys.executable, "-m", "dreamenv.data.merge", *map(str, sources), "--out", str(merged)]
+    stage(out, f"merge-{r}", partial(run_command, merging))
+    options = {"minutes": config.minutes, "steps": config.model_steps, "seed": config.seed, "latents": out / "latents"}
+    modelling = _module("trainers.finetune", data=merged, bundle=bundle, out=model, **options)
+    stage(out, f"model-{r}", partial(run_command, modelling))
+    bundle = model / "bundle"
+    row = {"round": r, **stage(out, f"measure-{r}", partial(_measure, config, bundle, here / "compare"))}
+    learning = _module(
+        "agents.train",
+        world="dream",
+        game=config.game,
+        bundle=bundle,
+        steps=config.agent_steps,
+        starts=merged,
+        config=config.agent_config,
+        horizon=config.horizon,
+        out=trained,
+        seed=config.seed,
+        agent=agent if r > 1 else None,
+        nfe=config.nfe,
+        eval_every=config.eval_every,
+        resume=True,
+    )
+    stage(out, f"agent-{r}", partial(run_command, learning))
+    agent = trained / "agent"
+    return row | stage(out, f"judge-{r}", partial(_judge, config, agent)), bundle, agent
+
+
+def _measure(config: LoopConfig, bundle: Path, folder: Path) -> dict[str, Any]:
+    """A short comparison of a bundle with the real game, in a process of its own."""
+    clips = config.clips
+    options = {"bundle": bundle, "out": folder, "seed": config.seed, "clips": clips, "random-clips": clips}
+    options |= {"branches": clips, "horizon": 10, "steps": max(400 * clips, 6400), "samples": 1, "negatives": 1000}
+    options |= {"drift": 0, "endless-steps": 0}
+    told = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    figures = _last([sys.executable, "-m", "dreamenv", "compare", *told, "--policies"])
+    return {name: figures.get(name) for name in SHOWN}
+
+
+def _judge(config: LoopConfig, agent: Path) -> dict[str, Any]:
+    """What an agent earns in the real game, in a process of its own."""
+    options = {"game": config.game, "episodes": config.episodes, "seed": config.seed}
+    figures = _last(_module("agents.evaluate", agent=agent, **options))
+    return {"real_return": figures["mean_return"], "real_return_ci": figures["ci"]}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Command line: every field of `LoopConfig` is an option; the last line printed is JSON."""
-    try:
+    with errors_in_one_line():
         rows = loop(tyro.cli(LoopConfig, args=arguments, description=__doc__))
-    except DreamenvError as error:
-        raise SystemExit(f"error: {error}") from None
     for row in rows:
         print("   ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
     print(json.dumps(rows))

@@ -30,8 +30,9 @@ from agents.evaluate import evaluate
 from agents.saved import agent_facts, go_on_from, make_algorithm, save_algorithm, to_agent
 from agents.worlds import TRAIN_LEVELS, MixedVecEnv, make_world
 from dreamenv.config import check, from_dict, load_yaml, to_dict
+from dreamenv.console import errors_in_one_line
 from dreamenv.device import keep_freed_memory
-from dreamenv.errors import ConfigError, DreamenvError
+from dreamenv.errors import ConfigError
 from dreamenv.policies.agent import ImpalaConfig
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -222,6 +223,20 @@ def _facts(config: TrainConfig) -> dict[str, Any]:
     }
 
 
+def _made(config: TrainConfig, algorithm: AlgorithmConfig) -> tuple[Any, TimedVecEnv, Any]:
+    """The world, the same with its time measured and rewards normalised if asked for, and the algorithm on it."""
+    dreaming = {"horizon": config.horizon, "truncate_above": config.truncate_above, "sampler": {"nfe": config.nfe}}
+    options: dict[str, Any] = {} if config.world == "real" else dreaming
+    where = (config.world, config.game, algorithm.num_envs, config.bundle, config.device, config.starts, config.share)
+    inner = make_world(*where, **options)
+    timed = TimedVecEnv(inner)
+    envs: VecEnv = timed
+    if algorithm.normalize_reward:
+        envs = VecNormalize(timed, norm_obs=False, norm_reward=True, gamma=algorithm.settings.get("gamma", 0.99))
+    how = (algorithm.settings, algorithm.network, config.seed, config.precision)
+    return inner, timed, make_algorithm(algorithm.algorithm, envs, *how, device=config.device)
+
+
 def train(config: TrainConfig, progress: bool = False) -> dict[str, Any]:
     """Train one agent and save it as `<out>/agent`.
 
@@ -236,34 +251,7 @@ def train(config: TrainConfig, progress: bool = False) -> dict[str, Any]:
     algorithm = load_algorithm(config.config)
     described = {k: str(v) for k, v in to_dict(config).items() if k not in ("out", "resume", "config", "steps")}
     identity = hashlib.sha256(json.dumps([described, to_dict(algorithm)], sort_keys=True).encode()).hexdigest()
-    options = (
-        {}
-        if config.world == "real"
-        else {"horizon": config.horizon, "truncate_above": config.truncate_above, "sampler": {"nfe": config.nfe}}
-    )
-    inner = make_world(
-        config.world,
-        config.game,
-        algorithm.num_envs,
-        config.bundle,
-        config.device,
-        config.starts,
-        config.share,
-        **options,
-    )
-    timed = TimedVecEnv(inner)
-    envs: VecEnv = timed
-    if algorithm.normalize_reward:
-        envs = VecNormalize(timed, norm_obs=False, norm_reward=True, gamma=algorithm.settings.get("gamma", 0.99))
-    model = make_algorithm(
-        algorithm.algorithm,
-        envs,
-        algorithm.settings,
-        algorithm.network,
-        config.seed,
-        config.precision,
-        device=config.device,
-    )
+    inner, timed, model = _made(config, algorithm)
     if config.agent is not None:
         go_on_from(model, config.agent)
     if config.resume and not isinstance(model, OnPolicyAlgorithm):
@@ -275,7 +263,8 @@ def train(config: TrainConfig, progress: bool = False) -> dict[str, Any]:
     suffix = f"-{model.num_timesteps}" if resumed else ""  # a resumed run leaves the earlier progress.csv alone
     formats = ["csv"] + (["tensorboard"] if find_spec("tensorboard") else [])
     config.out.mkdir(parents=True, exist_ok=True)
-    model.set_logger(Logger(str(config.out), [make_output_format(name, str(config.out), suffix) for name in formats]))
+    outputs = [make_output_format(name, str(config.out), suffix) for name in formats]
+    model.set_logger(Logger(str(config.out), outputs))
     keeper = _Keeper(config, identity)
     if resumed:
         keeper.resume(model.num_timesteps)
@@ -292,7 +281,7 @@ def train(config: TrainConfig, progress: bool = False) -> dict[str, Any]:
     folder = save_algorithm(config.out / "agent", model, _facts(config))
     model.logger.dump(model.num_timesteps)
     model.logger.close()
-    envs.close()
+    timed.close()
     steps = model.num_timesteps - before
     return {
         "agent": str(folder),
@@ -314,12 +303,10 @@ def load_algorithm(path: Path) -> AlgorithmConfig:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line: every field of `TrainConfig` is an option; the last line printed is JSON."""
-    try:
+    with errors_in_one_line():
         config = tyro.cli(TrainConfig, args=arguments, description=__doc__)
         keep_freed_memory()
         print(json.dumps(train(config, progress=True)))
-    except DreamenvError as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

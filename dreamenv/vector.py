@@ -8,20 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Discrete
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
+from gymnasium.vector import AutoresetMode
 
+from dreamenv.branching import Branching
 from dreamenv.bundle import Bundle, load_bundle, resolve_bundle
 from dreamenv.config import check, from_dict
-from dreamenv.contract.actions import NUM_ACTIONS, check_actions, keys_to_action
-from dreamenv.contract.noise import branch_stream, draw_step, reset_generator
+from dreamenv.contract.actions import check_actions
+from dreamenv.contract.noise import draw_step, reset_generator
 from dreamenv.contract.resets import as_array, check_history, check_mask, check_options, check_seeds
-from dreamenv.contract.snapshot import pack, unpack
-from dreamenv.errors import ConfigError, ResetError, SnapshotError
+from dreamenv.errors import ResetError
 from dreamenv.flow import SamplerConfig
 from dreamenv.models.interface import State
 from dreamenv.types import Transition
@@ -30,7 +27,7 @@ _SEED_LIMIT = 2**64
 _RESET_OPTIONS = ("start", "frames", "actions", "reset_mask")
 
 
-class DreamVectorEnv(VectorEnv):
+class DreamVectorEnv(Branching):
     """A batch of imagined games; only the observation and action spaces of the real one, none of its code.
 
     Observations are uint8 (N, 64, 64, 3), actions integers (N,) in 0..14, rewards float64 (N,) of the game's own
@@ -60,12 +57,6 @@ class DreamVectorEnv(VectorEnv):
         BundleError: the bundle is missing or damaged.
     """
 
-    metadata: dict[str, Any] = {
-        "render_modes": ["rgb_array"],
-        "render_fps": 15,
-        "autoreset_mode": AutoresetMode.SAME_STEP,
-    }
-
     def __init__(
         self,
         num_envs: int = 1,
@@ -79,24 +70,17 @@ class DreamVectorEnv(VectorEnv):
         truncate_above: float | None = None,
         precision: str = "auto",
     ) -> None:
-        check(
-            isinstance(num_envs, int) and not isinstance(num_envs, bool) and num_envs >= 1,
-            f"num_envs {num_envs!r}: must be an integer >= 1",
-        )
-        check(render_mode in (None, "rgb_array"), f"render_mode {render_mode!r}: must be None or 'rgb_array'")
         number = isinstance(truncate_above, (int, float)) and not isinstance(truncate_above, bool)
         check(
             truncate_above is None or (number and truncate_above > 0),
             f"truncate_above {truncate_above!r}: must be > 0 or None",
         )
         check(isinstance(exact, bool), f"exact {exact!r}: must be True or False")
-        try:
-            self.autoreset_mode = AutoresetMode(autoreset_mode)
-        except ValueError:
-            modes = ", ".join(repr(m.value) for m in AutoresetMode)
-            raise ConfigError(f"autoreset_mode {autoreset_mode!r}: must be one of {modes}") from None
+        whole = isinstance(num_envs, int) and not isinstance(num_envs, bool) and num_envs >= 1
+        check(whole, f"num_envs {num_envs!r}: must be an integer >= 1")
         if not isinstance(bundle, Bundle):
             bundle = load_bundle(resolve_bundle(bundle, game), device, precision)
+        super().__init__(num_envs, bundle.world_model.frame_shape, autoreset_mode, tuple(AutoresetMode), render_mode)
         if sampler is None:
             sampler = SamplerConfig()
         elif not isinstance(sampler, SamplerConfig):
@@ -106,17 +90,7 @@ class DreamVectorEnv(VectorEnv):
         self.seconds = {"imagine": 0.0, "decode": 0.0}
         self.exact = exact
         self.truncate_above = truncate_above
-        self.num_envs = num_envs
-        self.render_mode = render_mode
-        self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
-        frame = bundle.world_model.frame_shape
-        self.single_observation_space = Box(0, 255, frame, np.uint8)
-        self.single_action_space = Discrete(NUM_ACTIONS)
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
-
         self._state = bundle.world_model.blank(num_envs)
-        self._frames = np.zeros((num_envs, *frame), np.uint8)
         self._seeds = np.zeros(num_envs, np.uint64)
         self._streams = np.zeros(num_envs, np.uint64)
         self._episodes = np.zeros(num_envs, np.int64)
@@ -242,124 +216,6 @@ class DreamVectorEnv(VectorEnv):
             uncertainty = np.where(diverged, np.inf, uncertainty)
         return imagined, uncertainty, diverged
 
-    def render(self) -> tuple[np.ndarray, ...] | None:
-        """Return one uint8 (64, 64, 3) frame per environment, or None without a render mode."""
-        if self.render_mode is None:
-            gym.logger.warn("render() without a render mode: make the env with render_mode='rgb_array'")
-            return None
-        return tuple(self._frames.copy())
-
-    def get_keys_to_action(self) -> dict[tuple[int, ...], int]:
-        """Return key-code combinations -> action, as `gymnasium.utils.play` wants them."""
-        return keys_to_action()
-
-    # -- snapshots -----------------------------------------------------------------------------------------------
-
-    def snapshot(self) -> bytes:
-        """Return the whole batch's state as bytes that `restore` accepts, in another process too.
-
-        Raises:
-            ResetError: before the first reset.
-        """
-        if not self._started:
-            raise ResetError("snapshot() before reset(): call reset() first")
-        arrays = {f"{_STATE}{name}": value for name, value in self._state.arrays().items()}
-        arrays |= {name: getattr(self, f"_{name}") for name in _COUNTERS}
-        return pack("dream", {"bundle": self.bundle.identity, "num_envs": self.num_envs}, arrays)
-
-    def restore(self, data: bytes) -> np.ndarray:
-        """Return to a snapshot and its observations, uint8 (N, 64, 64, 3).
-
-        Raises:
-            SnapshotError: damaged bytes, another bundle, or another number of environments.
-        """
-        arrays = self._unpack(data)
-        if len(arrays["frames"]) != self.num_envs:
-            raise SnapshotError(
-                f"snapshot of {len(arrays['frames'])} environments cannot be restored into "
-                f"{self.num_envs}; make as many, or use branch()"
-            )
-        device = self.bundle.world_model.device
-        kept = {name.removeprefix(_STATE): value for name, value in arrays.items() if name.startswith(_STATE)}
-        self._state = State.from_arrays(kept, device)
-        for name in _COUNTERS:
-            setattr(self, f"_{name}", arrays[name].copy())
-        self._started = True
-        return self._frames.copy()
-
-    def branch(self, data: bytes, n: int, index: int = 0) -> DreamVectorEnv:
-        """Fan one moment out into n futures: a new vector env whose environments all stand at the same moment.
-
-        Branch 0 goes on as the original would; the others draw other noise. Everything else is as in this env.
-
-        Args:
-            data: a snapshot.
-            n: number of futures.
-            index: which environment of the snapshot.
-
-        Raises:
-            SnapshotError: damaged bytes, another bundle, or no such environment.
-            ConfigError: n < 1.
-        """
-        arrays = self._unpack(data)
-        if not isinstance(index, (int, np.integer)) or not 0 <= index < len(arrays["frames"]):
-            raise SnapshotError(f"index {index}: the snapshot holds environments 0..{len(arrays['frames']) - 1}")
-        envs = self._like(n)
-        fanned = {k: np.repeat(v[index : index + 1], n, 0) for k, v in arrays.items()}
-        parent = int(arrays["streams"][index])
-        fanned["streams"] = np.array([branch_stream(parent, k) for k in range(n)], np.uint64)
-        envs.restore(pack("dream", {"bundle": self.bundle.identity, "num_envs": n}, fanned))
-        return envs
-
-    def select(self, rows: Any, draw: bool = True) -> DreamVectorEnv:
-        """Return a new vector env of some of this one's environments, which go on there as they would have here.
-
-        So whoever plays an episode of each need not go on with those that have ended, and who plays without looking at
-        the pictures need not have them drawn, which is a third of a step.
-
-        Args:
-            rows: integers (n,), which of them, n >= 1.
-            draw: whether the new one, and whatever is selected or branched from it, draws what it dreams; if not, it
-                goes on showing the pictures of now, or of a later start.
-
-        Raises:
-            ResetError: before the first reset.
-            ConfigError: no environment, or one that does not exist.
-        """
-        if not self._started:
-            raise ResetError("select() before reset(): call reset() first")
-        rows = np.asarray(rows)
-        if (
-            rows.ndim != 1
-            or not rows.size
-            or rows.dtype.kind not in "iu"
-            or rows.min() < 0
-            or rows.max() >= self.num_envs
-        ):
-            raise ConfigError(f"rows {rows.tolist()}: expected one or more integers in 0..{self.num_envs - 1}")
-        envs = self._like(len(rows))
-        chosen = torch.from_numpy(rows.astype(np.int64)).to(self.bundle.world_model.device)
-        envs._state, envs._bank, envs._started = self._state.rows(chosen), self._bank, True
-        envs._draw = self._draw and draw
-        for name in _COUNTERS:
-            setattr(envs, f"_{name}", getattr(self, f"_{name}")[rows])
-        return envs
-
-    # -- inside --------------------------------------------------------------------------------------------------
-
-    def _like(self, n: int) -> DreamVectorEnv:
-        envs = DreamVectorEnv(
-            n,
-            bundle=self.bundle,
-            sampler=self.sampler,
-            autoreset_mode=self.autoreset_mode,
-            render_mode=self.render_mode,
-            exact=self.exact,
-            truncate_above=self.truncate_above,
-        )
-        envs._draw = self._draw
-        return envs
-
     def _imagine(self, actions: np.ndarray) -> tuple[Transition, np.ndarray]:
         """One model step of every environment, and the uniforms (N,) that decide the outcomes."""
         model = self.bundle.world_model
@@ -419,26 +275,6 @@ class DreamVectorEnv(VectorEnv):
         infos = {"uncertainty": uncertainty, "dream_step": self._steps.copy(), "start": self._starts.copy(), **details}
         return infos | {f"_{k}": every.copy() for k in list(infos)}
 
-    def _unpack(self, data: bytes) -> dict[str, np.ndarray]:
-        """The arrays of a snapshot, held against what this environment's own would be."""
-        meta, arrays = unpack("dream", data)
-        if meta.get("bundle") != self.bundle.identity:
-            raise SnapshotError(
-                f"snapshot of bundle {str(meta.get('bundle'))[:12]}, this env dreams with {self.bundle.identity[:12]}; "
-                "load the bundle it was taken with"
-            )
-        own = {f"{_STATE}{name}": value[:1] for name, value in self._state.items()}
-        known = {n: (tuple(v.shape[1:]), str(v.dtype).removeprefix("torch.")) for n, v in own.items()}
-        known |= {n: (v.shape[1:], str(v.dtype)) for n in _COUNTERS for v in [getattr(self, f"_{n}")]}
-        rows = {len(v) if v.ndim else 0 for v in arrays.values()}
-        for name in sorted(set(known) | set(arrays)):
-            found = (arrays[name].shape[1:], str(arrays[name].dtype)) if name in arrays else None
-            if found != known.get(name):
-                raise SnapshotError(f"snapshot: {name} is {found}, expected {known.get(name)}; take it again")
-        if len(rows) != 1 or 0 in rows:
-            raise SnapshotError(f"snapshot: its tensors are of {sorted(rows)} environments; take it again")
-        return arrays
-
     def _check_start(self, options: dict[str, Any]) -> tuple[np.ndarray | None, tuple[np.ndarray, np.ndarray] | None]:
         n, start = self.num_envs, options.get("start")
         if "frames" in options:
@@ -462,6 +298,3 @@ class DreamVectorEnv(VectorEnv):
 
 
 _DETAILS = ("expected_reward", "reward_probability", "end_probability", "diverged", "uncertain")
-_STATE = "state."
-"""How a snapshot calls the tensors of the state, which families name as they like."""
-_COUNTERS = ("frames", "seeds", "streams", "episodes", "steps", "starts", "finished")

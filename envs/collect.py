@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from dreamenv.config import check
+from dreamenv.console import errors_in_one_line
 from dreamenv.contract.games import check_levels, get_game
 from dreamenv.contract.noise import philox
 from dreamenv.data.windows import HELD_OUT_FROM
@@ -235,13 +236,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line: every field of `CollectConfig` is an option."""
     import tyro
 
-    from dreamenv.errors import DreamenvError
-
-    try:
+    with errors_in_one_line():
         config = tyro.cli(CollectConfig, args=arguments, description=__doc__)
         collect(config)
-    except DreamenvError as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from dreamenv.contract.actions import check_action, keys_to_action
 from dreamenv.contract.games import SEED_LIMIT, check_levels, get_game
 from dreamenv.contract.resets import check_options, check_seeds
 from dreamenv.errors import ResetError
-from envs.procgen import make_procgen, no_collection, quiet_import
+from envs.making import make_procgen, no_collection, quiet_import
 
 
 class LegacyProcgenEnv(gymnasium.Env):

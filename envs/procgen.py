@@ -2,76 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import io
-import threading
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Discrete
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
+from gymnasium.vector import AutoresetMode
 
 from dreamenv.config import check
-from dreamenv.contract.actions import check_actions, keys_to_action
+from dreamenv.contract.actions import check_actions
 from dreamenv.contract.games import GAMES, SEED_LIMIT, Game, check_levels, get_game
 from dreamenv.contract.resets import as_array, check_mask, check_options, check_seeds
 from dreamenv.contract.single import SingleView, split_infos
 from dreamenv.contract.snapshot import pack, unpack
+from dreamenv.contract.world import WorldVectorEnv
 from dreamenv.errors import ResetError, SnapshotError
+from envs.making import make_procgen
 
 
-@contextlib.contextmanager
-def quiet_import() -> Iterator[None]:
-    """Silence gym 0.26 and Shimmy, which announce on stderr that they are old, where they are imported and made."""
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
-
-
-@contextlib.contextmanager
-def no_collection() -> Iterator[None]:
-    """Hold off the garbage collector while gym3 opens the game's library.
-
-    The collector may close an abandoned game there, which takes the cffi lock that the opening already holds: gym3's
-    `__del__` then waits for itself forever.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-_making = threading.Lock()  # silencing and the collector's switch belong to the whole process
-
-
-def make_procgen(**options: Any) -> Any:
-    """Return a `ProcgenGym3Env`, made so that the garbage collector cannot lock it up.
-
-    Raises:
-        ImportError: procgen is not installed; the message says how to.
-    """
-    try:
-        with _making, quiet_import():
-            from procgen import ProcgenGym3Env
-    except ImportError as error:
-        raise ImportError(f"the real game needs procgen ({error}): pip install 'dreamenv[procgen]'") from error
-    with _making, no_collection():
-        env = ProcgenGym3Env(**options)
-        for name in ("libenv_act", "libenv_observe", "libenv_close", "get_state", "set_state"):
-            getattr(env._c_lib, name)  # resolved once, under the same lock
-    return env
-
-
-class RealProcgenVectorEnv(VectorEnv):
+class RealProcgenVectorEnv(WorldVectorEnv):
     """A batch of real Procgen games with real seeding, real resets and snapshots.
 
     Observations are uint8 (N, 64, 64, 3), actions integers (N,) in 0..14, rewards float64 (N,) of the game's own
@@ -93,12 +42,7 @@ class RealProcgenVectorEnv(VectorEnv):
         ConfigError: an argument outside its range.
     """
 
-    metadata: dict[str, Any] = {
-        "render_modes": ["rgb_array"],
-        "render_fps": 15,
-        "autoreset_mode": AutoresetMode.SAME_STEP,
-        "games": tuple(GAMES),
-    }
+    metadata: dict[str, Any] = {**WorldVectorEnv.metadata, "games": tuple(GAMES)}
 
     def __init__(
         self,
@@ -114,27 +58,12 @@ class RealProcgenVectorEnv(VectorEnv):
     ) -> None:
         self.game: Game = get_game(game)
         check_levels(self.game, start_level, num_levels, distribution_mode)
-        for name, value, least in (("num_envs", num_envs, 1), ("num_threads", num_threads, 0)):
-            sound = isinstance(value, int) and not isinstance(value, bool) and value >= least
-            check(sound, f"{name} {value!r}: must be an integer >= {least}")
-        modes = (AutoresetMode.SAME_STEP, AutoresetMode.DISABLED)
-        check(
-            autoreset_mode in modes or autoreset_mode in [m.value for m in modes],
-            f"autoreset_mode {autoreset_mode!r}: must be SameStep or Disabled (Procgen has no terminal frame to show)",
-        )
-        autoreset = AutoresetMode(autoreset_mode)
-        check(render_mode in (None, "rgb_array"), f"render_mode {render_mode!r}: must be None or 'rgb_array'")
+        whole = isinstance(num_threads, int) and not isinstance(num_threads, bool) and num_threads >= 0
+        check(whole, f"num_threads {num_threads!r}: must be an integer >= 0")
         check(render_size in (64, 512), f"render_size {render_size}: must be 64 or 512")
-
-        self.num_envs = num_envs
-        self.render_mode = render_mode
+        modes = (AutoresetMode.SAME_STEP, AutoresetMode.DISABLED)  # Procgen has no terminal frame to show
+        super().__init__(num_envs, (64, 64, 3), autoreset_mode, modes, render_mode)
         self.render_size = render_size
-        self.autoreset_mode = autoreset
-        self.metadata = {**type(self).metadata, "autoreset_mode": autoreset}
-        self.single_observation_space = Box(0, 255, (64, 64, 3), np.uint8)
-        self.single_action_space = Discrete(15)
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
         self._options = {
             "env_name": game,
             "start_level": start_level,
@@ -150,7 +79,6 @@ class RealProcgenVectorEnv(VectorEnv):
         self._levels = np.zeros(num_envs, np.int64)
         self._pinned = np.zeros(num_envs, bool)  # at a level that `reset` was given
         self._finished = np.zeros(num_envs, bool)  # over, and not yet reset (DISABLED mode)
-        self._frames = np.zeros((num_envs, 64, 64, 3), np.uint8)
         self._started = False
 
     def reset(
@@ -282,11 +210,8 @@ class RealProcgenVectorEnv(VectorEnv):
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """Return one uint8 (S, S, 3) frame per environment, S = `render_size`, or None without a render mode."""
-        if self.render_mode is None:
-            gym.logger.warn("render() without a render mode: make the env with render_mode='rgb_array'")
-            return None
-        if self.render_size == 64:
-            return tuple(self._frames.copy())
+        if self.render_mode is None or self.render_size == 64:
+            return super().render()
         if self._large is None:
             self._large = make_procgen(num=1, rand_seed=0, render_mode="rgb_array", num_threads=0, **self._options)
         frames = []
@@ -295,10 +220,6 @@ class RealProcgenVectorEnv(VectorEnv):
             self._large.call_c_func("set_state", 0, state, len(state))
             frames.append(self._large.get_info()[0]["rgb"].copy())
         return tuple(frames)
-
-    def get_keys_to_action(self) -> dict[tuple[int, ...], int]:
-        """Return key-code combinations -> action, as `gymnasium.utils.play` wants them."""
-        return keys_to_action()
 
     def close_extras(self, **kwargs: Any) -> None:
         """Release the games."""

@@ -49,6 +49,25 @@ class Args:
     seed: int = 0
 
 
+def learn(args: Args, agent: ImpalaAgent, optimizer: torch.optim.Optimizer, *rollout: torch.Tensor) -> None:
+    """PPO's epochs over frames, actions, their log-probabilities, advantages, targets and values, each (T, N, ...)."""
+    flat = [x.flatten(0, 1) for x in rollout]
+    for _ in range(args.epochs):
+        for rows in torch.randperm(len(flat[0])).chunk(args.minibatches):
+            seen, act, old, advantage, target, before = (x[rows] for x in flat)
+            logits, value, _ = agent(to_images(seen))
+            policy = Categorical(logits=logits)
+            ratio = (policy.log_prob(act) - old).exp()
+            advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+            gain = torch.min(ratio * advantage, ratio.clamp(1 - args.clip, 1 + args.clip) * advantage).mean()
+            clipped = before + (value - before).clamp(-args.clip, args.clip)
+            error = torch.max((value - target).square(), (clipped - target).square()).mean() / 2
+            optimizer.zero_grad()
+            (-gain + args.value * error - args.entropy * policy.entropy().mean()).backward()
+            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            optimizer.step()
+
+
 def main(args: Args) -> dict[str, float]:
     """Learn, save the agent, and return how it went."""
     torch.manual_seed(args.seed)
@@ -94,21 +113,7 @@ def main(args: Args) -> dict[str, float]:
             advantages[i] = gae = delta + args.gamma * args.gae_lambda * (1 - ends[i]) * gae
         targets = advantages + values[:t]
 
-        flat = [x.flatten(0, 1) for x in (frames, actions, log_probs, advantages, targets, values[:t])]
-        for _ in range(args.epochs):
-            for rows in torch.randperm(t * n).chunk(args.minibatches):
-                seen, act, old, advantage, target, before = (x[rows] for x in flat)
-                logits, value, _ = agent(to_images(seen))
-                policy = Categorical(logits=logits)
-                ratio = (policy.log_prob(act) - old).exp()
-                advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-                gain = torch.min(ratio * advantage, ratio.clamp(1 - args.clip, 1 + args.clip) * advantage).mean()
-                clipped = before + (value - before).clamp(-args.clip, args.clip)
-                error = torch.max((value - target).square(), (clipped - target).square()).mean() / 2
-                optimizer.zero_grad()
-                (-gain + args.value * error - args.entropy * policy.entropy().mean()).backward()
-                nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                optimizer.step()
+        learn(args, agent, optimizer, frames, actions, log_probs, advantages, targets, values[:t])
         recent = float(np.mean(returns[-100:])) if returns else float("nan")
         print(f"{taken} steps, {taken / (time.perf_counter() - began):.0f} steps/s, return {recent:.2f}", flush=True)
     envs.close()

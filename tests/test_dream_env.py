@@ -232,7 +232,8 @@ def test_snapshot_restore_and_replay_over_200_steps(toy_bundle: Path, tmp_path: 
         "envs = DreamVectorEnv(3, bundle=sys.argv[1], sampler={'nfe': 2})\n"
         "envs.restore(open(sys.argv[2], 'rb').read())\ndigest = hashlib.sha256()\n"
         "for a in np.random.default_rng(2).integers(15, size=(200, 3)):\n"
-        "    f, r, te, tr, _ = envs.step(a)\n    digest.update(f.tobytes() + r.tobytes() + te.tobytes() + tr.tobytes())\n"
+        "    f, r, te, tr, _ = envs.step(a)\n"
+        "    digest.update(f.tobytes() + r.tobytes() + te.tobytes() + tr.tobytes())\n"
         "print(digest.hexdigest())"
     )
     run = subprocess.run(

@@ -17,12 +17,14 @@ import dreamenv
 from agents.evaluate import evaluate
 from dreamenv.bundle import Bundle, bundled_agent, load_bundle, resolve_bundle
 from dreamenv.evaluation.card import fidelity_table
-from dreamenv.evaluation.clips import cut_clips, outcome_scores, play_real
-from dreamenv.evaluation.compare import compare_open_loop, outcome_figures
+from dreamenv.evaluation.clips import cut_clips, play_real
 from dreamenv.evaluation.controllability import branch_accuracy, branch_dream, branch_real
 from dreamenv.evaluation.metrics import colour_frequencies
+from dreamenv.evaluation.open_loop import compare_open_loop
+from dreamenv.evaluation.outcomes import outcome_figures, outcome_scores
 from dreamenv.flow import SamplerConfig
-from dreamenv.models.codecs.tiles import SCALE, TileAutoencoder, phase_of
+from dreamenv.models.codecs.tiles import TileAutoencoder
+from dreamenv.models.tiles.grid import phase_of
 from dreamenv.types import Segment
 from dreamenv.vector import DreamVectorEnv
 from envs.procgen import RealProcgenVectorEnv
@@ -59,8 +61,8 @@ def test_it_is_faithful_on_held_out_levels(bundle: Bundle, play: Segment) -> Non
 
 
 def test_phases_are_read_to_a_part_of_a_pixel(bundle: Bundle) -> None:
-    autoencoder = bundle.world_model.codec
-    assert isinstance(autoencoder, TileAutoencoder)
+    codec = bundle.world_model.codec
+    assert isinstance(codec, TileAutoencoder)
     envs = RealProcgenVectorEnv(24, start_level=20_000, num_levels=500)
     frames, _ = envs.reset(seed=5)
     for action in (7, 7, 8, 7, 5, 7, 8):
@@ -69,7 +71,7 @@ def test_phases_are_read_to_a_part_of_a_pixel(bundle: Bundle) -> None:
     envs.close()
     images = torch.from_numpy(frames).movedim(-1, 1).float() / 255
     with torch.inference_mode():
-        off = ((autoencoder.read_phase(images) - true + 0.5) % 1 - 0.5).abs() * SCALE
+        off = ((codec.read_phase(images) - true + 0.5) % 1 - 0.5).abs() * codec.config.grid.scale
     assert off.median() < 0.01 and off.mean() < 0.02 and off.max() < 0.5
 
 

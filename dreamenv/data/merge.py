@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import tyro
 
 from dreamenv.artifacts import atomic_folder, sha256_file
+from dreamenv.console import run_command_line
 from dreamenv.data.manifest import shard_name
 from dreamenv.data.reader import Dataset
 from dreamenv.data.writer import DatasetWriter
@@ -30,19 +32,8 @@ def merge(sources: list[Path], out: Path) -> Path:
     Raises:
         DatasetError: a source is damaged, of another game, or imagined; or `out` holds something else.
     """
-    if not sources:
-        raise DatasetError("merge: no datasets given; name one or more folders")
-    datasets = [Dataset(source) for source in sources]
+    datasets = _opened(sources)
     first = datasets[0].facts
-    for dataset in datasets:
-        for key in _SAME:
-            if dataset.facts.get(key) != first.get(key):
-                raise DatasetError(
-                    f"{dataset.folder}: {key} is {dataset.facts.get(key)!r}, that of {datasets[0].folder} is "
-                    f"{first.get(key)!r}; merge datasets of one game"
-                )
-        if dataset.facts.get("world", "real") != "real":
-            raise DatasetError(f"{dataset.folder}: holds imagined episodes; merge real ones")
     shards = [(dataset, entry) for dataset in datasets for entry in dataset.manifest["shards"]]
     ends = [int(d.facts["start_level"]) + int(d.facts["num_levels"]) for d in datasets]
     begin = min(int(d.facts["start_level"]) for d in datasets)
@@ -85,6 +76,24 @@ def merge(sources: list[Path], out: Path) -> Path:
     return out
 
 
+def _opened(sources: list[Path]) -> list[Dataset]:
+    """The sources, if they belong together."""
+    if not sources:
+        raise DatasetError("merge: no datasets given; name one or more folders")
+    datasets = [Dataset(source) for source in sources]
+    first = datasets[0].facts
+    for dataset in datasets:
+        for key in _SAME:
+            if dataset.facts.get(key) != first.get(key):
+                raise DatasetError(
+                    f"{dataset.folder}: {key} is {dataset.facts.get(key)!r}, that of {datasets[0].folder} is "
+                    f"{first.get(key)!r}; merge datasets of one game"
+                )
+        if dataset.facts.get("world", "real") != "real":
+            raise DatasetError(f"{dataset.folder}: holds imagined episodes; merge real ones")
+    return datasets
+
+
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
@@ -92,21 +101,15 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+def main(sources: Annotated[list[Path], tyro.conf.Positional], out: Path) -> None:
+    """Merge datasets of one game.
+
+    Args:
+        sources: dataset folders.
+        out: the new dataset folder.
+    """
+    print(merge(sources, out))
+
+
 if __name__ == "__main__":
-    import tyro
-
-    from dreamenv.errors import DreamenvError
-
-    def main(sources: Annotated[list[Path], tyro.conf.Positional], out: Path) -> None:
-        """Merge datasets of one game.
-
-        Args:
-            sources: dataset folders.
-            out: the new dataset folder.
-        """
-        print(merge(sources, out))
-
-    try:
-        tyro.cli(main)
-    except DreamenvError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_command_line(main)

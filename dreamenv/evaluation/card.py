@@ -19,99 +19,109 @@ def fidelity_table(card: dict[str, Any]) -> str:
     Raises:
         ConfigError: the card lacks a figure: it is empty, or an older release measured it.
     """
-    rows: list[tuple[str, str, str, str, str]] = []
     sampled = card.get("nfe", 1) > 1
-
-    def add(what: str, dream: str, mean: str = "", copy: str = "", published: str = "") -> None:
-        rows.append((what, dream, mean, copy, published))
-
     try:
-        for h in (h for h in (1, 5, 10, 30, 50) if f"psnr_{h}" in card):
-            mean = f"{card[f'predictor_psnr_{h}']:.2f}" if sampled else ""
-            copied = f"{card[f'copy_psnr_{h}']:.2f}"
-            steps = f"{h} step" if h == 1 else f"{h} steps"
-            add(f"PSNR after {steps}, dB", f"{card[f'psnr_{h}']:.2f}", mean, copied)
-        named = {
-            "psnr_mean_10": "mean of the clips' PSNR, dB",
-            "ssim_10": "SSIM",
-            "psnr_moving_10": "PSNR of moving pixels, dB",
-            "detail_10": "detail kept (1 is all)",
-        }
-        for key, name in named.items():
-            mean = f"{card[f'predictor_{key}']:.2f}" if sampled else ""
-            add(f"{name}, 10 steps", f"{card[key]:.2f}", mean, f"{card[f'copy_{key}']:.2f}")
-        mean = f"{card['predictor_perceptual_10']:.3f}" if sampled else ""
-        add(
-            "perceptual distance, 10 steps (0 is equal, 2 the most)",
-            f"{card['perceptual_10']:.3f}",
-            mean,
-            f"{card['copy_perceptual_10']:.3f}",
+        rows = [*_open_loop(card, sampled), *_others(card)]
+        levels = card["levels"]
+        head = (
+            f"{card['clips']} clips, levels {levels[0]}-{sum(levels) - 1}",
+            f"dream, {card['nfe']} NFE",
+            "its mean, 1 NFE",
+            "copy last frame",
+            "published",
         )
-        add(
-            "random player: PSNR after 10 steps, dB (mean of clips)",
-            f"{card['random_psnr_10']:.2f} ({card['random_psnr_mean_10']:.2f})",
-        )
-        add(
-            "random player: mean PSNR of all frames up to the 10th, dB (the mix of players)",
-            f"{card['random_psnr_frames']:.2f} ({card['psnr_frames']:.2f})",
-            published="GenieRedux, guided: 38.31; Jafar: 12.66",
-        )
-        add(
-            "the same from one frame of context",
-            f"{card['random_one_frame_psnr_frames']:.2f}",
-            published="GenieRedux, guided: 34.44",
-        )
-        add(
-            "autoencoder alone, dB (rare colours)",
-            f"{card['autoencoder_psnr']:.2f} ({card['autoencoder_psnr_rare']:.2f})",
-            published="GenieRedux tokenizer: 38.25",
-        )
-        add(
-            "delta-PSNR, 4 steps, dB (random player)",
-            f"{card['delta_psnr_4']:.2f} ({card['random_delta_psnr_4']:.2f})",
-            published="GenieRedux: 1.89",
-        )
-        add(
-            f"branches nearest their own real one, {card['branch_steps']} steps",
-            f"{card['branch_accuracy']:.1%} (guessing: {card['branch_chance']:.1%})",
-        )
-        add("best time shift of frames / actions (0 is right)", f"{card['frame_offset']} / {card['action_offset']}")
-        for key in sorted(k[:-3] for k in card if k.endswith("_ap") and not k.startswith("drifted_")):
-            if card[f"{key}_ap"] is None or card[f"drifted_{key}_ap"] is None:
-                continue
-            add(
-                f"{key.replace('_', ' ')}: average precision (after {card['drift']} dreamt steps; base rate)",
-                f"{card[f'{key}_ap']:.3f} ({card[f'drifted_{key}_ap']:.3f}; {card[f'{key}_base_rate']:.2%})",
-            )
-        add(
-            "end of episode: calibration error (where likely)",
-            f"{card['end_calibration_error']:.4f} ({card['end_calibration_error_likely']:.3f})",
-        )
-        add(
-            f"value of {len(card['closed_loop_policies'])} policies, dream against real: Pearson",
-            f"{card['closed_loop_pearson']:.2f} ({_interval(card['closed_loop_pearson_ci'])})",
-            published="WorldGym: 0.78",
-        )
-        add("the same: Spearman", f"{card['closed_loop_spearman']:.2f} ({_interval(card['closed_loop_spearman_ci'])})")
-        add("the same: mean absolute error of the return", f"{card['closed_loop_mean_absolute_error']:.2f}")
-        add(
-            f"{card['endless_dreams']} dreams of {card['endless_steps']:,} steps: share that diverged",
-            f"{card['endless_diverged']:.0%}",
-        )
-        add("uncertainty against the true error, Spearman", f"{card['uncertainty_error_spearman']:.2f}")
     except KeyError as error:
         raise ConfigError(
             f"card: has no figure {error}; measure it anew with dreamenv compare --thorough --card"
         ) from None
-    head = (
-        f"{card['clips']} clips, levels {card['levels'][0]}-{sum(card['levels']) - 1}",
-        f"dream, {card['nfe']} NFE",
-        "its mean, 1 NFE",
-        "copy last frame",
-        "published",
-    )
     columns = [0, 1, 2, 3, 4] if sampled else [0, 1, 3, 4]  # one evaluation is the mean
     return "\n".join("| " + " | ".join(row[c] for c in columns) + " |" for row in (head, ("---",) * 5, *rows))
+
+
+Row = tuple[str, str, str, str, str]
+_NAMED = {
+    "psnr_mean_10": ("mean of the clips' PSNR, dB, 10 steps", ".2f"),
+    "ssim_10": ("SSIM, 10 steps", ".2f"),
+    "psnr_moving_10": ("PSNR of moving pixels, dB, 10 steps", ".2f"),
+    "detail_10": ("detail kept (1 is all), 10 steps", ".2f"),
+    "perceptual_10": ("perceptual distance, 10 steps (0 is equal, 2 the most)", ".3f"),
+}
+
+
+def _open_loop(card: dict[str, Any], sampled: bool) -> list[Row]:
+    """Rows that stand beside the mean's and those of copying."""
+    horizons = [h for h in (1, 5, 10, 30, 50) if f"psnr_{h}" in card]
+    named = {f"psnr_{h}": (f"PSNR after {h} {'step' if h == 1 else 'steps'}, dB", ".2f") for h in horizons} | _NAMED
+    return [
+        (
+            name,
+            format(card[key], style),
+            format(card[f"predictor_{key}"], style) if sampled else "",
+            format(card[f"copy_{key}"], style),
+            "",
+        )
+        for key, (name, style) in named.items()
+    ]
+
+
+def _others(card: dict[str, Any]) -> list[Row]:
+    """Rows of one figure each, or of two of a kind, beside published ones."""
+    c = card
+
+    def two(first: str, second: str, style: str = ".2f") -> str:
+        return f"{c[first]:{style}} ({c[second]:{style}})"
+
+    rows = [
+        ("random player: PSNR after 10 steps, dB (mean of clips)", two("random_psnr_10", "random_psnr_mean_10")),
+        (
+            "random player: mean PSNR of all frames up to the 10th, dB (the mix of players)",
+            two("random_psnr_frames", "psnr_frames"),
+            "GenieRedux, guided: 38.31; Jafar: 12.66",
+        ),
+        ("the same from one frame of context", f"{c['random_one_frame_psnr_frames']:.2f}", "GenieRedux, guided: 34.44"),
+        (
+            "autoencoder alone, dB (rare colours)",
+            two("autoencoder_psnr", "autoencoder_psnr_rare"),
+            "GenieRedux tokenizer: 38.25",
+        ),
+        ("delta-PSNR, 4 steps, dB (random player)", two("delta_psnr_4", "random_delta_psnr_4"), "GenieRedux: 1.89"),
+        (
+            f"branches nearest their own real one, {c['branch_steps']} steps",
+            f"{c['branch_accuracy']:.1%} (guessing: {c['branch_chance']:.1%})",
+        ),
+        ("best time shift of frames / actions (0 is right)", f"{c['frame_offset']} / {c['action_offset']}"),
+        *_outcomes(c),
+        (
+            "end of episode: calibration error (where likely)",
+            f"{c['end_calibration_error']:.4f} ({c['end_calibration_error_likely']:.3f})",
+        ),
+        (
+            f"value of {len(c['closed_loop_policies'])} policies, dream against real: Pearson",
+            f"{c['closed_loop_pearson']:.2f} ({_interval(c['closed_loop_pearson_ci'])})",
+            "WorldGym: 0.78",
+        ),
+        ("the same: Spearman", f"{c['closed_loop_spearman']:.2f} ({_interval(c['closed_loop_spearman_ci'])})"),
+        ("the same: mean absolute error of the return", f"{c['closed_loop_mean_absolute_error']:.2f}"),
+        (
+            f"{c['endless_dreams']} dreams of {c['endless_steps']:,} steps: share that diverged",
+            f"{c['endless_diverged']:.0%}",
+        ),
+        ("uncertainty against the true error, Spearman", f"{c['uncertainty_error_spearman']:.2f}"),
+    ]
+    return [(row[0], row[1], "", "", row[2] if len(row) > 2 else "") for row in rows]
+
+
+def _outcomes(card: dict[str, Any]) -> list[tuple[str, str]]:
+    """A row for each outcome that occurred on real and on dreamt contexts."""
+    keys = sorted(k[:-3] for k in card if k.endswith("_ap") and not k.startswith("drifted_"))
+    return [
+        (
+            f"{key.replace('_', ' ')}: average precision (after {card['drift']} dreamt steps; base rate)",
+            f"{card[f'{key}_ap']:.3f} ({card[f'drifted_{key}_ap']:.3f}; {card[f'{key}_base_rate']:.2%})",
+        )
+        for key in keys
+        if card[f"{key}_ap"] is not None and card[f"drifted_{key}_ap"] is not None
+    ]
 
 
 def _interval(pair: list[float]) -> str:

@@ -7,18 +7,15 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch
 from gymnasium.vector import AutoresetMode
 
 from dreamenv.bundle import Bundle, bundled_agent
 from dreamenv.config import check
-from dreamenv.contract.actions import NUM_ACTIONS
 from dreamenv.contract.noise import philox
-from dreamenv.evaluation.clips import HELD_OUT, step_noise
-from dreamenv.evaluation.metrics import detail, interval, pearson, spearman
+from dreamenv.evaluation.clips import HELD_OUT
+from dreamenv.evaluation.metrics import interval, pearson, spearman
 from dreamenv.flow import SamplerConfig
 from dreamenv.policies.simple import VectorPolicy, make_policy
-from dreamenv.types import Clips, State
 from dreamenv.vector import DreamVectorEnv
 
 POLICIES = (
@@ -186,78 +183,3 @@ def agreement(results: dict[str, tuple[Episodes, Episodes]], replicates: int = 2
         for p, name in enumerate(names)
     ]
     return out
-
-
-def endless(
-    bundle: Bundle,
-    clips: Clips,
-    steps: int = 5000,
-    num_envs: int = 1,
-    policy: str = "random",
-    sampler: SamplerConfig | None = None,
-    shown: tuple[int, ...] = (1, 100, 1000, 5000),
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Dream on from real contexts without any reset, ends of episodes ignored, and watch whether the picture holds.
-
-    Args:
-        bundle: the bundle.
-        clips: real clips; their contexts are where the dreams start, their frames the reference.
-        steps: how long.
-        num_envs: how many dreams.
-        policy: who plays, see `dreamenv.policies.simple.make_policy`.
-        sampler: how the dream is drawn.
-        shown: steps whose frames are kept.
-        seed: decides actions and noise.
-
-    Raises:
-        ConfigError: `steps` < 1.
-        PolicyError: an unknown policy.
-
-    Returns:
-        `diverged`: share of dreams whose latent left the trained range at least once (they start again);
-        `step` (T,), and at those steps the means `latent_rms`, `detail` (see `dreamenv.evaluation.metrics.detail`) and
-        `brightness` in 0..1; the same of the clips' real frames as `real_latent_rms` ...; and `frames` uint8
-        (num_envs, S, 64, 64, 3) after the steps `shown` (S,) that were reached.
-    """
-    check(steps >= 1, f"steps {steps}: must be >= 1")
-    sampler = sampler or SamplerConfig()
-    model, k = bundle.world_model, clips.context
-    begin = np.resize(np.arange(len(clips.frames)), num_envs)
-    start = model.start(clips.frames[begin, :k], clips.actions[begin, : k - 1])
-    actor, rng = make_policy(policy, np.ones(NUM_ACTIONS)), philox((seed, 0xE0D1E55))
-
-    def statistics(latents: torch.Tensor, frames: np.ndarray) -> tuple[float, float, float]:
-        return float(latents.square().mean().sqrt()), float(detail(frames).mean()), float(frames.mean() / 255)
-
-    sample = clips.frames[:256, -1]
-    real = statistics(model.encode(sample), sample)
-    state, lost = start, np.zeros(num_envs, bool)
-    frames = clips.frames[begin, k - 1]
-    rows: list[tuple[float, ...]] = []
-    kept: list[np.ndarray] = []
-    for t in range(1, steps + 1):
-        noise = step_noise(model, sampler, seed, np.arange(num_envs), t)
-        actions = actor.act(frames, np.full(num_envs, t == 1), rng)
-        state = model.step(state, actions, noise, sampler).state
-        gone = bundle.limits.exceeded(state.latents[:, -1])
-        if gone.any():
-            lost |= gone.cpu().numpy()
-            state = State.where(gone, start, state)
-        watched = t in shown or t == steps or t % max(steps // 100, 1) == 0
-        if watched or actor.looks:
-            frames = model.render(state).numpy()
-        if watched:
-            rows.append((t, *statistics(state.latents[:, -1], frames)))
-        if t in shown:
-            kept.append(frames)
-    names = ("latent_rms", "detail", "brightness")
-    columns = dict(zip(("step", *names), np.array(rows).T, strict=True))
-    film = np.stack(kept, 1) if kept else np.zeros((num_envs, 0, 64, 64, 3), np.uint8)
-    return {
-        "diverged": float(lost.mean()),
-        "frames": film,
-        "shown": [t for t in shown if t <= steps],
-        **columns,
-        **{f"real_{n}": v for n, v in zip(names, real, strict=True)},
-    }

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 
 from dreamenv.bundle import GameFacts
 from dreamenv.config import check
 from dreamenv.contract.actions import COMBOS, NUM_ACTIONS
 from dreamenv.contract.noise import philox
-from dreamenv.evaluation.clips import HELD_OUT, imagine, open_loop
+from dreamenv.evaluation.clips import HELD_OUT, real_envs
+from dreamenv.evaluation.imagine import imagine, open_loop
 from dreamenv.evaluation.metrics import psnr, squared_error
 from dreamenv.flow import SamplerConfig
 from dreamenv.policies.simple import make_policy
@@ -128,14 +128,7 @@ def branch_real(
     """
     check(count >= 1 and steps >= 1, f"branches {count} of {steps} steps: must both be >= 1")
     num_envs = min(32, count)
-    envs: Any = gym.make_vec(
-        "envs:RealProcgen-v0",
-        num_envs=num_envs,
-        game=game.name,
-        start_level=levels[0],
-        num_levels=levels[1],
-        distribution_mode=game.distribution_mode,
-    )
+    envs = real_envs(game.name, num_envs, levels, game.distribution_mode)
     actor = make_policy(policy, np.asarray(envs.unwrapped.game.bias))
     rng = philox((seed, 0xB2A2C4))
     actions = distinct_actions(game)
@@ -161,13 +154,8 @@ def branch_real(
         usable = (age >= context - 1) & (age + steps < envs.unwrapped.game.max_steps) & (len(past) == context)
         if not usable.any():
             continue
-        real = np.empty((num_envs, len(actions), steps, 64, 64, 3), np.uint8)
-        for a, action in enumerate(actions):
-            envs.unwrapped.restore(moment)
-            for h in range(steps):
-                real[:, a, h], _, terminated, truncated, _ = envs.step(np.full(num_envs, action))
-                usable &= ~(terminated | truncated)
-        envs.unwrapped.restore(moment)
+        real, whole = _branches_of(envs, moment, actions, steps)
+        usable &= whole
         history = np.stack(taken, 1) if taken else np.zeros((num_envs, 0), np.int64)
         kept = rng.permutation(np.flatnonzero(usable))[:share]
         rows.append((np.stack(past, 1)[kept], history[kept], real[kept]))
@@ -175,6 +163,20 @@ def branch_real(
     envs.close()
     contexts, histories, reals = (np.concatenate(column)[:count] for column in zip(*rows, strict=True))
     return Branches(contexts, histories, actions, reals)
+
+
+def _branches_of(envs: Any, moment: bytes, actions: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Frames uint8 (N, A, H, ...) of each action held from a moment, and bool (N,), where none ends the episode."""
+    n = envs.num_envs
+    real = np.empty((n, len(actions), steps, *envs.single_observation_space.shape), np.uint8)
+    whole = np.ones(n, bool)
+    for a, action in enumerate(actions):
+        envs.unwrapped.restore(moment)
+        for h in range(steps):
+            real[:, a, h], _, terminated, truncated, _ = envs.step(np.full(n, action))
+            whole &= ~(terminated | truncated)
+    envs.unwrapped.restore(moment)
+    return real, whole
 
 
 def branch_dream(model: WorldModel, branches: Branches, sampler: SamplerConfig, seed: int = 0) -> np.ndarray:

@@ -10,10 +10,12 @@ import numpy as np
 
 from dreamenv.artifacts import write_json
 from dreamenv.bundle import bundled_agent, load_bundle, resolve_bundle
-from dreamenv.evaluation.clips import cut_clips, open_loop, outcome_scores, play_real
-from dreamenv.evaluation.compare import compare_open_loop, outcome_figures
+from dreamenv.evaluation.clips import cut_clips, play_real
 from dreamenv.evaluation.figures import save_grid, save_horizon_plot, side_by_side
+from dreamenv.evaluation.imagine import open_loop
 from dreamenv.evaluation.metrics import colour_frequencies
+from dreamenv.evaluation.open_loop import compare_open_loop
+from dreamenv.evaluation.outcomes import outcome_figures, outcome_scores
 from dreamenv.flow import SamplerConfig
 from dreamenv.types import Clips
 from dreamenv.video import save_video

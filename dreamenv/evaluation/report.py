@@ -13,7 +13,7 @@ import numpy as np
 from dreamenv.artifacts import atomic_file, write_json
 from dreamenv.bundle import Bundle
 from dreamenv.config import to_dict
-from dreamenv.evaluation.compare import CompareConfig, Comparison, outcome_confusion, outcome_curve
+from dreamenv.evaluation.compare import CompareConfig
 from dreamenv.evaluation.figures import (
     save_calibration_plot,
     save_endless_plot,
@@ -22,6 +22,8 @@ from dreamenv.evaluation.figures import (
     save_value_plot,
     side_by_side,
 )
+from dreamenv.evaluation.open_loop import Comparison
+from dreamenv.evaluation.outcomes import outcome_confusion, outcome_curve
 from dreamenv.video import save_video
 
 _SHOWN = (1, 3, 5, 10, 15, 20, 30, 40, 50, 75, 100)
@@ -125,24 +127,34 @@ def document(title: str, parts: list[str]) -> str:
 
 
 def _page(out: Path, bundle: Bundle, config: CompareConfig, result: Comparison, steps: np.ndarray) -> str:
-    f, model = result.figures, bundle.world_model
+    parts = _seen(out, bundle, config, result, steps)
+    if "delta_psnr_4" in result.figures:
+        parts += _controllability(out, result.figures)
+    if result.outcomes:
+        parts += _outcomes(out, bundle, config, result)
+    if result.episodes:
+        parts += _closed_loop(out, result)
+    if result.endless:
+        parts += _endless(out, result)
+    return document(f"{bundle.game.name}: dream against reality", parts)
 
-    def picture(name: str, alt: str, kind: str = "") -> str:
-        return embed(out / name, alt, kind)
 
+def _seen(out: Path, bundle: Bundle, config: CompareConfig, result: Comparison, steps: np.ndarray) -> list[str]:
+    """Films, strips and the open loop."""
+    f = result.figures
     first, last = config.levels[0], config.levels[0] + config.levels[1] - 1
-    parts = [
+    return [
         f"<h1>{html.escape(bundle.game.name)}: the dream against the real game</h1>",
         f"<p>{f['clips']} real clips on levels {first} to {last}, played by <code>{html.escape(config.policy)}</code>. "
         f"The dream sees {f['context']} real frames and then only the actions; {f['nfe']} network evaluations a step, "
         f"solver {f['solver']}, temperature {f['temperature']:g}, seed {config.seed}.</p>"
         f"<p class=note>Bundle {bundle.identity[:16]}, {html.escape(bundle.game.distribution_mode)} mode.</p>",
         "<h2>What it looks like</h2>",
-        picture("side_by_side.mp4", ""),
+        embed(out / "side_by_side.mp4", ""),
         f"<p>Upper rows real, lower rows dreamt; steps {', '.join(map(str, steps))}.</p>",
-        picture("film_strip.png", "film strip"),
+        embed(out / "film_strip.png", "film strip"),
         "<h2>Open loop</h2>",
-        picture("horizon.png", "PSNR by step", "plot"),
+        embed(out / "horizon.png", "PSNR by step", "plot"),
         table(
             result.table,
             {
@@ -158,8 +170,8 @@ def _page(out: Path, bundle: Bundle, config: CompareConfig, result: Comparison, 
             },
         ),
         "<p class=note>PSNR in dB, of the mean squared error over all clips unless it says otherwise. Detail is the "
-        "mean difference of neighbouring pixels relative to the real frames': 1 is as crisp, less is fog. The perceptual "
-        "distance compares EfficientNet-Lite0 features: 0 is equal, 2 as far as can be; it is neither LPIPS nor "
+        "mean difference of neighbouring pixels relative to the real frames': 1 is as crisp, less is fog. The "
+        "perceptual distance compares EfficientNet-Lite0 features: 0 is equal, 2 as far as can be; neither LPIPS nor "
         "FID.</p>",
         f"<p>Fréchet distance of the dreamt frames' features from the real ones': {_number(f.get('frechet'))}.</p>",
         *(
@@ -175,84 +187,99 @@ def _page(out: Path, bundle: Bundle, config: CompareConfig, result: Comparison, 
         f"<p>The model's own uncertainty ranks the error of its first step with Spearman "
         f"{f['uncertainty_error_spearman']:.2f}.</p>",
     ]
-    if "delta_psnr_4" in f:
-        parts += [
-            "<h2>Does it do what it is told?</h2>",
-            f"<p>Under random instead of the true actions PSNR falls by {f['delta_psnr_4']:.2f} dB after 4 steps "
-            "(delta-PSNR). On clips of a random player the PSNR itself is "
-            f"{f['random_psnr_1']:.2f} dB after one step and {f['random_psnr_10']:.2f} dB after ten (mean of clips "
-            f"{f['random_psnr_mean_10']:.2f} dB; from one frame of context "
-            f"{f['random_one_frame_psnr_10']:.2f} dB; the mean PSNR of all frames up to the tenth, as GenieRedux states "
-            "it, "
-            f"{f['random_psnr_frames']:.2f} dB, from one frame {f['random_one_frame_psnr_frames']:.2f} dB), and "
-            "random actions "
-            "other than its own cost "
-            f"{f['random_delta_psnr_4']:.2f} dB after four.</p>",
-            f"<p>{f['branches']} real moments, branched under every distinct action for {f['branch_steps']} steps: of "
-            f"the dreamt branches, {f['branch_accuracy']:.1%} lie nearest to their own real branch "
-            f"(guessing: {f['branch_chance']:.1%}; {f['branch_distinct']:.1f} different pictures a moment).</p>",
-            f"<p>On the random player's clips, best time shift of the actions: {f['action_offset']}, of the frames: "
-            f"{f['frame_offset']} (0 is right).</p>",
-            "<p>Three moments, one column for each action: upper rows real, lower rows dreamt.</p>",
-            picture("branches.png", "branches"),
+
+
+def _controllability(out: Path, f: dict[str, Any]) -> list[str]:
+    """Whether the dream does what it is told."""
+    return [
+        "<h2>Does it do what it is told?</h2>",
+        f"<p>Under random instead of the true actions PSNR falls by {f['delta_psnr_4']:.2f} dB after 4 steps "
+        "(delta-PSNR). On clips of a random player the PSNR itself is "
+        f"{f['random_psnr_1']:.2f} dB after one step and {f['random_psnr_10']:.2f} dB after ten (mean of clips "
+        f"{f['random_psnr_mean_10']:.2f} dB; from one frame of context "
+        f"{f['random_one_frame_psnr_10']:.2f} dB; the mean PSNR of all frames up to the tenth, as GenieRedux states "
+        "it, "
+        f"{f['random_psnr_frames']:.2f} dB, from one frame {f['random_one_frame_psnr_frames']:.2f} dB), and "
+        "random actions "
+        "other than its own cost "
+        f"{f['random_delta_psnr_4']:.2f} dB after four.</p>",
+        f"<p>{f['branches']} real moments, branched under every distinct action for {f['branch_steps']} steps: of "
+        f"the dreamt branches, {f['branch_accuracy']:.1%} lie nearest to their own real branch "
+        f"(guessing: {f['branch_chance']:.1%}; {f['branch_distinct']:.1f} different pictures a moment).</p>",
+        f"<p>On the random player's clips, best time shift of the actions: {f['action_offset']}, of the frames: "
+        f"{f['frame_offset']} (0 is right).</p>",
+        "<p>Three moments, one column for each action: upper rows real, lower rows dreamt.</p>",
+        embed(out / "branches.png", "branches"),
+    ]
+
+
+def _outcomes(out: Path, bundle: Bundle, config: CompareConfig, result: Comparison) -> list[str]:
+    """What the head says of reward and end, on real and on dreamt contexts."""
+    f, model = result.figures, bundle.world_model
+    parts = ["<h2>Reward and end of the episode</h2>", embed(out / "calibration.png", "calibration", "plot")]
+    names = [f"reward {r:g}{', end' if t else ''}" for r, t in zip(model.rewards, model.terminated, strict=True)]
+    for name, scores in result.outcomes.items():
+        prefix = "drifted_" if name == "drifted" else ""
+        keys = [
+            k[len(prefix) : -3]
+            for k in f
+            if k.startswith(prefix) and k.endswith("_ap") and k.startswith("drifted_") == bool(prefix)
         ]
-    if result.outcomes:
-        parts += ["<h2>Reward and end of the episode</h2>", picture("calibration.png", "calibration", "plot")]
-        names = [f"reward {r:g}{', end' if t else ''}" for r, t in zip(model.rewards, model.terminated, strict=True)]
-        for name, scores in result.outcomes.items():
-            prefix = "drifted_" if name == "drifted" else ""
-            keys = [
-                k[len(prefix) : -3]
-                for k in f
-                if k.startswith(prefix) and k.endswith("_ap") and k.startswith("drifted_") == bool(prefix)
-            ]
-            rows = [{"what": k} | {c: f[f"{prefix}{k}_{c}"] for c in ("ap", "base_rate", "events")} for k in keys]
-            title = f"contexts dreamt for {config.drift} steps" if prefix else "real contexts"
-            parts.append(
-                f"<h3>On {title}</h3>"
-                + table(rows, {"what": "", "ap": "average precision", "base_rate": "base rate", "events": "events"})
-            )
-            matrix = outcome_confusion(model, scores)
-            parts.append(
-                table(
-                    [
-                        {"what": f"really {n}"} | {str(j): float(v) for j, v in enumerate(row)}
-                        for n, row in zip(names, matrix, strict=True)
-                    ],
-                    {"what": "steps"} | {str(j): f"said {n}" for j, n in enumerate(names)},
-                )
-            )
-    if result.episodes:
-        parts += [
-            "<h2>Closed loop</h2>",
-            f"<p>{len(result.episodes)} policies, {f['closed_loop_episodes']} episodes each from the same first frames, "
-            f"cut off after {f['closed_loop_limit']} steps. Value in the dream against value in the game: Pearson "
-            f"{f['closed_loop_pearson']:.2f} ({_number(f['closed_loop_pearson_ci'])}), Spearman "
-            f"{f['closed_loop_spearman']:.2f} ({_number(f['closed_loop_spearman_ci'])}), mean absolute error "
-            f"{f['closed_loop_mean_absolute_error']:.2f}; 95 % bootstrap intervals.</p>",
-            picture("policies.png", "values", "plot"),
+        rows = [{"what": k} | {c: f[f"{prefix}{k}_{c}"] for c in ("ap", "base_rate", "events")} for k in keys]
+        title = f"contexts dreamt for {config.drift} steps" if prefix else "real contexts"
+        parts.append(
+            f"<h3>On {title}</h3>"
+            + table(rows, {"what": "", "ap": "average precision", "base_rate": "base rate", "events": "events"})
+        )
+        matrix = outcome_confusion(model, scores)
+        parts.append(
             table(
-                f["closed_loop_policies"],
-                {
-                    "policy": "policy",
-                    "real_return": "real return",
-                    "real_return_ci": "95 %",
-                    "dream_return": "dream return",
-                    "dream_return_ci": "95 %",
-                    "real_length": "real length",
-                    "dream_length": "dream length",
-                    "real_success": "real success",
-                    "dream_success": "dream success",
-                },
-            ),
-        ]
-    if result.endless:
-        parts += [
-            "<h2>Endless dream</h2>",
-            f"<p>{f['endless_dreams']} dreams of {f['endless_steps']} steps of random play without a reset: "
-            f"{f['endless_diverged']:.0%} of them left the trained range. Frames after "
-            f"{', '.join(map(str, result.endless['shown']))} steps, one row for each dream:</p>",
-            picture("endless_frames.png", "frames"),
-            picture("endless.png", "statistics", "plot"),
-        ]
-    return document(f"{bundle.game.name}: dream against reality", parts)
+                [
+                    {"what": f"really {n}"} | {str(j): float(v) for j, v in enumerate(row)}
+                    for n, row in zip(names, matrix, strict=True)
+                ],
+                {"what": "steps"} | {str(j): f"said {n}" for j, n in enumerate(names)},
+            )
+        )
+    return parts
+
+
+def _closed_loop(out: Path, result: Comparison) -> list[str]:
+    """Values of policies in both worlds."""
+    f = result.figures
+    return [
+        "<h2>Closed loop</h2>",
+        f"<p>{len(result.episodes)} policies, {f['closed_loop_episodes']} episodes each from the same first frames, "
+        f"cut off after {f['closed_loop_limit']} steps. Value in the dream against value in the game: Pearson "
+        f"{f['closed_loop_pearson']:.2f} ({_number(f['closed_loop_pearson_ci'])}), Spearman "
+        f"{f['closed_loop_spearman']:.2f} ({_number(f['closed_loop_spearman_ci'])}), mean absolute error "
+        f"{f['closed_loop_mean_absolute_error']:.2f}; 95 % bootstrap intervals.</p>",
+        embed(out / "policies.png", "values", "plot"),
+        table(
+            f["closed_loop_policies"],
+            {
+                "policy": "policy",
+                "real_return": "real return",
+                "real_return_ci": "95 %",
+                "dream_return": "dream return",
+                "dream_return_ci": "95 %",
+                "real_length": "real length",
+                "dream_length": "dream length",
+                "real_success": "real success",
+                "dream_success": "dream success",
+            },
+        ),
+    ]
+
+
+def _endless(out: Path, result: Comparison) -> list[str]:
+    """Dreams without a reset."""
+    f, endless = result.figures, result.endless or {}
+    return [
+        "<h2>Endless dream</h2>",
+        f"<p>{f['endless_dreams']} dreams of {f['endless_steps']} steps of random play without a reset: "
+        f"{f['endless_diverged']:.0%} of them left the trained range. Frames after "
+        f"{', '.join(map(str, endless['shown']))} steps, one row for each dream:</p>",
+        embed(out / "endless_frames.png", "frames"),
+        embed(out / "endless.png", "statistics", "plot"),
+    ]

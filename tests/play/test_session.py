@@ -24,7 +24,8 @@ from dreamenv.flow import SamplerConfig
 from dreamenv.play.headless import film, parse_script
 from dreamenv.play.keys import pressed_action
 from dreamenv.play.recording import FilmRecorder
-from dreamenv.play.session import GRID, Session
+from dreamenv.play.session import Session
+from dreamenv.play.timeline import GRID
 from dreamenv.play.viewer import Viewer
 from dreamenv.play.viewer import run as run_viewer
 from tests.conftest import MEAN, same_bytes, write_toy_bundle

@@ -15,17 +15,16 @@ import numpy as np
 import pygame
 import pytest
 
+import dreamenv.play.events
 import dreamenv.play.window
 from dreamenv.bundle import Bundle, find_bundles
 from dreamenv.contract.actions import NAMES, NOOP
 from dreamenv.data import Dataset
 from dreamenv.errors import ConfigError
-from dreamenv.flow import SamplerConfig
-from dreamenv.play.run import run
+from dreamenv.play.run import PlayConfig, run
 from dreamenv.play.screen import KEYS, Screen, View
 from dreamenv.play.session import Session
 from dreamenv.play.window import Window
-from tests.conftest import MEAN
 
 RIGHT = NAMES.index("right")
 
@@ -191,7 +190,7 @@ def test_a_game_in_the_window(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch,
         [k.K_ESCAPE],
     ]
     Script(script, monkeypatch, every=25)
-    figures = run("coinrun", toy_bundle, "both", 2, 60.0, SamplerConfig(), "cpu", 0, out=tmp_path / "out")
+    figures = run(PlayConfig(bundle=toy_bundle, scale=2, fps=60.0, device="cpu", out=tmp_path / "out"))
     assert figures["steps"] > 50 and figures["latency_median"] is not None and figures["latency_median"] < 1
     assert not pygame.display.get_init() and not threads()
     written = sorted(p.name.split("-")[0] for p in (tmp_path / "out").iterdir())
@@ -226,8 +225,8 @@ def test_a_thousand_random_keys(toy_bundle: Path, monkeypatch: pytest.MonkeyPatc
     known = [getattr(pygame, f"K_{name}") for name in names]
     rng = np.random.default_rng(0)
     Script([[int(k) for k in rng.choice(known, 2)] for _ in range(500)], monkeypatch, every=4)
-    monkeypatch.setattr(dreamenv.play.window, "find_bundles", lambda: [toy_bundle])
-    figures = run("coinrun", toy_bundle, "both", 1, 200.0, SamplerConfig(), "cpu", 0, out=tmp_path / "out")
+    monkeypatch.setattr(dreamenv.play.events, "find_bundles", lambda: [toy_bundle])
+    figures = run(PlayConfig(bundle=toy_bundle, scale=1, fps=200.0, device="cpu", out=tmp_path / "out"))
     assert figures["steps"] > 0 and not threads()
     for path in (tmp_path / "out").glob("*"):
         assert not path.name.startswith("."), f"{path.name}: half written"
@@ -277,11 +276,10 @@ def test_without_a_window_somebody_plays(toy_bundle: Path, tmp_path: Path) -> No
     films = {}
     for name, bundle in (("toy", toy_bundle), ("embedded", None)):
         path = tmp_path / f"{name}.gif"
-        films[name] = run(bundle=bundle, world="dream", headless=path, steps=12, scale=1, device="cpu", sampler=MEAN)
+        films[name] = run(PlayConfig(bundle=bundle, world="dream", headless=path, steps=12, scale=1, device="cpu"))
         assert films[name]["steps"] == 12 and iio.imread(path).shape[0] >= 10
         again = iio.imread(path)
         assert np.abs(np.diff(again.astype(int), axis=0)).max() > 0, "something moves"
-
 
 
 @pytest.mark.parametrize(
@@ -302,7 +300,7 @@ def test_without_a_window_somebody_plays(toy_bundle: Path, tmp_path: Path) -> No
 def test_bad_arguments(toy_bundle: Path, bad: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError):
-        run("coinrun", toy_bundle, **{"device": "cpu", **bad})
+        run(PlayConfig(bundle=toy_bundle, **{"device": "cpu", **bad}))
     assert not list(tmp_path.iterdir()) and not threads()
 
 

@@ -1,0 +1,161 @@
+"""Snapshots of a batch of dreams, and what is made of them: restored, fanned out, a part gone on with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from dreamenv.bundle import Bundle
+from dreamenv.contract.noise import branch_stream
+from dreamenv.contract.snapshot import pack, unpack
+from dreamenv.contract.world import WorldVectorEnv
+from dreamenv.errors import ConfigError, ResetError, SnapshotError
+from dreamenv.flow import SamplerConfig
+from dreamenv.models.state import State
+
+if TYPE_CHECKING:
+    from dreamenv.vector import DreamVectorEnv
+
+_STATE = "state."
+"""How a snapshot calls the tensors of the state, which families name as they like."""
+_COUNTERS = ("frames", "seeds", "streams", "episodes", "steps", "starts", "finished")
+
+
+class Branching(WorldVectorEnv):
+    """The part of `DreamVectorEnv` that copies moments; see there for what the attributes are."""
+
+    bundle: Bundle
+    sampler: SamplerConfig
+    exact: bool
+    truncate_above: float | None
+    _state: State
+    _bank: dict[int, tuple[State, np.ndarray]]
+    _started: bool
+    _draw: bool
+
+    def snapshot(self) -> bytes:
+        """Return the whole batch's state as bytes that `restore` accepts, in another process too.
+
+        Raises:
+            ResetError: before the first reset.
+        """
+        if not self._started:
+            raise ResetError("snapshot() before reset(): call reset() first")
+        arrays = {f"{_STATE}{name}": value for name, value in self._state.arrays().items()}
+        arrays |= {name: getattr(self, f"_{name}") for name in _COUNTERS}
+        return pack("dream", {"bundle": self.bundle.identity, "num_envs": self.num_envs}, arrays)
+
+    def restore(self, data: bytes) -> np.ndarray:
+        """Return to a snapshot and its observations, uint8 (N, 64, 64, 3).
+
+        Raises:
+            SnapshotError: damaged bytes, another bundle, or another number of environments.
+        """
+        arrays = self._unpack(data)
+        if len(arrays["frames"]) != self.num_envs:
+            raise SnapshotError(
+                f"snapshot of {len(arrays['frames'])} environments cannot be restored into "
+                f"{self.num_envs}; make as many, or use branch()"
+            )
+        device = self.bundle.world_model.device
+        kept = {name.removeprefix(_STATE): value for name, value in arrays.items() if name.startswith(_STATE)}
+        self._state = State.from_arrays(kept, device)
+        for name in _COUNTERS:
+            setattr(self, f"_{name}", arrays[name].copy())
+        self._started = True
+        return self._frames.copy()
+
+    def branch(self, data: bytes, n: int, index: int = 0) -> DreamVectorEnv:
+        """Fan one moment out into n futures: a new vector env whose environments all stand at the same moment.
+
+        Branch 0 goes on as the original would; the others draw other noise. Everything else is as in this env.
+
+        Args:
+            data: a snapshot.
+            n: number of futures.
+            index: which environment of the snapshot.
+
+        Raises:
+            SnapshotError: damaged bytes, another bundle, or no such environment.
+            ConfigError: n < 1.
+        """
+        arrays = self._unpack(data)
+        if not isinstance(index, (int, np.integer)) or not 0 <= index < len(arrays["frames"]):
+            raise SnapshotError(f"index {index}: the snapshot holds environments 0..{len(arrays['frames']) - 1}")
+        envs = self._like(n)
+        fanned = {k: np.repeat(v[index : index + 1], n, 0) for k, v in arrays.items()}
+        parent = int(arrays["streams"][index])
+        fanned["streams"] = np.array([branch_stream(parent, k) for k in range(n)], np.uint64)
+        envs.restore(pack("dream", {"bundle": self.bundle.identity, "num_envs": n}, fanned))
+        return envs
+
+    def select(self, rows: Any, draw: bool = True) -> DreamVectorEnv:
+        """Return a new vector env of some of this one's environments, which go on there as they would have here.
+
+        So whoever plays an episode of each need not go on with those that have ended, and who plays without looking at
+        the pictures need not have them drawn, which is a third of a step.
+
+        Args:
+            rows: integers (n,), which of them, n >= 1.
+            draw: whether the new one, and whatever is selected or branched from it, draws what it dreams; if not, it
+                goes on showing the pictures of now, or of a later start.
+
+        Raises:
+            ResetError: before the first reset.
+            ConfigError: no environment, or one that does not exist.
+        """
+        if not self._started:
+            raise ResetError("select() before reset(): call reset() first")
+        rows = np.asarray(rows)
+        if (
+            rows.ndim != 1
+            or not rows.size
+            or rows.dtype.kind not in "iu"
+            or rows.min() < 0
+            or rows.max() >= self.num_envs
+        ):
+            raise ConfigError(f"rows {rows.tolist()}: expected one or more integers in 0..{self.num_envs - 1}")
+        envs = self._like(len(rows))
+        chosen = torch.from_numpy(rows.astype(np.int64)).to(self.bundle.world_model.device)
+        envs._state, envs._bank, envs._started = self._state.rows(chosen), self._bank, True
+        envs._draw = self._draw and draw
+        for name in _COUNTERS:
+            setattr(envs, f"_{name}", getattr(self, f"_{name}")[rows])
+        return envs
+
+    def _like(self, n: int) -> DreamVectorEnv:
+        from dreamenv.vector import DreamVectorEnv
+
+        envs = DreamVectorEnv(
+            n,
+            bundle=self.bundle,
+            sampler=self.sampler,
+            autoreset_mode=self.autoreset_mode,
+            render_mode=self.render_mode,
+            exact=self.exact,
+            truncate_above=self.truncate_above,
+        )
+        envs._draw = self._draw
+        return envs
+
+    def _unpack(self, data: bytes) -> dict[str, np.ndarray]:
+        """The arrays of a snapshot, held against what this environment's own would be."""
+        meta, arrays = unpack("dream", data)
+        if meta.get("bundle") != self.bundle.identity:
+            raise SnapshotError(
+                f"snapshot of bundle {str(meta.get('bundle'))[:12]}, this env dreams with {self.bundle.identity[:12]}; "
+                "load the bundle it was taken with"
+            )
+        own = {f"{_STATE}{name}": value[:1] for name, value in self._state.items()}
+        known = {n: (tuple(v.shape[1:]), str(v.dtype).removeprefix("torch.")) for n, v in own.items()}
+        known |= {n: (v.shape[1:], str(v.dtype)) for n in _COUNTERS for v in [getattr(self, f"_{n}")]}
+        rows = {len(v) if v.ndim else 0 for v in arrays.values()}
+        for name in sorted(set(known) | set(arrays)):
+            found = (arrays[name].shape[1:], str(arrays[name].dtype)) if name in arrays else None
+            if found != known.get(name):
+                raise SnapshotError(f"snapshot: {name} is {found}, expected {known.get(name)}; take it again")
+        if len(rows) != 1 or 0 in rows:
+            raise SnapshotError(f"snapshot: its tensors are of {sorted(rows)} environments; take it again")
+        return arrays

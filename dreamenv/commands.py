@@ -1,0 +1,236 @@
+"""The subcommands of `dreamenv`: their options, and what they print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from dreamenv.evaluation.compare import CompareConfig
+from dreamenv.flow import SamplerConfig
+from dreamenv.play.run import PlayConfig
+from dreamenv.play.run import run as run_play
+
+_COMPARE, _PLAY, _SAMPLER = CompareConfig(), PlayConfig(), SamplerConfig()
+
+
+def _sampler(nfe: int, solver: str = "euler", temperature: float = 1.0, guidance: float = 1.0) -> Any:
+    from dreamenv.config import from_dict
+
+    return from_dict(
+        SamplerConfig, {"nfe": nfe, "solver": solver, "temperature": temperature, "guidance_scale": guidance}
+    )
+
+
+def demo(
+    out: Path = Path("out/demo"),
+    game: str = "coinrun",
+    bundle: Path | None = None,
+    clips: int = 256,
+    horizon: int = 30,
+    nfe: int = _SAMPLER.nfe,
+    device: str = "auto",
+    seed: int = 0,
+) -> None:
+    """Film the dream beside the real game and measure it, on held-out levels; headless.
+
+    Args:
+        out: folder for side_by_side.mp4 and .gif, film_strip.png, horizon.png and metrics.json.
+        game: which embedded bundle.
+        bundle: a bundle folder instead.
+        clips: how many real clips to dream on from.
+        horizon: steps dreamt in each.
+        nfe: network function evaluations per step.
+        device: auto, cpu, cuda ...
+        seed: decides levels, actions and noise.
+    """
+    from dreamenv.evaluation.demo import demo as run
+
+    figures = run(out, game, bundle, clips, horizon, sampler=_sampler(nfe), device=device, seed=seed)["figures"]
+    print(f"\n{'steps dreamt':>14} {'PSNR dB':>9} {'copy last':>9}")
+    for h in (1, 5, 10, 30, 50, 100):
+        if f"psnr_{h}" in figures:
+            print(f"{h:>14} {figures[f'psnr_{h}']:>9.2f} {figures[f'copy_psnr_{h}']:>9.2f}")
+    print(
+        f"{'autoencoder':>14} {figures['autoencoder_psnr']:>9.2f}   rare colours {figures['autoencoder_psnr_rare']:.2f}"
+    )
+    for name in sorted(k[:-3] for k in figures if k.endswith("_ap")):
+        print(
+            f"{name:>14} average precision {figures[f'{name}_ap']:.3f} "
+            f"(base rate {figures[f'{name}_base_rate']:.4f}, {figures[f'{name}_events']} events)"
+        )
+    print(
+        f"end calibration error {figures['end_calibration_error']:.4f}; "
+        f"dreaming at {figures['film_frames_per_s']:.0f} frames/s, three at a time"
+    )
+    print(f"written to {out}/: side_by_side.mp4, side_by_side.gif, film_strip.png, horizon.png, metrics.json")
+
+
+def play(settings: Annotated[PlayConfig, tyro.conf.arg(name="")] = _PLAY) -> None:
+    """Play the dream and the real game side by side; H in the window shows the keys.
+
+    Args:
+        settings: what, how and where.
+    """
+    print(json.dumps(run_play(settings)))
+
+
+def view(
+    data: Annotated[Path, tyro.conf.Positional],
+    episode: int = 0,
+    scale: int = 8,
+    fps: float = 15.0,
+    headless: Path | None = None,
+) -> None:
+    """Look through a dataset's episodes: arrows, SPACE plays, HOME and END jump, the mouse scrubs.
+
+    Args:
+        data: a dataset folder: collected, or recorded in the window.
+        episode: where to begin.
+        scale: window pixels per game pixel.
+        fps: frames per second when it plays.
+        headless: film the episode to this .mp4 or .gif instead of opening a window.
+    """
+    from dreamenv.play.viewer import run
+
+    print(json.dumps(run(data, episode, scale, fps, headless)))
+
+
+def compare(
+    settings: Annotated[CompareConfig, tyro.conf.arg(name="")] = _COMPARE,
+    out: Path = Path("out/compare"),
+    game: str = "coinrun",
+    bundle: Path | None = None,
+    nfe: int = _SAMPLER.nfe,
+    solver: Literal["euler", "heun"] = "euler",
+    temperature: float = 1.0,
+    guidance: float = 1.0,
+    device: str = "auto",
+    quick: bool = False,
+    thorough: bool = False,
+    card: bool = False,
+) -> None:
+    """Measure a bundle against the real game on held-out levels; the last line printed is JSON.
+
+    Args:
+        settings: how much is measured.
+        out: folder for report.html, metrics.json, tables, pictures and films.
+        game: which embedded bundle.
+        bundle: a bundle folder instead.
+        nfe: network function evaluations per step.
+        solver: euler or heun.
+        temperature: scales the dream's noise.
+        guidance: how far to push the dream towards the action; 1 is off, else each evaluation costs two.
+        device: auto, cpu, cuda ...
+        quick: measure less of everything and leave out the closed loop, in under a minute.
+        thorough: twice the steps, negatives and so on, four long dreams; what the embedded card is measured with.
+        card: store the figures in the bundle's card.json.
+    """
+    from tqdm import tqdm
+
+    from dreamenv.bundle import load_bundle, resolve_bundle, update_card
+    from dreamenv.config import check
+    from dreamenv.evaluation.compare import compare as run
+    from dreamenv.evaluation.report import save_comparison
+
+    check(not (quick and thorough), "quick and thorough exclude each other: give one")
+    if quick or thorough:
+        settings = settings.quick() if quick else settings.thorough()
+    folder = resolve_bundle(bundle, game)
+    loaded = load_bundle(folder, device)
+    stages = 6 + bool(settings.drift) + bool(settings.policies) + bool(settings.endless_steps)
+    with tqdm(total=stages, unit="stage", bar_format="{l_bar}{bar}| {n}/{total} [{elapsed}]") as bar:
+        told: list[str] = []
+
+        def progress(stage: str) -> None:
+            bar.update(bool(told))
+            told.append(stage)
+            bar.set_description(f"{stage:>24}")
+
+        result = run(loaded, settings, _sampler(nfe, solver, temperature, guidance), progress)
+        bar.update(1)
+    page = save_comparison(out, loaded, settings, result)
+    figures = result.figures | {"policy": settings.policy, "levels": list(settings.levels), "seed": settings.seed}
+    if card:
+        update_card(folder, figures)
+    print(f"written to {out}/: open {page.name} in a browser", file=sys.stderr)
+    print(json.dumps(figures))
+
+
+def bench(
+    game: str = "coinrun",
+    bundle: Path | None = None,
+    nfe: str = "1,2,4",
+    num_envs: int = 64,
+    seconds: float = 5.0,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    device: str = "auto",
+) -> None:
+    """Measure frames/s of one dream and of many, and peak memory; the last line printed is JSON.
+
+    Args:
+        game: which embedded bundle.
+        bundle: a bundle folder instead.
+        nfe: numbers of function evaluations, separated by commas.
+        num_envs: the large batch.
+        seconds: time per measurement.
+        precision: fp32, bf16, or auto: bf16 where the hardware has it.
+        device: auto, cpu, cuda ...
+    """
+    from dreamenv.errors import ConfigError
+    from dreamenv.evaluation.bench import bench as run
+
+    try:
+        nfes = [int(x) for x in nfe.split(",")]
+    except ValueError:
+        raise ConfigError(f"nfe {nfe!r}: expected integers separated by commas, e.g. 1,2,4") from None
+    result = run(game, bundle, device, nfes, num_envs, seconds, precision)
+    print(f"{'NFE':>4} {'envs':>5} {'steps/s':>9} {'ms/step':>9} {'p95':>7}")
+    for row in result["rows"]:
+        print(
+            f"{row['nfe']:>4} {row['num_envs']:>5} {row['steps_per_s']:>9.1f} {row['ms_per_step_median']:>9.2f} "
+            f"{row['ms_per_step_p95']:>7.2f}"
+        )
+    print(f"peak memory {result['peak_memory_mib']:.0f} MiB")
+    print(json.dumps(result))
+
+
+def info(game: str = "coinrun", bundle: Path | None = None) -> None:
+    """Verify a bundle and print what it is, where it comes from and how faithful it was measured to be.
+
+    Args:
+        game: which embedded bundle.
+        bundle: a bundle folder instead.
+    """
+    from dreamenv.artifacts import read_json
+    from dreamenv.bundle import NETWORKS, bundled_agent, load_bundle, resolve_bundle
+    from dreamenv.config import to_dict
+    from dreamenv.errors import PolicyError
+
+    loaded = load_bundle(resolve_bundle(bundle, game), "cpu")
+    model = loaded.world_model
+    parameters = {n: sum(p.numel() for p in getattr(model, n).parameters()) for n in NETWORKS}
+    size = sum(p.stat().st_size for p in loaded.folder.iterdir() if p.is_file())
+    shipped = bundled_agent(loaded.folder)
+    agent = None if shipped is None else read_json(shipped / "agent.json", PolicyError, "re-download").get("facts")
+    print(
+        json.dumps(
+            {
+                "folder": str(loaded.folder),
+                "identity": loaded.identity,
+                "bytes": size,
+                "parameters": parameters,
+                "game": to_dict(loaded.game),
+                "context": model.context,
+                "latent_shape": list(model.latent_shape),
+                "starts": len(loaded.starts.frames),
+                "agent": agent,
+                "provenance": loaded.provenance,
+                "card": loaded.card,
+            },
+            indent=1,
+        )
+    )

@@ -1,0 +1,73 @@
+"""What the vector environments of both worlds share: spaces, rendering, keys, and checks of their arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box, Discrete
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from dreamenv.config import check
+from dreamenv.contract.actions import NUM_ACTIONS, keys_to_action
+from dreamenv.errors import ConfigError
+
+
+class WorldVectorEnv(VectorEnv):
+    """Base of both worlds' batches; a subclass keeps what it shows in `_frames`, uint8 (N, H, W, C).
+
+    Args:
+        num_envs: batch size.
+        frame: (H, W, C) of an observation.
+        autoreset_mode: as Gymnasium defines them.
+        modes: which of them this world has.
+        render_mode: None or "rgb_array".
+
+    Raises:
+        ConfigError: an argument outside its range.
+    """
+
+    metadata: dict[str, Any] = {
+        "render_modes": ["rgb_array"],
+        "render_fps": 15,
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+    }
+
+    def __init__(
+        self,
+        num_envs: int,
+        frame: tuple[int, int, int],
+        autoreset_mode: AutoresetMode | str,
+        modes: Sequence[AutoresetMode],
+        render_mode: str | None,
+    ) -> None:
+        whole = isinstance(num_envs, int) and not isinstance(num_envs, bool) and num_envs >= 1
+        check(whole, f"num_envs {num_envs!r}: must be an integer >= 1")
+        check(render_mode in (None, "rgb_array"), f"render_mode {render_mode!r}: must be None or 'rgb_array'")
+        known = {m.value: m for m in modes} | {m: m for m in modes}
+        try:
+            self.autoreset_mode = known[autoreset_mode]
+        except (KeyError, TypeError):
+            names = ", ".join(repr(m.value) for m in modes)
+            raise ConfigError(f"autoreset_mode {autoreset_mode!r}: must be one of {names}") from None
+        self.num_envs, self.render_mode = num_envs, render_mode
+        self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
+        self.single_observation_space = Box(0, 255, frame, np.uint8)
+        self.single_action_space = Discrete(NUM_ACTIONS)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._frames = np.zeros((num_envs, *frame), np.uint8)
+
+    def render(self) -> tuple[np.ndarray, ...] | None:
+        """Return one uint8 frame per environment, or None without a render mode."""
+        if self.render_mode is None:
+            gym.logger.warn("render() without a render mode: make the env with render_mode='rgb_array'")
+            return None
+        return tuple(self._frames.copy())
+
+    def get_keys_to_action(self) -> dict[tuple[int, ...], int]:
+        """Return key-code combinations -> action, as `gymnasium.utils.play` wants them."""
+        return keys_to_action()

@@ -1,0 +1,56 @@
+"""Opening Procgen's library, quietly and without locking up."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def quiet_import() -> Iterator[None]:
+    """Silence gym 0.26 and Shimmy, which announce on stderr that they are old, where they are imported and made."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Hold off the garbage collector while gym3 opens the game's library.
+
+    The collector may close an abandoned game there, which takes the cffi lock that the opening already holds: gym3's
+    `__del__` then waits for itself forever.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+_making = threading.Lock()  # silencing and the collector's switch belong to the whole process
+
+
+def make_procgen(**options: Any) -> Any:
+    """Return a `ProcgenGym3Env`, made so that the garbage collector cannot lock it up.
+
+    Raises:
+        ImportError: procgen is not installed; the message says how to.
+    """
+    try:
+        with _making, quiet_import():
+            from procgen import ProcgenGym3Env
+    except ImportError as error:
+        raise ImportError(f"the real game needs procgen ({error}): pip install 'dreamenv[procgen]'") from error
+    with _making, no_collection():
+        env = ProcgenGym3Env(**options)
+        for name in ("libenv_act", "libenv_observe", "libenv_close", "get_state", "set_state"):
+            getattr(env._c_lib, name)  # resolved once, under the same lock
+    return env
