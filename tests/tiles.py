@@ -10,7 +10,7 @@ from dreamenv.models.interface import LatentSpec
 from dreamenv.models.tiles.grid import Grid, phase_of, with_camera
 
 GRID = Grid()
-LATENT = LatentSpec((10, 16, 16), "tiles")
+LATENT = LatentSpec((10, 16, 16), "tiles", 4)
 BACKBONE = {"type": "unet", "channels": [16, 32], "blocks": [1, 1]}
 CODEC = {"type": "tile_autoencoder", "codes": 6, "width": 16, "blocks": 1, "orders": 5}
 FLOW = {"type": "tile_flow", "backbone": BACKBONE, "embedding": 32, "motion": 16}

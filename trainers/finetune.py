@@ -17,13 +17,14 @@ from dreamenv.bundle import Bundle, load_bundle, resolve_bundle
 from dreamenv.config import check, to_dict
 from dreamenv.console import errors_in_one_line
 from dreamenv.contract.games import get_game
+from dreamenv.errors import ConfigError
 from dreamenv.models.io import save_model
 from dreamenv.models.registry import spec_of
 from dreamenv.stages import begin, stage
 from trainers.dreams import dreams_for
 from trainers.encode import load_codec
 from trainers.pipeline import encode, make_bundle, train_stage
-from trainers.recipe import check_values, load_recipe
+from trainers.recipe import check_values, load_recipe, recipes
 from trainers.train import override
 
 _DREAMS = 8192
@@ -82,11 +83,25 @@ def unpack(bundle: Bundle, out: Path) -> None:
     save_model(out / "head-before" / "model", model.head, facts)
 
 
+def recipe_of(config: FinetuneConfig, bundle: Bundle) -> str:
+    """The recipe that was asked for, the bundle's own, or the first one that trains such dynamics."""
+    if config.recipe or bundle.provenance.get("recipe"):
+        return config.recipe or bundle.provenance["recipe"]
+    wanted = spec_of(bundle.world_model.dynamics)["type"]
+    for name in recipes():
+        recipe = load_recipe(name)
+        if (
+            "dynamics" in recipe.finetune
+            and recipe.stages[recipe.finetune["dynamics"]["stage"]]["model"]["type"] == wanted
+        ):
+            return name
+    raise ConfigError(f"bundle {bundle.folder}: no recipe trains {wanted}; name one with --recipe")
+
+
 def stage_values(config: FinetuneConfig, bundle: Bundle, kind: str, latents: Path) -> dict[str, Any]:
     """The sections model, task and loop by which a bundle's "dynamics" or "head" go on."""
     out = config.out
-    name = config.recipe or bundle.provenance.get("recipe") or get_game(bundle.game.name).recipe
-    recipe = load_recipe(name)
+    recipe = load_recipe(recipe_of(config, bundle))
     chosen = recipe.finetune[kind]
     made: dict[str, Any] = {stage: out / stage for stage in recipe.stages}
     values = recipe.values(chosen["stage"], made | {"dreams": dreams_for(_DREAMS, config.minutes, config.steps)})
@@ -126,7 +141,7 @@ def finetune(config: FinetuneConfig) -> Path:
     for kind, values in stages.items():
         stage(out, kind, lambda v=values, k=kind: train_stage(v, out / k))
     parts = {"codec": "codec", "dynamics": "dynamics", "head": "head"}
-    recipe = config.recipe or bundle.provenance.get("recipe") or get_game(bundle.game.name).recipe
+    recipe = recipe_of(config, bundle)
     stage(out, "bundle", lambda: make_bundle(out, config.data, config.starts, parts, recipe))
     return out / "bundle"
 

@@ -27,7 +27,7 @@ class Recipe:
 
     Attributes:
         name: of its file.
-        needs: what the game must have: "camera", "player" (at a fixed place in the picture).
+        needs: what the game must have, see `View.has` in `dreamenv.contract.games`.
         defaults: numbers that `{steps}` and `{ends}` stand for unless the pipeline is told others.
         stages: name -> settings, in order; extra: such as are trained by hand only.
         bundle: which stages are the codec, the dynamics and the head.

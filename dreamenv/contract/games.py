@@ -139,7 +139,7 @@ _VIEWS: dict[str, View] = {
     "fruitbot": View({"easy": 10, "hard": 20}, (False, True), {"easy": (_NAN, 0.92), "hard": (_NAN, 0.96)},
                      {"easy": (10, 60), "hard": (20, 60)}, 12),
 }
-_RECIPES = {"coinrun": "tiles"}
+_RECIPES: dict[str, str] = {}  # of those whose best is not patches
 _RIGHTWARD = {"right": 4.0, "right+up": 5.0, "up": 1.0, "left": 0.6, "left+up": 0.6, "noop": 0.3}
 _FIRE = {"d": "fire"}
 _ACTIONS: dict[str, tuple[dict[str, str], dict[str, float]]] = {  # what they do, and the biased player's weights

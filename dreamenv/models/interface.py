@@ -44,13 +44,16 @@ class LatentSpec:
     shape: tuple[int, int, int]
     """(C, H, W)."""
     layout: str = "patches"
-    """What a cell means, in the codec's own word: "patches" of the picture, "tiles" of the level's grid ..."""
+    """What a cell means, in the codec's own word, such as "patches" of the picture."""
+    known: int = 0
+    """How many of the last channels hold known quantities instead of learnt content."""
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
         c, h, w = self.shape
         check(1 <= c <= 256, f"shape {self.shape}: must have 1..256 channels")
         check(1 <= h <= 128 and 1 <= w <= 128, f"shape {self.shape}: must have 1..128 rows and columns")
+        check(0 <= self.known < c, f"known {self.known}: must be fewer than the {c} channels")
         check(0 < len(self.layout) <= 64, f"layout {self.layout!r}: must be a word")
 
 
@@ -90,7 +93,7 @@ class Codec(nn.Module, ABC):
     @property
     def content_channels(self) -> int:
         """How many of the first channels are learnt content; the others, if any, hold known quantities."""
-        return self.spec.shape[0]
+        return self.spec.shape[0] - self.spec.known
 
     def shared(self) -> dict[str, Any]:
         """Values that the configurations of models on its latents take over, where they have such a field."""

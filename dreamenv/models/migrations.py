@@ -31,6 +31,7 @@ def spec_from_1(spec: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         tiles = new in ("tile_flow", "player_head")
         channels, size = spec.pop("latent_channels", 28 if tiles else 16), spec.pop("latent_size", 16)
         spec["latent"] = {"shape": [channels, size, size], "layout": "tiles" if tiles else "patches"}
+        spec["latent"]["known"] = 4 if tiles else 0
     if kind == "dynamics":
         levels = {key: spec.pop(key) for key in ("channels", "blocks") if key in spec}
         spec["backbone"] = {"type": "unet", **levels}
@@ -40,7 +41,8 @@ def spec_from_1(spec: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 def model_from_1(description: dict[str, Any]) -> dict[str, Any]:
     """`model.json` of version 1 as one of version 2."""
     kind, spec = spec_from_1(description["model"])
-    return {**description, "format_version": 2, "kind": kind, "model": spec}
+    facts = {k.replace("autoencoder_sha256", "codec_sha256"): v for k, v in description["facts"].items()}
+    return {**description, "format_version": 2, "kind": kind, "model": spec, "facts": facts}
 
 
 def tensors_from_1(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -53,12 +55,14 @@ def tensors_from_1(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def bundle_from_1(description: dict[str, Any]) -> dict[str, Any]:
     """`bundle.json` of version 1 as one of version 2; `files` says where its parts are."""
     models = {name: spec_from_1(spec) for name, spec in description["models"].items()}
+    recipe = "tiles" if models["dynamics"][1]["type"] == "tile_flow" else "patches"
     game = {key: description["game"][key] for key in ("name", "distribution_mode", "max_steps")}
     digests = {name.replace("autoencoder.", "codec."): value for name, value in description["sha256"].items()}
     return {
         **description,
         "format_version": 2,
         "game": game,
+        "provenance": {"recipe": recipe, **description["provenance"]},
         "models": {"codec": models["autoencoder"][1], "dynamics": models["dynamics"][1], "head": models["head"][1]},
         "sha256": digests,
         "files": {"codec.safetensors": "autoencoder.safetensors"},

@@ -123,7 +123,7 @@ def test_a_stage_is_done_once(tmp_path: Path) -> None:
 def small_bundle(folder: Path, data: Path) -> Path:
     """A bundle of tiles, small and untrained."""
     torch.manual_seed(0)
-    latent = LatentSpec((10, 16, 16), "tiles")
+    latent = LatentSpec((10, 16, 16), "tiles", 4)
     backbone = {"type": "unet", "channels": (16, 32), "blocks": (1, 1)}
     model = WorldModel(
         TileAutoencoder(TileAutoencoderConfig(codes=6, width=16, blocks=1, orders=5)),

@@ -163,10 +163,9 @@ def test_decoding_depends_on_the_phase_and_pooling_inverts_it() -> None:
     [
         (TileAutoencoderConfig, {"codes": 0}, "codes 0"),
         (TileAutoencoderConfig, {"orders": 99}, "orders 99"),
-        (TileFlowConfig, {"latent": LatentSpec((4, 16, 16), "tiles")}, "more than 4 channels"),
-        (TileFlowConfig, {"latent": LatentSpec((10, 20, 20), "tiles")}, "16 x 16"),
-        (TileFlowConfig, {"latent": LatentSpec((10, 16, 16))}, "must be 'tiles'"),
-        (PlayerHeadConfig, {"latent": LatentSpec((10, 16, 16))}, "must be 'tiles'"),
+        (TileFlowConfig, {"latent": LatentSpec((10, 20, 20), "tiles", 4)}, "16 x 16"),
+        (TileFlowConfig, {"latent": LatentSpec((10, 16, 16))}, "must be of layout 'tiles'"),
+        (PlayerHeadConfig, {"latent": LatentSpec((10, 16, 16))}, "must be of layout 'tiles'"),
         (Grid, {"view": 1}, "view 1"),
         (Grid, {"player": (0.5, 1.5)}, "player"),
         (TileFlowConfig, {"context": 1}, "context 1"),

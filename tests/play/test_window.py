@@ -91,7 +91,7 @@ def test_the_games_pixels_are_enlarged_whole(session: Session) -> None:
 
 
 def test_every_key_of_the_help_does_something() -> None:
-    source = Path(sys.modules["dreamenv.play.window"].__file__ or "").read_text()
+    source = Path(sys.modules["dreamenv.play.events"].__file__ or "").read_text()
     named = {
         "arrows": "keys_to_action",
         "D A W S Q E": "keys_to_action",

@@ -1,4 +1,4 @@
-"""How far what dynamics hint of their next step is from the truth: on tiles, the camera's move."""
+"""How far what dynamics hint of their next step is from the truth."""
 
 from __future__ import annotations
 

@@ -137,12 +137,7 @@ class TileAutoencoder(Codec):
     def spec(self) -> LatentSpec:
         """(codes + 4, window, window), tiles of the level."""
         window = self.config.grid.window
-        return LatentSpec((self.config.codes + CAMERA, window, window), "tiles")
-
-    @property
-    def content_channels(self) -> int:
-        """The codes; phase and move are known quantities."""
-        return self.config.codes
+        return LatentSpec((self.config.codes + CAMERA, window, window), "tiles", CAMERA)
 
     def shared(self) -> dict[str, Any]:
         """See `Codec.shared`: the grid too."""

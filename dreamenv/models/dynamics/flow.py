@@ -39,6 +39,7 @@ class LatentFlowConfig:
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
+        check(not self.latent.known, f"latent.known {self.latent.known}: must be 0, it predicts learnt content only")
         check(1 <= self.context <= 64, f"context {self.context}: must be 1..64")
         check(
             8 <= self.embedding <= 4096 and self.embedding % 4 == 0,

@@ -37,7 +37,7 @@ from dreamenv.models.tiles.player import place_in_tile, surroundings
 class TileFlowConfig:
     """Shape of the dynamics on tiles."""
 
-    latent: LatentSpec = LatentSpec((28, 16, 16), "tiles")
+    latent: LatentSpec = LatentSpec((28, 16, 16), "tiles", CAMERA)
     """What the latents are, the camera's four channels included; training takes it from the codec."""
     grid: Grid = Grid()
     """How the game shows its grid; training takes it from the codec."""
@@ -55,7 +55,8 @@ class TileFlowConfig:
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
         window = self.grid.window
-        check(self.latent.layout == "tiles", f"latent.layout {self.latent.layout!r}: must be 'tiles'")
+        sound = self.latent.layout == "tiles" and self.latent.known == CAMERA
+        check(sound, f"latent {self.latent}: must be of layout 'tiles', {CAMERA} channels of it known")
         check(
             self.latent.shape[0] > CAMERA and self.latent.shape[1:] == (window, window),
             f"latent.shape {self.latent.shape}: must be more than {CAMERA} channels of {window} x {window} tiles",

@@ -24,7 +24,7 @@ _TOLD = 4 + FINE_PLACE  # numbers that the head is told of the player's next mov
 class PlayerHeadConfig(OutcomeHeadConfig):
     """Shape of a head on tiles, and the joint outcomes it tells apart."""
 
-    latent: LatentSpec = LatentSpec((28, 16, 16), "tiles")
+    latent: LatentSpec = LatentSpec((28, 16, 16), "tiles", CAMERA)
     """What the latents are; training takes it from the codec."""
     grid: Grid = Grid()
     """How the game shows its grid; training takes it from the codec."""
@@ -32,7 +32,8 @@ class PlayerHeadConfig(OutcomeHeadConfig):
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
         super().__post_init__()
-        check(self.latent.layout == "tiles", f"latent.layout {self.latent.layout!r}: must be 'tiles'")
+        sound = self.latent.layout == "tiles" and self.latent.known == CAMERA
+        check(sound, f"latent {self.latent}: must be of layout 'tiles', {CAMERA} channels of it known")
         check(self.latent.shape[0] > CAMERA, f"latent.shape {self.latent.shape}: needs more than {CAMERA} channels")
         check(self.context >= 2, f"context {self.context}: must be 2..64")
 
