@@ -1,12 +1,16 @@
-PYTHON ?= python3.11
+# the first of these that is there and can make environments; `make PYTHON=...` takes another
+PYTHON ?= $(shell for v in 3.11 3.12 3.10; do \
+	if python$$v -c 'import ensurepip, venv' >/dev/null 2>&1; then echo python$$v; break; fi; done)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint fidelity clean
+.PHONY: demo test test-all lint fidelity clean
 
 # each stamp is remade when what it installs from changes
 $(VENV)/pip:
+	@test -n "$(PYTHON)" || { echo "make needs Python 3.11, 3.12 or 3.10 with venv, and none is on the PATH:" \
+		"install one, or say make PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
@@ -22,18 +26,24 @@ $(VENV)/test: $(VENV)/demo
 demo: $(VENV)/demo
 	$(BIN)/dreamenv demo --out out/demo
 
+# the fast tests
 test: $(VENV)/test
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/test
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/basedpyright
+	$(BIN)/python .ci/functions.py dreamenv trainers envs agents examples
 
-# measures the embedded bundle anew and writes the README's table
+# measures the embedded bundle anew and writes the table in docs/fidelity.md
 fidelity: $(VENV)/demo
 	$(BIN)/dreamenv compare --thorough --card
-	$(BIN)/python -m dreamenv.evaluation.card README.md
+	$(BIN)/python -m dreamenv.evaluation.card docs/fidelity.md
 
 clean:
 	rm -rf $(VENV) out

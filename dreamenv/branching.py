@@ -126,9 +126,7 @@ class Branching(WorldVectorEnv):
         return envs
 
     def _like(self, n: int) -> DreamVectorEnv:
-        from dreamenv.vector import DreamVectorEnv
-
-        envs = DreamVectorEnv(
+        envs: Any = type(self)(
             n,
             bundle=self.bundle,
             sampler=self.sampler,

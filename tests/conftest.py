@@ -6,6 +6,7 @@ from collections.abc import Iterator
 # toy models gain nothing from a second thread, and lose much when the machine is busy; children inherit it
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+os.environ.setdefault("DREAMENV_PRECISION", "fp32")  # not what the machine has instructions for
 
 from pathlib import Path
 

@@ -237,7 +237,8 @@ def test_two_processes_train_together(data: Path, tmp_path: Path) -> None:
     assert load_model(tmp_path / "run" / "model")[1]["step"] == 6
 
 
-def test_bf16_is_chosen_by_the_hardware() -> None:
+def test_bf16_is_chosen_by_the_hardware_unless_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DREAMENV_PRECISION", raising=False)
     cpu = torch.device("cpu")
     assert pick_precision("bf16", cpu) == "bf16" and pick_precision("fp32", torch.device("cuda")) == "fp32"
     assert pick_precision("auto", torch.device("cuda")) == "bf16"
@@ -245,3 +246,10 @@ def test_bf16_is_chosen_by_the_hardware() -> None:
     assert (pick_precision("auto", cpu) == "bf16") == capable
     with pytest.raises(ConfigError, match="fp8"):
         pick_precision("fp8", cpu)
+    for said in ("fp32", "bf16"):
+        monkeypatch.setenv("DREAMENV_PRECISION", said)
+        assert pick_precision("auto", cpu) == pick_precision("auto", torch.device("cuda")) == said
+        assert pick_precision("fp32", cpu) == "fp32", "who asks for one gets it"
+    monkeypatch.setenv("DREAMENV_PRECISION", "fp8")
+    with pytest.raises(ConfigError, match="fp8"):
+        pick_precision("auto", cpu)
