@@ -126,7 +126,8 @@ class Branching(WorldVectorEnv):
         return envs
 
     def _like(self, n: int) -> DreamVectorEnv:
-        envs: Any = type(self)(
+        cls: Any = type(self)
+        envs: Any = cls(
             n,
             bundle=self.bundle,
             sampler=self.sampler,

@@ -25,6 +25,8 @@ TINY = [
 ]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("default::DeprecationWarning")
 def test_from_the_real_game_to_a_dream_through_the_command_line(tmp_path: Path) -> None:
     """Collect, train every stage, bundle, measure, film and bench: each command as a user would type it."""

@@ -70,6 +70,7 @@ print(digest.hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_a_thousand_steps_are_byte_equal_in_two_processes(toy_bundle: Path) -> None:
     runs = [
         subprocess.run(
@@ -207,6 +208,7 @@ def test_rewards_terminate_and_come_in_real_magnitudes(tmp_path: Path) -> None:
     assert infos["final_info"]["expected_reward"] == pytest.approx([10.0] * 3)
 
 
+@pytest.mark.slow
 def test_snapshot_restore_and_replay_over_200_steps(toy_bundle: Path, tmp_path: Path) -> None:
     envs = DreamVectorEnv(3, bundle=toy_bundle, sampler=NOISY)
     envs.reset(seed=5)

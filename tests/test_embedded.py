@@ -29,6 +29,8 @@ from dreamenv.types import Segment
 from dreamenv.vector import DreamVectorEnv
 from envs.procgen import RealProcgenVectorEnv
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
 
 @pytest.fixture(scope="module")
 def bundle() -> Bundle:

@@ -399,7 +399,7 @@ def test_evaluation_from_the_command_line(toy_bundle: Path, tmp_path: Path) -> N
     assert figures["episodes"] == 5 and set(figures) >= {"mean_return", "ci", "success_rate"}
     assert (tmp_path / "film.mp4").stat().st_size > 1000
     bad = run("--agent", "random", "--levels", "5")
-    assert bad.returncode == 1 and bad.stderr.startswith("error: ") and "Traceback" not in bad.stderr
+    assert bad.returncode == 2 and bad.stderr.startswith("error: ") and "Traceback" not in bad.stderr
     with pytest.raises(PolicyError, match="bundled"):
         evaluate("bundled", "dream", bundle=toy_bundle, episodes=1)
     with pytest.raises(PolicyError, match="unknown"):

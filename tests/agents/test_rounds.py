@@ -139,6 +139,8 @@ def small_bundle(folder: Path, data: Path) -> Path:
     return save_bundle(folder, model, GameFacts("coinrun", "easy", 1000), Limits(1e6, 1e6), starts, {})
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_rounds_end_to_end_and_resumed(two: list[Path], tmp_path: Path) -> None:
     """Collect, merge, fine-tune, measure, train, judge, twice; killed stages are found done by the next run."""
     toy = tmp_path / "ppo.yaml"

@@ -426,6 +426,7 @@ def test_pickled_weights_are_read_without_unpickling() -> None:
         perceptual.read_legacy_weights(Path(__file__), perceptual._SHA256)
 
 
+@pytest.mark.slow
 def test_perceptual_distances_grow_with_damage() -> None:
     frames = play_real("coinrun", 4, 16, "biased", seed=5).frames.reshape(-1, 64, 64, 3)
     fog = (frames.astype(float).mean((1, 2), keepdims=True) * 0.5 + frames * 0.5).astype(np.uint8)

@@ -91,7 +91,8 @@ def test_the_games_pixels_are_enlarged_whole(session: Session) -> None:
 
 
 def test_every_key_of_the_help_does_something() -> None:
-    source = Path(sys.modules["dreamenv.play.events"].__file__ or "").read_text()
+    folder = Path(dreamenv.play.window.__file__).parent
+    source = "".join((folder / name).read_text() for name in ("events.py", "window.py"))
     named = {
         "arrows": "keys_to_action",
         "D A W S Q E": "keys_to_action",
@@ -199,6 +200,7 @@ def test_a_game_in_the_window(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch,
     assert len(recorded) > 20 and recorded.facts["world"] in ("dream", "real")
 
 
+@pytest.mark.slow
 def test_a_thousand_random_keys(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     names = (
         "TAB",

@@ -37,6 +37,8 @@ FLOW = {
     "filter_bank": 4,
 }
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
 
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -34,6 +34,8 @@ from trainers.tasks.dynamics import DynamicsTask, DynamicsTaskConfig
 from trainers.tasks.outcome import OutcomeTask, OutcomeTaskConfig
 from trainers.train import train
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
 
 def loop(steps: int, batch: int) -> dict[str, Any]:
     return {
@@ -295,7 +297,6 @@ def test_a_bundle_of_tiles_dreams_and_repeats_itself(trained: Path, tmp_path: Pa
     assert runs[0].shape == (3, 64, 64, 3) and np.array_equal(runs[0], runs[1]) and np.array_equal(runs[2], runs[3])
 
 
-@pytest.mark.slow
 def test_a_recipe_makes_a_bundle_of_tiles(tmp_path: Path, precision: str) -> None:
     small = (
         *(

@@ -43,6 +43,8 @@ def config(data: Path, **loop: object) -> dict:
     return {"model": TINY_AE, "task": task, "loop": {"steps": 60, "batch_size": 4, **every, **loop}}
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_killed_ten_times_training_ends_with_the_same_bytes(data: Path, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(config(data)))
@@ -82,6 +84,8 @@ def test_killed_ten_times_training_ends_with_the_same_bytes(data: Path, tmp_path
     assert losses("killed") == losses("whole") and len(losses("whole")) == 9
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_training_improves_on_pca_and_logs(data: Path, tmp_path: Path) -> None:
     before = train(config(data, steps=1, lr=1e-6), tmp_path / "a")
     after = train(config(data, steps=150, batch_size=16), tmp_path / "b")
@@ -228,6 +232,8 @@ def test_recorded_steps_learn_what_others_do(tmp_path: Path, monkeypatch: pytest
         torch.testing.assert_close(weights[1][name], value)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_processes_train_together(data: Path, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(config(data, steps=6)))
