@@ -1,4 +1,4 @@
-"""The preprocessing stack of the document this project grew from (SEED 2.3), from Gymnasium's own wrappers."""
+"""The preprocessing stack of the founding document (docs: grey, 84 x 84, stacked), from Gymnasium's own wrappers."""
 
 from __future__ import annotations
 

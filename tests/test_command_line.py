@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from dreamenv import commands
 from dreamenv.bundle import load_bundle
+from dreamenv.cli import COMMANDS
 
 SHAPE = ("backbone={type: unet, channels: [16, 32], blocks: [1, 1]}", "embedding=32", "filter_bank=4")
 TINY = [
@@ -145,3 +148,34 @@ def test_a_user_error_is_one_line(command: list[str], problem: str, tmp_path: Pa
     )
     assert problem in done.stderr
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+def test_help_comes_without_torch_and_says_what_the_commands_say() -> None:
+    script = (
+        "import sys; sys.argv = ['dreamenv', '--help']\nfrom dreamenv.cli import main\nmain()\n"
+        "print('torch' in sys.modules, 'tyro' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False False"
+    for name, line in COMMANDS.items():
+        assert line in done.stdout and (getattr(commands, name).__doc__ or "").startswith(line)
+    unknown = subprocess.run([sys.executable, "-m", "dreamenv", "dance"], capture_output=True, text=True, check=False)
+    assert unknown.returncode == 2 and "there are demo, play" in unknown.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--game", "coinrn"], "did you mean 'coinrun'"),
+        (["--recipe", "tile"], "did you mean 'tiles'"),
+        (["--game", "maze", "--recipe", "tiles"], "maze in easy has not"),
+        (["--set", "flow:task.unrol=2"], "did you mean 'unroll'"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_written(options: list[str], problem: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "trainers.pipeline", *options]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    said = re.sub(r"[\s│]+", " ", done.stderr)  # without the frame that tyro draws around it
+    assert done.returncode == 2 and problem in said and "Traceback" not in said
+    assert not list(tmp_path.iterdir())

@@ -182,7 +182,7 @@ def _masked_psnr(error: np.ndarray, which: np.ndarray) -> float | None:
 def _spread(
     model: WorldModel, clips: Clips, dream: np.ndarray, sampler: SamplerConfig, seed: int, samples: int
 ) -> dict[str, float]:
-    """Best and mean of several samples of each clip, and how far apart they are (SEED phase 3)."""
+    """Best and mean of several samples of each clip, and how far apart they are."""
     horizon = min(clips.horizon, 10)
     k = clips.context
     short = Clips(clips.frames[:, : k + horizon], clips.actions[:, : k - 1 + horizon], clips.level_seeds, k)

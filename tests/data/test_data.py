@@ -307,3 +307,24 @@ def test_a_saved_agent_collects(tmp_path: Path) -> None:
     )
     assert len(Dataset(out)) == 64
     assert os.path.exists(out / "shard-00000" / "frames.npy")
+
+
+def test_a_dataset_of_version_2_had_a_camera_in_every_game(tmp_path: Path) -> None:
+    out = collect(CollectConfig(out=str(tmp_path / "d"), steps=64, num_envs=4, shard_steps=16), progress=False)
+    path = out / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["columns"] == ["camera"]
+    old = {k: v for k, v in manifest.items() if k != "columns"} | {"format_version": 2}
+    path.write_text(json.dumps(old))
+    assert np.isfinite(Dataset(out).shards[0].columns["camera"]).all()
+    still = collect(
+        CollectConfig(out=str(tmp_path / "m"), game="maze", steps=64, num_envs=4, shard_steps=16), progress=False
+    )
+    assert Dataset(still).shards[0].columns == {} and not list(still.rglob("camera.npy"))
+    path.write_text(json.dumps(manifest | {"columns": ["smell"]}))
+    with pytest.raises(DatasetError, match="smell"):
+        Dataset(out)
+
+
+def test_a_collection_goes_where_its_game_is() -> None:
+    assert CollectConfig(game="maze").out == "data/maze" and CollectConfig(game="maze", out="x").out == "x"

@@ -259,3 +259,45 @@ def test_bf16_is_chosen_by_the_hardware_unless_the_environment_says(monkeypatch:
     monkeypatch.setenv("DREAMENV_PRECISION", "fp8")
     with pytest.raises(ConfigError, match="fp8"):
         pick_precision("auto", cpu)
+
+
+def test_a_run_keeps_its_configuration_and_repeats_from_it(data: Path, tmp_path: Path) -> None:
+    train(config(data, steps=3, precision="fp32"), tmp_path / "run")
+    kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert set(kept) == {"model", "task", "loop"} and kept["loop"]["steps"] == 3 and kept["task"]["data"] == str(data)
+    told = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert told["torch"] == torch.__version__ and told["command"] and told["dreamenv"]
+    train(kept, tmp_path / "again")
+    one, two = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("run", "again"))
+    assert one == two
+
+
+def test_older_checkpoints_and_altered_states_are_refused(data: Path, tmp_path: Path) -> None:
+    train(config(data, steps=5), tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint" / "state.json"
+    state = json.loads(path.read_text())
+    for changed, message in (
+        ({k: v for k, v in state.items() if k != "format_version"}, "format_version 1"),
+        (state | {"format_version": 9}, "format_version 9"),
+        (state | {"step": 72}, "checksum"),
+        (state | {"elapsed": -1.0}, "checksum"),
+    ):
+        path.write_text(json.dumps(changed))
+        with pytest.raises(CheckpointError, match=message):
+            train(config(data, steps=5), tmp_path / "run", resume=True)
+
+
+def test_a_model_folder_of_version_1_is_read(data: Path, tmp_path: Path) -> None:
+    train(config(data, steps=2), tmp_path / "run")
+    path = tmp_path / "run" / "model" / "model.json"
+    now = json.loads(path.read_text())
+    old = {"model": now["model"] | {"type": "autoencoder"}, "facts": now["facts"], "sha256": now["sha256"]}
+    path.write_text(json.dumps(old))
+    model, facts = load_model(tmp_path / "run" / "model", "codec")
+    assert type(model).__name__ == "PatchAutoencoder" and facts["step"] == 2
+    path.write_text(json.dumps(now | {"format_version": 3}))
+    with pytest.raises(BundleError, match="format_version 3"):
+        load_model(tmp_path / "run" / "model")
+    path.write_text(json.dumps(now))
+    with pytest.raises(BundleError, match="is a codec .*expected a head"):
+        load_model(tmp_path / "run" / "model", "head")
