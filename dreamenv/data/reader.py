@@ -61,14 +61,23 @@ class Dataset:
                 "run the same collection again to finish it"
             )
         self.facts: dict[str, Any] = self.manifest["facts"]
-        with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
-            self.shards = list(pool.map(lambda entry: self._open(entry, verify), self.manifest["shards"]))
+        # one by one: numpy parses each header as Python source, which CPython 3.11 cannot do in two threads at once
+        self.shards = [self._open(entry) for entry in self.manifest["shards"]]
+        if verify == "sha256":
+            with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+                list(pool.map(self._check_bytes, self.manifest["shards"]))
 
     def __len__(self) -> int:
         """Steps in the dataset."""
         return sum(len(s) for s in self.shards)
 
-    def _open(self, entry: dict[str, Any], verify: str) -> Shard:
+    def _check_bytes(self, entry: dict[str, Any]) -> None:
+        for name in (*COLUMNS, *self.manifest["columns"]):
+            path = self.folder / entry["name"] / f"{name}.npy"
+            if sha256_file(path) != entry["sha256"].get(name):
+                raise DatasetError(f"{path}: sha256 differs from manifest.json; collect the dataset again")
+
+    def _open(self, entry: dict[str, Any]) -> Shard:
         columns = {}
         optional = self.manifest["columns"]
         for name, (dtype, shape) in (COLUMNS | {n: OPTIONAL[n] for n in optional}).items():
@@ -84,8 +93,6 @@ class Dataset:
                     f"{path}: holds {column.dtype} {column.shape}, the manifest says {dtype} "
                     f"{(entry['steps'], *shape)}; collect the dataset again"
                 )
-            if verify == "sha256" and sha256_file(path) != entry["sha256"].get(name):
-                raise DatasetError(f"{path}: sha256 differs from manifest.json; collect the dataset again")
             columns[name] = column
         further = {name: columns.pop(name) for name in optional}
         return Shard(entry["name"], **columns, columns=further)

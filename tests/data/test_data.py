@@ -10,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,6 +42,19 @@ def tree_hash(folder: Path) -> dict[str, str]:
         for p in sorted(folder.rglob("*"))
         if p.is_file()
     }
+
+
+def test_headers_are_parsed_one_at_a_time(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy parses a header as Python source; two threads that parse at once break CPython 3.11 now and then."""
+    load, threads = np.load, []
+
+    def noted(*args: Any, **settings: Any) -> Any:
+        threads.append(threading.get_ident())
+        return load(*args, **settings)
+
+    monkeypatch.setattr(np, "load", noted)
+    Dataset(small, verify="sha256")
+    assert threads and set(threads) == {threading.get_ident()}
 
 
 def test_what_is_stored_is_what_was_played(small: Path) -> None:
