@@ -43,7 +43,7 @@ lint: $(VENV)/test
 # measures the embedded bundle anew and writes the table in docs/fidelity.md
 fidelity: $(VENV)/demo
 	$(BIN)/dreamenv compare --thorough --card
-	$(BIN)/python -m dreamenv.evaluation.card docs/fidelity.md
+	$(BIN)/python -m dreamenv.evaluation.card docs/fidelity.md coinrun
 
 clean:
 	rm -rf $(VENV) out

@@ -143,4 +143,5 @@ def write_table(path: Path, card: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    write_table(Path(sys.argv[1]), load_bundle(resolve_bundle(None, "coinrun"), "cpu").card)
+    _, file, game = sys.argv
+    write_table(Path(file), load_bundle(resolve_bundle(None, game), "cpu").card)
