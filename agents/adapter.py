@@ -25,7 +25,7 @@ class NativeVecEnv(VecEnv):
 
     Args:
         envs: a vector environment in SAME_STEP autoreset mode, e.g.
-            `gym.make_vec("DreamProcgen-v0", num_envs=64)`.
+            `gym.make_vec("DreamProcgen-v0", num_envs=64, autoreset_mode="SameStep")`.
 
     Raises:
         ConfigError: another autoreset mode.
@@ -34,7 +34,7 @@ class NativeVecEnv(VecEnv):
     def __init__(self, envs: VectorEnv) -> None:
         mode = envs.metadata.get("autoreset_mode")
         if mode != AutoresetMode.SAME_STEP:
-            raise ConfigError(f"autoreset_mode {mode}: SB3 needs environments in SAME_STEP mode")
+            raise ConfigError(f"autoreset_mode {mode}: SB3 needs SAME_STEP; make them with autoreset_mode='SameStep'")
         self.envs = envs
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
         self._actions: np.ndarray | None = None

@@ -97,7 +97,7 @@ def evaluate(
         frames, _ = envs.reset(seed=seed + at, options={"level": batch})
         if world == "dream":
             envs.close()
-            envs = DreamVectorEnv(len(batch), game, bundle, sampler={"nfe": nfe})
+            envs = DreamVectorEnv(len(batch), game, bundle, sampler={"nfe": nfe}, autoreset_mode="SameStep")
             frames, _ = envs.reset(seed=seed + at, options={"frames": frames[:, None]})
         rng, filmed = philox((seed, at)), films if at == 0 else 0
         episode, film = play_episodes(envs, frames, policy, limit or longest, rng, filmed)

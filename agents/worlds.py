@@ -32,6 +32,7 @@ def real_world(
             start_level=levels[0],
             num_levels=levels[1],
             distribution_mode=distribution_mode,
+            autoreset_mode="SameStep",
         )
     )
 
@@ -55,7 +56,7 @@ def dream_world(
         bundle = replace(bundle, game=replace(bundle.game, max_steps=horizon))
     if starts is not None:
         bundle = replace(bundle, starts=starts)
-    return NativeVecEnv(DreamVectorEnv(num_envs, bundle=bundle, **options))
+    return NativeVecEnv(DreamVectorEnv(num_envs, bundle=bundle, autoreset_mode="SameStep", **options))
 
 
 def dataset_starts(folder: Path, count: int, context: int, seed: int = 0) -> Starts:

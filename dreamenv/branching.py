@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from dreamenv.bundle import Bundle
+from dreamenv.config import whole
 from dreamenv.contract.noise import branch_stream
 from dreamenv.contract.snapshot import pack, unpack
-from dreamenv.contract.world import WorldVectorEnv
+from dreamenv.contract.world import MAX_ENVS, WorldVectorEnv
 from dreamenv.errors import ConfigError, ResetError, SnapshotError
 from dreamenv.flow import SamplerConfig
 from dreamenv.models.state import State
@@ -27,7 +28,7 @@ class Branching(WorldVectorEnv):
     """The part of `DreamVectorEnv` that copies moments; see there for what the attributes are."""
 
     bundle: Bundle
-    sampler: SamplerConfig
+    _sampler: SamplerConfig
     exact: bool
     truncate_above: float | None
     _state: State
@@ -41,6 +42,7 @@ class Branching(WorldVectorEnv):
         Raises:
             ResetError: before the first reset.
         """
+        self._check_open("snapshot")
         if not self._started:
             raise ResetError("snapshot() before reset(): call reset() first")
         arrays = {f"{_STATE}{name}": value for name, value in self._state.arrays().items()}
@@ -53,6 +55,7 @@ class Branching(WorldVectorEnv):
         Raises:
             SnapshotError: damaged bytes, another bundle, or another number of environments.
         """
+        self._check_open("restore")
         arrays = self._unpack(data)
         if len(arrays["frames"]) != self.num_envs:
             raise SnapshotError(
@@ -81,9 +84,12 @@ class Branching(WorldVectorEnv):
             SnapshotError: damaged bytes, another bundle, or no such environment.
             ConfigError: n < 1.
         """
+        self._check_open("branch")
+        n = whole(n, "n", 1, MAX_ENVS)
         arrays = self._unpack(data)
-        if not isinstance(index, (int, np.integer)) or not 0 <= index < len(arrays["frames"]):
-            raise SnapshotError(f"index {index}: the snapshot holds environments 0..{len(arrays['frames']) - 1}")
+        size = len(arrays["frames"])
+        if isinstance(index, bool) or not isinstance(index, (int, np.integer)) or not 0 <= index < size:
+            raise SnapshotError(f"index {index!r}: the snapshot holds environments 0..{size - 1}")
         envs = self._like(n)
         fanned = {k: np.repeat(v[index : index + 1], n, 0) for k, v in arrays.items()}
         parent = int(arrays["streams"][index])
@@ -106,17 +112,10 @@ class Branching(WorldVectorEnv):
             ResetError: before the first reset.
             ConfigError: no environment, or one that does not exist.
         """
+        self._check_open("select")
         if not self._started:
             raise ResetError("select() before reset(): call reset() first")
-        rows = np.asarray(rows)
-        if (
-            rows.ndim != 1
-            or not rows.size
-            or rows.dtype.kind not in "iu"
-            or rows.min() < 0
-            or rows.max() >= self.num_envs
-        ):
-            raise ConfigError(f"rows {rows.tolist()}: expected one or more integers in 0..{self.num_envs - 1}")
+        rows = self._check_rows(rows)
         envs = self._like(len(rows))
         chosen = torch.from_numpy(rows.astype(np.int64)).to(self.bundle.world_model.device)
         envs._state, envs._bank, envs._started = self._state.rows(chosen), self._bank, True
@@ -125,16 +124,28 @@ class Branching(WorldVectorEnv):
             setattr(envs, f"_{name}", getattr(self, f"_{name}")[rows])
         return envs
 
+    def _check_rows(self, rows: Any) -> np.ndarray:
+        message = f"rows {rows!r}: expected one or more integers in 0..{self.num_envs - 1}"
+        try:
+            array = np.asarray(rows)
+        except (ValueError, TypeError, RuntimeError):
+            raise ConfigError(message) from None
+        sound = array.ndim == 1 and array.size > 0 and array.dtype.kind in "iu"
+        if not sound or array.min() < 0 or array.max() >= self.num_envs:
+            raise ConfigError(message)
+        return array
+
     def _like(self, n: int) -> DreamVectorEnv:
         cls: Any = type(self)
         envs: Any = cls(
             n,
             bundle=self.bundle,
-            sampler=self.sampler,
+            sampler=self._sampler,
             autoreset_mode=self.autoreset_mode,
             render_mode=self.render_mode,
             exact=self.exact,
             truncate_above=self.truncate_above,
+            max_episode_steps=self.max_episode_steps,
         )
         envs._draw = self._draw
         return envs

@@ -7,6 +7,7 @@ import difflib
 import math
 import types
 import typing
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,14 @@ def check(condition: bool, message: str) -> None:
     """Raise `ConfigError(message)` unless `condition` holds: the one-line validator for `__post_init__`."""
     if not condition:
         raise ConfigError(message)
+
+
+def whole(value: Any, name: str, least: int, most: int | None = None) -> int:
+    """Return `value` as an int; raises `ConfigError` unless it is an integer, NumPy's too, in least..most."""
+    limits = f"an integer >= {least}" if most is None else f"an integer in {least}..{most}"
+    number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else least - 1
+    check(number >= least and (most is None or number <= most), f"{name} {value!r}: must be {limits}")
+    return number
 
 
 def to_dict(config: Any) -> dict[str, Any]:

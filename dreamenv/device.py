@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -31,6 +33,41 @@ def keep_freed_memory() -> bool:
         return False
     settings = ((_M_MMAP_THRESHOLD, 2**30), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**26))
     return all([bool(mallopt(name, value)) for name, value in settings])
+
+
+@contextmanager
+def own_settings(device: torch.device, threads: int | None = None) -> Iterator[None]:
+    """Run torch with its own defaults whatever the caller has set, and leave the caller's settings as they were.
+
+    What may be set: the default device and dtype, and autocast. Grad mode does not matter here, and no global random
+    generator is used.
+
+    Args:
+        device: where the networks run.
+        threads: run with so many threads; None leaves their number as it is.
+    """
+    with ExitStack() as stack:
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if (dtype := torch.get_default_dtype()) != torch.float32:
+            torch.set_default_dtype(torch.float32)
+            stack.callback(torch.set_default_dtype, dtype)
+        for kind in {"cpu", device.type}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if threads is not None and (before := torch.get_num_threads()) != threads:
+            torch.set_num_threads(threads)
+            stack.callback(torch.set_num_threads, before)
+        yield
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    # the OpenMP threads of the parent do not exist in a forked child, which would wait for them forever
+    os.register_at_fork(after_in_child=_one_thread)
 
 
 def pick_device(device: str | torch.device) -> torch.device:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from dreamenv.bundle import Bundle
-from dreamenv.contract.resets import as_array, check_options
+from dreamenv.contract.resets import as_array, check_options, check_seeds
 from dreamenv.contract.single import SingleView, split_infos
 from dreamenv.errors import ResetError
-from dreamenv.vector import DreamVectorEnv
+from dreamenv.vector import SEED_LIMIT, DreamVectorEnv
 
 
 class DreamEnv(SingleView):
@@ -57,9 +58,12 @@ class DreamEnv(SingleView):
                 options["actions"] = as_array(options["actions"], "actions")[None]
         elif "start" in options and as_array(options["start"], "start").ndim > 0:
             raise ResetError(f"start {options['start']!r}: expected one index, or 'random'")
-        first = seed is None and not self.vector._started
-        seeds = [int(self.np_random.integers(2**63))] if first else [seed]
+        (seed,) = check_seeds([seed], 1, SEED_LIMIT)
+        generator = copy.deepcopy(self.np_random) if seed is None and not self.vector._started else None
+        seeds = [seed] if generator is None else [int(generator.integers(2**63))]
         frames, infos = self.vector.reset(seed=seeds, options=options)
+        if generator is not None:
+            self.np_random = generator
         super().reset(seed=seed)
         return frames[0], split_infos(infos, 1)[0]
 

@@ -33,5 +33,9 @@ class ResetError(DreamenvError, ValueError):
     """A seed or a reset option is not usable; the environment state is unchanged."""
 
 
+class ClosedError(DreamenvError, RuntimeError):
+    """An environment was used after `close()`."""
+
+
 class SnapshotError(DreamenvError, ValueError):
     """Snapshot bytes are damaged, of another version, or of another world."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,16 +15,20 @@ from gymnasium.vector import AutoresetMode
 
 from dreamenv.branching import Branching
 from dreamenv.bundle import Bundle, load_bundle, resolve_bundle
-from dreamenv.config import check, from_dict
+from dreamenv.config import check, from_dict, whole
 from dreamenv.contract.actions import check_actions
 from dreamenv.contract.noise import draw_step, reset_generator
 from dreamenv.contract.resets import as_array, check_history, check_mask, check_options, check_seeds
+from dreamenv.contract.world import MAX_ENVS
+from dreamenv.device import own_settings
 from dreamenv.errors import ResetError
 from dreamenv.flow import SamplerConfig
 from dreamenv.models.interface import State
 from dreamenv.types import Transition
 
-_SEED_LIMIT = 2**64
+SEED_LIMIT = 2**64
+_KEPT_STARTS = 64
+"""So many starts stay encoded."""
 _RESET_OPTIONS = ("start", "frames", "actions", "reset_mask")
 
 
@@ -41,15 +46,15 @@ class DreamVectorEnv(Branching):
         bundle: a bundle folder instead.
         device: "auto", "cpu", "cuda" ...
         sampler: `SamplerConfig` or a mapping of its fields, e.g. {"nfe": 2, "temperature": 0.8}.
-        autoreset_mode: SAME_STEP (default), NEXT_STEP or DISABLED, as Gymnasium defines them.
+        autoreset_mode: NEXT_STEP (default), SAME_STEP or DISABLED, as Gymnasium defines them.
         render_mode: None or "rgb_array".
         exact: run environment by environment, so that what one dreams does not depend on the batch at all;
             the default differs by rounding between batch sizes.
         truncate_above: end an episode as truncated once `uncertainty` exceeds this.
-        precision: "fp32", "bf16", or "auto": bf16 where the hardware has it, see `dreamenv.bundle.pick_precision`.
+        precision: "fp32", "bf16", or "auto": bf16 where the hardware has it, see `dreamenv.device.pick_precision`.
+        max_episode_steps: truncate episodes after so many steps; None leaves the game's own limit.
 
     Attributes:
-        sampler: may be replaced at any time.
         seconds: spent so far in the networks' steps ("imagine") and in drawing frames ("decode").
 
     Raises:
@@ -64,11 +69,12 @@ class DreamVectorEnv(Branching):
         bundle: str | Path | Bundle | None = None,
         device: str = "auto",
         sampler: SamplerConfig | dict[str, Any] | None = None,
-        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         render_mode: str | None = None,
         exact: bool = False,
         truncate_above: float | None = None,
         precision: str = "auto",
+        max_episode_steps: int | None = None,
     ) -> None:
         number = isinstance(truncate_above, (int, float)) and not isinstance(truncate_above, bool)
         check(
@@ -76,21 +82,20 @@ class DreamVectorEnv(Branching):
             f"truncate_above {truncate_above!r}: must be > 0 or None",
         )
         check(isinstance(exact, bool), f"exact {exact!r}: must be True or False")
-        whole = isinstance(num_envs, int) and not isinstance(num_envs, bool) and num_envs >= 1
-        check(whole, f"num_envs {num_envs!r}: must be an integer >= 1")
+        num_envs = whole(num_envs, "num_envs", 1, MAX_ENVS)
         if not isinstance(bundle, Bundle):
             bundle = load_bundle(resolve_bundle(bundle, game), device, precision)
-        super().__init__(num_envs, bundle.world_model.frame_shape, autoreset_mode, tuple(AutoresetMode), render_mode)
-        if sampler is None:
-            sampler = SamplerConfig()
-        elif not isinstance(sampler, SamplerConfig):
-            sampler = from_dict(SamplerConfig, sampler, "sampler")
+        frame, modes = bundle.world_model.frame_shape, tuple(AutoresetMode)
+        super().__init__(num_envs, frame, autoreset_mode, modes, render_mode, max_episode_steps)
         self.bundle = bundle
         self.sampler = sampler
         self.seconds = {"imagine": 0.0, "decode": 0.0}
         self.exact = exact
         self.truncate_above = truncate_above
-        self._state = bundle.world_model.blank(num_envs)
+        limit = bundle.game.max_steps
+        self._max_steps = limit if self.max_episode_steps is None else min(limit, self.max_episode_steps)
+        with self._settings():
+            self._state = bundle.world_model.blank(num_envs)
         self._seeds = np.zeros(num_envs, np.uint64)
         self._streams = np.zeros(num_envs, np.uint64)
         self._episodes = np.zeros(num_envs, np.int64)
@@ -99,6 +104,17 @@ class DreamVectorEnv(Branching):
         self._finished = np.zeros(num_envs, bool)
         self._started, self._draw = False, True
         self._bank: dict[int, tuple[State, np.ndarray]] = {}
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        """How the next latent is drawn; may be replaced at any time, by a mapping of its fields too."""
+        return self._sampler
+
+    @sampler.setter
+    def sampler(self, sampler: SamplerConfig | dict[str, Any] | None) -> None:
+        if not isinstance(sampler, SamplerConfig):
+            sampler = from_dict(SamplerConfig, {} if sampler is None else sampler, "sampler")
+        self._sampler = sampler
 
     # -- Gymnasium -----------------------------------------------------------------------------------------------
 
@@ -120,25 +136,30 @@ class DreamVectorEnv(Branching):
         Raises:
             ResetError: a seed or option of the wrong type, shape or range; the state is unchanged.
         """
+        self._check_open("reset")
         options = check_options(options, _RESET_OPTIONS)
-        seeds = check_seeds(seed, self.num_envs, _SEED_LIMIT)
+        seeds = check_seeds(seed, self.num_envs, SEED_LIMIT)
         mask = check_mask(options, self.num_envs, self._started)
         chosen, history = self._check_start(options)
-        if isinstance(seed, (int, np.integer)):
+        begun: dict[int, tuple[int, State, np.ndarray]] = {}
+        with self._settings():
+            if history is not None:  # one at a time, so that a start looks the same in a batch of any size
+                for i in np.flatnonzero(mask):
+                    begun[int(i)] = -1, *self._look(history[0][i : i + 1], history[1][i : i + 1])
+        if seed is not None and np.ndim(seed) == 0:
             super().reset(seed=int(seed))
-        fresh = None if self._started else self.np_random.integers(_SEED_LIMIT, size=self.num_envs, dtype=np.uint64)
-        for i in np.flatnonzero(mask):
-            if seeds[i] is not None or fresh is not None:
-                self._seeds[i] = seeds[i] if fresh is None or seeds[i] is not None else fresh[i]
-                self._episodes[i], self._streams[i] = 0, 0
-            else:
-                self._episodes[i] += 1
-            if history is None:
-                self._begin(int(i), None if chosen is None else int(chosen[i]))
-            else:
-                state = self.bundle.world_model.start(history[0][i : i + 1], history[1][i : i + 1])
-                frame = self.bundle.world_model.render(state)[0].numpy()
-                self._place(int(i), -1, state, frame)
+        fresh = None if self._started else self.np_random.integers(SEED_LIMIT, size=self.num_envs, dtype=np.uint64)
+        with self._settings():
+            for i in map(int, np.flatnonzero(mask)):
+                if seeds[i] is not None or fresh is not None:
+                    self._seeds[i] = seeds[i] if fresh is None or seeds[i] is not None else fresh[i]
+                    self._episodes[i], self._streams[i] = 0, 0
+                else:
+                    self._episodes[i] += 1
+                if i in begun:
+                    self._place(i, *begun[i])
+                else:
+                    self._begin(i, None if chosen is None else int(chosen[i]))
         self._started = True
         return self._frames.copy(), self._infos(np.zeros(self.num_envs, np.float64))
 
@@ -149,9 +170,14 @@ class DreamVectorEnv(Branching):
             InvalidActionError: see `dreamenv.contract.actions.check_actions`; the state is unchanged.
             ResetError: before the first reset, or (DISABLED mode) a finished environment was not reset.
         """
+        self._check_open("step")
         actions = check_actions(actions, self.num_envs)
         if not self._started:
             raise ResetError("step() before reset(): call reset() first")
+        with self._settings():
+            return self._step(actions)
+
+    def _step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         resetting = self._finished.copy()
         if resetting.any() and self.autoreset_mode is AutoresetMode.DISABLED:
             i = int(np.flatnonzero(resetting)[0])
@@ -170,7 +196,7 @@ class DreamVectorEnv(Branching):
         self._steps += 1
         limit = self.truncate_above
         doubtful = np.zeros(self.num_envs, bool) if limit is None else uncertainty > limit
-        truncated = ((self._steps >= self.bundle.game.max_steps) | diverged | doubtful) & ~terminated
+        truncated = ((self._steps >= self._max_steps) | diverged | doubtful) & ~terminated
         details |= {"diverged": diverged, "uncertain": doubtful}
         for i in np.flatnonzero(resetting):  # NEXT_STEP: this call was the reset, the action is ignored
             self._episodes[i] += 1
@@ -183,6 +209,10 @@ class DreamVectorEnv(Branching):
         if self.autoreset_mode is AutoresetMode.SAME_STEP and self._finished.any():
             infos = self._autoreset_now(infos)
         return self._frames.copy(), rewards, terminated, truncated, infos
+
+    def _settings(self) -> AbstractContextManager[None]:
+        """Torch as this class wants it; a single environment gains nothing from a second thread."""
+        return own_settings(self.bundle.world_model.device, 1 if self.num_envs == 1 else None)
 
     def _outcomes(
         self, imagined: Transition, uniforms: np.ndarray
@@ -243,11 +273,18 @@ class DreamVectorEnv(Branching):
         if start is None:
             size = len(self.bundle.starts.frames)
             start = int(reset_generator(int(self._seeds[i]), int(self._episodes[i])).integers(size))
-        if start not in self._bank:  # one at a time, so that a start looks the same in a batch of any size
-            model, bank, at = self.bundle.world_model, self.bundle.starts, slice(start, start + 1)
-            state = model.start(bank.frames[at], bank.actions[at])
-            self._bank[start] = state, model.render(state)[0].numpy()
+        if start not in self._bank:
+            while len(self._bank) >= _KEPT_STARTS:
+                del self._bank[next(iter(self._bank))]
+            bank, at = self.bundle.starts, slice(start, start + 1)
+            self._bank[start] = self._look(bank.frames[at], bank.actions[at])
         self._place(i, start, *self._bank[start])
+
+    def _look(self, frames: np.ndarray, actions: np.ndarray) -> tuple[State, np.ndarray]:
+        """The state after a history (1, T, h, w, c), and how the codec draws it."""
+        model = self.bundle.world_model
+        state = model.start(frames, actions)
+        return state, model.render(state)[0].numpy()
 
     def _place(self, i: int, start: int, state: State, frame: np.ndarray) -> None:
         with torch.inference_mode():  # in place: every step makes new tensors, so nobody else holds these

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gymnasium.vector import AutoresetMode
 
 from dreamenv.config import check
 from dreamenv.console import errors_in_one_line
@@ -167,7 +168,12 @@ def make_envs(config: CollectConfig) -> Any:
     from envs.procgen import RealProcgenVectorEnv
 
     return RealProcgenVectorEnv(
-        config.num_envs, config.game, config.start_level, config.num_levels, config.distribution_mode
+        config.num_envs,
+        config.game,
+        config.start_level,
+        config.num_levels,
+        config.distribution_mode,
+        AutoresetMode.SAME_STEP,
     )
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from dreamenv.config import check
-from dreamenv.contract.actions import check_actions
+from dreamenv.config import check, whole
+from dreamenv.contract.actions import NOOP, check_actions
 from dreamenv.contract.games import GAMES, SEED_LIMIT, Game, check_levels, get_game
 from dreamenv.contract.resets import as_array, check_mask, check_options, check_seeds
 from dreamenv.contract.single import SingleView, split_infos
@@ -24,8 +24,9 @@ class RealProcgenVectorEnv(WorldVectorEnv):
     """A batch of real Procgen games with real seeding, real resets and snapshots.
 
     Observations are uint8 (N, 64, 64, 3), actions integers (N,) in 0..14, rewards float64 (N,) of the game's own
-    magnitudes. Procgen never shows a terminal frame: in SAME_STEP mode the observation of a finished environment is
-    already the next level's and there is no `final_obs`; in DISABLED mode the episode's last frame is repeated.
+    magnitudes. Procgen never shows a terminal frame: in NEXT_STEP and DISABLED mode the step that ends an episode
+    repeats its last frame; in SAME_STEP mode the observation is already the next level's and there is no `final_obs`
+    (but where `max_episode_steps` ended the episode).
 
     Args:
         num_envs: batch size.
@@ -33,10 +34,12 @@ class RealProcgenVectorEnv(WorldVectorEnv):
         start_level: first level seed.
         num_levels: how many levels; 0 means all of them (then `start_level` must be 0).
         distribution_mode: "easy", "hard", "extreme" or "memory", as far as the game has it.
-        autoreset_mode: SAME_STEP, or DISABLED (the caller resets finished environments with `reset_mask`).
+        autoreset_mode: NEXT_STEP (default), SAME_STEP or DISABLED (the caller resets finished environments with
+            `reset_mask`).
         render_mode: None or "rgb_array".
         render_size: 64 for the observation's pixels, 512 for Procgen's own large rendering.
         num_threads: Procgen's worker threads; 0 steps in the calling thread, on two cores as fast.
+        max_episode_steps: truncate episodes after so many steps; None leaves the game's own limit.
 
     Raises:
         ConfigError: an argument outside its range.
@@ -51,18 +54,17 @@ class RealProcgenVectorEnv(WorldVectorEnv):
         start_level: int = 0,
         num_levels: int = 10000,
         distribution_mode: str = "easy",
-        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         render_mode: str | None = None,
         render_size: int = 64,
         num_threads: int = 0,
+        max_episode_steps: int | None = None,
     ) -> None:
         self.game: Game = get_game(game)
         check_levels(self.game, start_level, num_levels, distribution_mode)
-        whole = isinstance(num_threads, int) and not isinstance(num_threads, bool) and num_threads >= 0
-        check(whole, f"num_threads {num_threads!r}: must be an integer >= 0")
-        check(render_size in (64, 512), f"render_size {render_size}: must be 64 or 512")
-        modes = (AutoresetMode.SAME_STEP, AutoresetMode.DISABLED)  # Procgen has no terminal frame to show
-        super().__init__(num_envs, (64, 64, 3), autoreset_mode, modes, render_mode)
+        num_threads = whole(num_threads, "num_threads", 0, 1024)
+        check(render_size in (64, 512), f"render_size {render_size!r}: must be 64 or 512")
+        super().__init__(num_envs, (64, 64, 3), autoreset_mode, tuple(AutoresetMode), render_mode, max_episode_steps)
         self.render_size = render_size
         self._options = {
             "env_name": game,
@@ -70,7 +72,7 @@ class RealProcgenVectorEnv(WorldVectorEnv):
             "num_levels": num_levels,
             "distribution_mode": distribution_mode,
         }
-        self._envs = make_procgen(num=num_envs, rand_seed=0, num_threads=num_threads, **self._options)
+        self._envs = make_procgen(num=self.num_envs, rand_seed=0, num_threads=num_threads, **self._options)
         self._buffers = [self._envs._ffi.new(f"char[{_STATE_BYTES}]") for _ in range(2)]
         self._readers: ThreadPoolExecutor | None = None
         self._helper: Any = None  # a lone instance for forced resets
@@ -78,7 +80,8 @@ class RealProcgenVectorEnv(WorldVectorEnv):
         self._steps = np.zeros(num_envs, np.int64)
         self._levels = np.zeros(num_envs, np.int64)
         self._pinned = np.zeros(num_envs, bool)  # at a level that `reset` was given
-        self._finished = np.zeros(num_envs, bool)  # over, and not yet reset (DISABLED mode)
+        self._finished = np.zeros(num_envs, bool)  # over, and not yet reset (not in SAME_STEP mode)
+        self._advanced = np.zeros(num_envs, bool)  # over, and the game itself stands at its next level already
         self._started = False
 
     def reset(
@@ -97,11 +100,12 @@ class RealProcgenVectorEnv(WorldVectorEnv):
         Raises:
             ResetError: a seed or option of the wrong type, shape or range.
         """
+        self._check_open("reset")
         options = check_options(options, ("reset_mask", "level"))
         seeds = check_seeds(seed, self.num_envs, 2**63)
         mask = check_mask(options, self.num_envs, self._started)
         levels = self._check_level(options)
-        if isinstance(seed, (int, np.integer)):
+        if seed is not None and np.ndim(seed) == 0:
             super().reset(seed=int(seed))
         for i in np.flatnonzero(mask):
             if levels is not None:
@@ -110,9 +114,10 @@ class RealProcgenVectorEnv(WorldVectorEnv):
                 self._set(i, self._fresh_state(int(seeds[i]) % SEED_LIMIT))
             elif not self._started or self._pinned[i]:
                 self._set(i, self._fresh_state(int(self.np_random.integers(SEED_LIMIT))))
-            elif not self._finished[i]:  # a finished game already stands at its next level
+            elif not self._advanced[i]:
                 self._set(i, self._forced_reset(self._get(i)))
-            self._steps[i], self._finished[i], self._pinned[i] = 0, False, levels is not None
+            self._steps[i], self._finished[i], self._advanced[i] = 0, False, False
+            self._pinned[i] = levels is not None
         self._started = True
         frames = self._envs.observe()[1]["rgb"]
         self._frames = np.where(mask[:, None, None, None], frames, self._frames)
@@ -126,41 +131,73 @@ class RealProcgenVectorEnv(WorldVectorEnv):
             InvalidActionError: see `dreamenv.contract.actions.check_actions`; the state is unchanged.
             ResetError: before the first reset, or (DISABLED mode) an environment is finished and not yet reset.
         """
+        self._check_open("step")
         actions = check_actions(actions, self.num_envs)
         if not self._started:
             raise ResetError("step() before reset(): call reset() first")
-        if self._finished.any():
+        if self._finished.any() and self.autoreset_mode is AutoresetMode.DISABLED:
             i = int(np.flatnonzero(self._finished)[0])
             raise ResetError(f"environment {i} is finished: reset it first with options={{'reset_mask': ...}}")
-        self._envs.act(actions)
-        rewards, observation, first = self._envs.observe()
-        self._steps += 1
-        done = np.asarray(first, bool)
+        resetting = self._finished.copy()  # NEXT_STEP: this call is their reset, the action is ignored
+        rewards, frames, done = self._play(actions, resetting)
+        self._steps = np.where(resetting, 0, self._steps + 1)
         truncated = done & (self._steps >= self.game.max_steps)
         if truncated.any():  # Procgen merges the two; a level completed on its very last step is a termination
             info = self._envs.get_info()
             truncated &= ~np.array([bool(x["prev_level_complete"]) for x in info])
-        infos_steps = self._steps.copy()
+        limit = self.max_episode_steps
+        cut = np.zeros(self.num_envs, bool) if limit is None else ~done & ~resetting & (self._steps >= limit)
+        terminated, over = done & ~truncated, done | cut
         if self.autoreset_mode is AutoresetMode.SAME_STEP:
-            self._frames = observation["rgb"]
-            self._steps[done] = 0
-            if done.any():
-                self._levels = self._current_levels()
+            infos = self._autoreset_now(frames, over, cut)
         else:
-            self._frames = np.where(done[:, None, None, None], self._frames, observation["rgb"])
-            self._finished |= done
+            self._frames = np.where(done[:, None, None, None], self._frames, frames)
+            self._finished, self._advanced = over, done
+            if resetting.any():
+                self._levels = np.where(resetting, self._current_levels(), self._levels)
+            infos = self._infos()
+        return self._frames.copy(), rewards, terminated, truncated | cut, infos
+
+    def _play(self, actions: np.ndarray, resetting: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Act where the game goes on and begin the next level where it does not.
+
+        Returns:
+            Rewards float64 (N,), frames uint8 (N, 64, 64, 3), and bool (N,): whether an episode ended.
+        """
+        begun = {}
+        for i in np.flatnonzero(resetting):  # gym3 acts in all games or in none
+            state = self._get(i)
+            begun[i] = state if self._advanced[i] else self._forced_reset(state)
+        self._envs.act(np.where(resetting, NOOP, actions))
+        rewards, observation, first = self._envs.observe()
+        done = np.asarray(first, bool) & ~resetting
+        for i, state in begun.items():
+            self._set(i, state)
+        frames = self._envs.observe()[1]["rgb"] if begun else observation["rgb"]
+        return np.where(resetting, 0.0, rewards.astype(np.float64)), frames, done
+
+    def _autoreset_now(self, frames: np.ndarray, over: np.ndarray, cut: np.ndarray) -> dict[str, Any]:
+        """Begin the next level where an episode is `over`; the game has not done so itself where it was `cut` short."""
+        final = np.full(self.num_envs, None, dtype=object)
+        for i in np.flatnonzero(cut):
+            final[i] = frames[i].copy()
+            self._set(i, self._forced_reset(self._get(i)))
+        self._frames = self._envs.observe()[1]["rgb"] if cut.any() else frames
+        steps = self._steps.copy()
+        self._steps[over] = 0
+        if over.any():
+            self._levels = self._current_levels()
         infos = self._infos()
-        if done.any() and self.autoreset_mode is AutoresetMode.SAME_STEP:
-            infos["final_info"] = {"episode_step": infos_steps, "_episode_step": done}
-            infos["_final_info"] = done
-        return self._frames.copy(), rewards.astype(np.float64), done & ~truncated, truncated, infos
+        if over.any():
+            infos |= {"final_info": {"episode_step": steps, "_episode_step": over}, "_final_info": over}
+        return infos | ({"final_obs": final, "_final_obs": cut} if cut.any() else {})
 
     def camera(self) -> np.ndarray:
         """Return where the pictures' top left corners lie, in tiles, float32 (N, 2): x to the right, y downwards.
 
         Read from the drawing state that the game saves. Tiles begin at whole numbers, so the fraction says how far the
-        picture cuts into the tile at its corner. A (N, 2) of nan for games in which nothing scrolls. In DISABLED mode a
-        finished environment's state stands at the next level already, and so does its camera.
+        picture cuts into the tile at its corner. A (N, 2) of nan for games in which nothing scrolls. A finished
+        environment's state may stand at the next level already, and so does its camera.
         """
         view, mode = self.game.view, self._options["distribution_mode"]
         if not view.camera(mode):
@@ -280,7 +317,7 @@ class RealProcgenVectorEnv(WorldVectorEnv):
 
 
 _STATE_BYTES = 2**20  # more than any game's state
-_COUNTERS = ("steps", "levels", "finished", "pinned", "frames")
+_COUNTERS = ("steps", "levels", "finished", "advanced", "pinned", "frames")
 
 
 class RealProcgenEnv(SingleView):

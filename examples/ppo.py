@@ -71,7 +71,7 @@ def learn(args: Args, agent: ImpalaAgent, optimizer: torch.optim.Optimizer, *rol
 def main(args: Args) -> dict[str, float]:
     """Learn, save the agent, and return how it went."""
     torch.manual_seed(args.seed)
-    envs = gym.make_vec(args.world, num_envs=args.num_envs)
+    envs = gym.make_vec(args.world, num_envs=args.num_envs, autoreset_mode="SameStep")
     agent = ImpalaAgent(ImpalaConfig())
     nn.init.orthogonal_(agent.policy.weight, 0.01)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, eps=1e-5)
@@ -95,7 +95,7 @@ def main(args: Args) -> dict[str, float]:
             over = terminated | truncated
             rewards[i] = torch.from_numpy(reward * args.reward_scale)
             if truncated.any() and "final_obs" in infos:  # what was cut off would have gone on: add its value
-                cut = np.flatnonzero(truncated)
+                cut = np.flatnonzero(truncated & infos["_final_obs"])
                 last = torch.from_numpy(np.stack([infos["final_obs"][k] for k in cut]))
                 with torch.inference_mode():
                     rewards[i, cut] += args.gamma * agent(to_images(last))[1]

@@ -123,7 +123,8 @@ def test_an_environment_dreams_the_same_in_any_batch(toy_bundle: Path, n: int, s
 
 
 def test_step_limit_truncates_and_autoresets_in_the_same_step(tmp_path: Path) -> None:
-    envs = DreamVectorEnv(2, bundle=write_toy_bundle(tmp_path / "b", max_steps=5), sampler={"temperature": 0})
+    bundle = write_toy_bundle(tmp_path / "b", max_steps=5)
+    envs = DreamVectorEnv(2, bundle=bundle, sampler={"temperature": 0}, autoreset_mode="SameStep")
     envs.reset(seed=0)
     for t in range(1, 13):
         frames, _, terminated, truncated, infos = envs.step(np.array([4, 4]))
@@ -140,8 +141,9 @@ def test_step_limit_truncates_and_autoresets_in_the_same_step(tmp_path: Path) ->
 
 def test_next_step_mode_resets_on_the_following_step(tmp_path: Path) -> None:
     bundle = write_toy_bundle(tmp_path / "b", max_steps=5)
-    envs = DreamVectorEnv(1, bundle=bundle, sampler={"temperature": 0}, autoreset_mode="NextStep")
-    same = DreamVectorEnv(1, bundle=bundle, sampler={"temperature": 0})
+    envs = DreamVectorEnv(1, bundle=bundle, sampler={"temperature": 0})
+    assert envs.autoreset_mode is AutoresetMode.NEXT_STEP, "as Gymnasium's own"
+    same = DreamVectorEnv(1, bundle=bundle, sampler={"temperature": 0}, autoreset_mode="SameStep")
     envs.reset(seed=0)
     same.reset(seed=0)
     for _ in range(5):
@@ -201,7 +203,7 @@ def test_rewards_terminate_and_come_in_real_magnitudes(tmp_path: Path) -> None:
 
     loaded = load_bundle(write_toy_bundle(tmp_path / "b"), "cpu")
     loaded.world_model.head.prior.copy_(torch.tensor([-50.0, -50.0, 50.0]))
-    envs = DreamVectorEnv(3, bundle=replace(loaded, identity="coins"))
+    envs = DreamVectorEnv(3, bundle=replace(loaded, identity="coins"), autoreset_mode="SameStep")
     envs.reset(seed=0)
     _, rewards, terminated, truncated, infos = envs.step(np.array([7, 7, 7]))
     assert rewards.tolist() == [10.0] * 3 and terminated.all() and not truncated.any()

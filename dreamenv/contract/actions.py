@@ -46,7 +46,7 @@ def _as_array(actions: Any) -> np.ndarray:
         if hasattr(actions, "detach"):  # a torch tensor, on whatever device
             actions = actions.detach().cpu().numpy()
         return np.asarray(actions)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise InvalidActionError(f"action {actions!r}: not an array ({error}); pass integers") from None
 
 

@@ -14,7 +14,7 @@ def as_array(value: Any, name: str) -> np.ndarray:
     """Return `value` as an array; raises `ResetError` where NumPy cannot."""
     try:
         return np.asarray(value)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise ResetError(f"{name}: not an array ({error})") from None
 
 
@@ -37,6 +37,8 @@ def check_seeds(seed: Any, n: int, limit: int) -> list[int | None]:
     Raises:
         ResetError: not an integer in 0..limit - 1, another number of them, or another type.
     """
+    if isinstance(seed, np.ndarray) and seed.ndim == 0:
+        seed = seed[()]
     if seed is None or (isinstance(seed, (int, np.integer)) and not isinstance(seed, bool)):
         seeds: list[Any] = [None if seed is None else int(seed) + i for i in range(n)]
     elif isinstance(seed, (list, tuple, np.ndarray)):
@@ -88,4 +90,4 @@ def check_history(frames: Any, actions: Any, n: int, frame: tuple[int, int, int]
         )
     if ((actions < 0) | (actions >= NUM_ACTIONS)).any():
         raise ResetError(f"actions {actions.min()}..{actions.max()}: expected 0..{NUM_ACTIONS - 1}")
-    return frames, actions.astype(np.int64)
+    return np.ascontiguousarray(frames), np.ascontiguousarray(actions, np.int64)

@@ -6,20 +6,32 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 
 from dreamenv.contract.actions import check_action, keys_to_action
+from dreamenv.contract.specs import json_spec
 
 
 class SingleView(gym.Env):
     """N = 1 view of a vector environment in DISABLED autoreset mode; subclasses add `reset`."""
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 15}
+    _spec: EnvSpec | None = None
 
     def __init__(self, vector: Any) -> None:
         self.vector = vector
         self.observation_space = vector.single_observation_space
         self.action_space = vector.single_action_space
         self.render_mode = vector.render_mode
+
+    @property
+    def spec(self) -> EnvSpec | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What `gym.make` made this of; its arguments are JSON, so `spec.to_json()` and `spec.make()` work."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:
+        self._spec = json_spec(spec)
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Advance by one action.
@@ -40,7 +52,7 @@ class SingleView(gym.Env):
         return None if frames is None else frames[0]
 
     def snapshot(self) -> bytes:
-        """Return the state as bytes that `restore` accepts, in another process too."""
+        """Return the state as bytes that `restore` accepts, in another process too: `env.unwrapped.snapshot()`."""
         return self.vector.snapshot()
 
     def restore(self, data: bytes) -> np.ndarray:

@@ -7,13 +7,17 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from dreamenv.config import check
+from dreamenv.config import check, whole
 from dreamenv.contract.actions import NUM_ACTIONS, keys_to_action
-from dreamenv.errors import ConfigError
+from dreamenv.contract.specs import json_spec
+from dreamenv.errors import ClosedError, ConfigError
+
+MAX_ENVS = 2**16
 
 
 class WorldVectorEnv(VectorEnv):
@@ -25,6 +29,7 @@ class WorldVectorEnv(VectorEnv):
         autoreset_mode: as Gymnasium defines them.
         modes: which of them this world has.
         render_mode: None or "rgb_array".
+        max_episode_steps: truncate episodes after so many steps; None leaves the game's own limit.
 
     Raises:
         ConfigError: an argument outside its range.
@@ -33,8 +38,10 @@ class WorldVectorEnv(VectorEnv):
     metadata: dict[str, Any] = {
         "render_modes": ["rgb_array"],
         "render_fps": 15,
-        "autoreset_mode": AutoresetMode.SAME_STEP,
+        "autoreset_mode": AutoresetMode.NEXT_STEP,
     }
+
+    _spec: EnvSpec | None = None
 
     def __init__(
         self,
@@ -43,14 +50,15 @@ class WorldVectorEnv(VectorEnv):
         autoreset_mode: AutoresetMode | str,
         modes: Sequence[AutoresetMode],
         render_mode: str | None,
+        max_episode_steps: int | None = None,
     ) -> None:
-        whole = isinstance(num_envs, int) and not isinstance(num_envs, bool) and num_envs >= 1
-        check(whole, f"num_envs {num_envs!r}: must be an integer >= 1")
+        num_envs = whole(num_envs, "num_envs", 1, MAX_ENVS)
+        self.max_episode_steps = None if max_episode_steps is None else whole(max_episode_steps, "max_episode_steps", 1)
         check(render_mode in (None, "rgb_array"), f"render_mode {render_mode!r}: must be None or 'rgb_array'")
         known = {m.value: m for m in modes} | {m: m for m in modes}
         try:
             self.autoreset_mode = known[autoreset_mode]
-        except (KeyError, TypeError):
+        except (KeyError, TypeError):  # TypeError: not hashable
             names = ", ".join(repr(m.value) for m in modes)
             raise ConfigError(f"autoreset_mode {autoreset_mode!r}: must be one of {names}") from None
         self.num_envs, self.render_mode = num_envs, render_mode
@@ -60,6 +68,19 @@ class WorldVectorEnv(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._frames = np.zeros((num_envs, *frame), np.uint8)
+
+    @property
+    def spec(self) -> EnvSpec | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What `gym.make` made this of; its arguments are JSON, so `spec.to_json()` and `spec.make()` work."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:
+        self._spec = json_spec(spec)
+
+    def _check_open(self, what: str) -> None:
+        if self.closed:
+            raise ClosedError(f"{what}() after close(): make the environment again")
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """Return one uint8 frame per environment, or None without a render mode."""

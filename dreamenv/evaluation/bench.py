@@ -26,7 +26,7 @@ def bench(
     rows, used = [], ""
     for nfe in nfes:
         for n in sorted({1, num_envs}):
-            envs = DreamVectorEnv(n, game, bundle, device, SamplerConfig(nfe=nfe), precision=precision)
+            envs = DreamVectorEnv(n, game, bundle, device, SamplerConfig(nfe=nfe), "SameStep", precision=precision)
             used = envs.bundle.world_model.precision
             envs.reset(seed=0)
             rng = np.random.default_rng(0)

@@ -32,7 +32,7 @@ def parse_levels(text: str) -> tuple[int, int]:
 
 
 def real_envs(game: str, num_envs: int, levels: tuple[int, int], distribution_mode: str) -> Any:
-    """The real game as a vector environment (needs procgen), on `levels`: the first one, and how many."""
+    """The real game in SAME_STEP mode (needs procgen), on `levels`: the first one, and how many."""
     return gym.make_vec(
         "envs:RealProcgen-v0",
         num_envs=num_envs,
@@ -40,6 +40,7 @@ def real_envs(game: str, num_envs: int, levels: tuple[int, int], distribution_mo
         start_level=levels[0],
         num_levels=levels[1],
         distribution_mode=distribution_mode,
+        autoreset_mode="SameStep",
     )
 
 

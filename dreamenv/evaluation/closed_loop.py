@@ -51,9 +51,8 @@ def play_episodes(
 ) -> tuple[Episodes, list[np.ndarray]]:
     """Play every environment of a vector env, which stands at `frames` uint8 (N, 64, 64, 3), to its end or `limit`.
 
-    Dreams are played in copies, and the env handed in stays where it stands: those that have ended are dropped, for a
-        step of
-    each costs as much as one of those that go on, none begins anew, and none is drawn if nobody looks.
+    Dreams are played in copies, and the env handed in stays where it stands. Those that have ended are dropped, none
+    begins anew, and none is drawn if nobody looks. The real game is stepped on in SAME_STEP mode.
 
     Returns:
         The episodes, and of the first `films` the frames before each step, uint8 (T, 64, 64, 3).
@@ -122,8 +121,9 @@ def play_both(
         start_level=levels[0],
         num_levels=levels[1],
         distribution_mode=bundle.game.distribution_mode,
+        autoreset_mode="SameStep",
     )
-    dream = DreamVectorEnv(episodes, bundle=bundle, sampler=sampler)
+    dream = DreamVectorEnv(episodes, bundle=bundle, sampler=sampler, autoreset_mode="SameStep")
     bias = np.asarray(real.unwrapped.game.bias)
     chosen = levels[0] + philox((seed, 0xC105ED)).choice(levels[1], episodes, replace=episodes > levels[1])
     out = {}

@@ -10,4 +10,4 @@ from dreamenv.vector import DreamVectorEnv
 
 
 def dreams(bundle: Path, n: int = 3, **options: Any) -> NativeVecEnv:
-    return NativeVecEnv(DreamVectorEnv(n, bundle=bundle, **options))
+    return NativeVecEnv(DreamVectorEnv(n, bundle=bundle, **{"autoreset_mode": "SameStep"} | options))

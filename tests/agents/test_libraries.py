@@ -75,7 +75,7 @@ def test_both_worlds_are_played_on_the_same_levels(toy_bundle: Path) -> None:
 
 
 def test_a_foreign_zip_needs_trust(toy_bundle: Path, tmp_path: Path) -> None:
-    envs = NativeVecEnv(DreamVectorEnv(2, bundle=toy_bundle))
+    envs = NativeVecEnv(DreamVectorEnv(2, bundle=toy_bundle, autoreset_mode="SameStep"))
     PPO("CnnPolicy", envs, n_steps=8, batch_size=8, device="cpu").save(tmp_path / "foreign.zip")
     with pytest.raises(PolicyError, match="--trust"):
         ForeignPolicy(tmp_path / "foreign.zip", "PPO", trust=False)

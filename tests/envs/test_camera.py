@@ -58,7 +58,7 @@ def pairs(game: str) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Random moments: a picture, a later one of the same episode, and the camera's move between them in pixels."""
     gap, choices, _ = SCENES[game]
     scale = 64 / GAMES[game].view.tiles["easy"]
-    envs = RealProcgenVectorEnv(16, game, start_level=0, num_levels=400)
+    envs = RealProcgenVectorEnv(16, game, start_level=0, num_levels=400, autoreset_mode="SameStep")
     rng = np.random.default_rng(0)
     frames, _ = envs.reset(seed=1)
     history, age, held = [(frames, envs.camera())], np.zeros(16, int), rng.choice(choices, 16)
@@ -103,7 +103,7 @@ def test_the_camera_tells_how_pictures_moved(game: str) -> None:
 
 @pytest.mark.parametrize("game", [name for name, game in GAMES.items() if not any(game.view.scrolls)])
 def test_other_games_have_no_camera(game: str) -> None:
-    envs = RealProcgenVectorEnv(2, game, num_levels=10)
+    envs = RealProcgenVectorEnv(2, game, num_levels=10, autoreset_mode="SameStep")
     envs.reset(seed=0)
     assert np.isnan(envs.camera()).all() and envs.camera().shape == (2, 2)
     assert not GAMES[game].view.has("camera", "easy") and not GAMES[game].view.has("player", "easy")

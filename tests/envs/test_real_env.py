@@ -134,6 +134,62 @@ def test_the_time_limit_truncates_and_death_terminates() -> None:
     assert set(ends) == {0.0, 10.0}
 
 
+def test_next_step_mode_is_same_step_mode_with_a_step_for_each_reset() -> None:
+    """Environment by environment: the same frames, rewards and levels, but that the reset takes a step of its own."""
+    n, steps = 6, 400
+    same = RealProcgenVectorEnv(n, autoreset_mode="SameStep", max_episode_steps=40)
+    following = RealProcgenVectorEnv(n, max_episode_steps=40)
+    assert following.autoreset_mode is AutoresetMode.NEXT_STEP
+    actions = np.random.default_rng(0).choice([7, 7, 8, 5, 1], (n, steps))
+    took, resetting = np.zeros(n, int), np.zeros(n, bool)
+    seen: list[list] = [[] for _ in range(n)]
+    frames, infos = following.reset(seed=3)
+    for _ in range(steps // 2):
+        chosen = np.where(resetting, 14, actions[np.arange(n), took])
+        frames, rewards, terminated, truncated, infos = following.step(chosen)
+        for i in range(n):
+            if resetting[i]:
+                assert rewards[i] == 0 and not terminated[i] and not truncated[i] and infos["episode_step"][i] == 0
+                seen[i][-1] = (*seen[i][-1][:3], frames[i].tobytes(), infos["level_seed"][i])
+            else:
+                seen[i].append((rewards[i], terminated[i], truncated[i], frames[i].tobytes(), infos["level_seed"][i]))
+                took[i] += 1
+        resetting = terminated | truncated
+    same.reset(seed=3)
+    cut = 0
+    for t in range(took.min()):
+        before = frames
+        frames, rewards, terminated, truncated, infos = same.step(actions[:, t])
+        for i in range(n):
+            if t < len(seen[i]) - 1:
+                assert seen[i][t] == (
+                    rewards[i],
+                    terminated[i],
+                    truncated[i],
+                    frames[i].tobytes(),
+                    infos["level_seed"][i],
+                )
+            if truncated[i]:
+                cut += 1
+                assert infos["final_info"]["episode_step"][i] == 40
+                assert not np.array_equal(infos["final_obs"][i], before[i]) and infos["_final_obs"][i]
+    assert cut and took.min() > 100 and any(s[1] for row in seen for s in row)
+
+
+def test_disabled_mode_resets_an_episode_that_was_cut_short() -> None:
+    def play(limit: int | None) -> list[int]:
+        vector = RealProcgenVectorEnv(1, "maze", autoreset_mode="Disabled", max_episode_steps=limit)
+        levels = [vector.reset(seed=0)[1]["level_seed"][0]]
+        for _ in range(3):
+            for _ in range(10):
+                *_, truncated, _ = vector.step(np.array([4]))
+            assert truncated[0] == (limit is not None)
+            levels.append(vector.reset(options={"reset_mask": np.array([True])})[1]["level_seed"][0])
+        return levels
+
+    assert play(10) == play(None) and len(set(play(10))) > 2
+
+
 def test_the_single_env_repeats_its_last_frame_at_the_end() -> None:
     env = RealProcgenEnv()
     last, _ = env.reset(seed=1)
@@ -238,7 +294,9 @@ def test_the_wrapper_stack_of_the_seed_document() -> None:
         {"start_level": 5, "num_levels": 0},
         {"num_levels": 2**31},
         {"distribution_mode": "nightmare"},
-        {"autoreset_mode": AutoresetMode.NEXT_STEP},
+        {"autoreset_mode": np.array([1, 2])},
+        {"num_envs": 10**6},
+        {"max_episode_steps": 0},
         {"render_mode": "ansi"},
         {"render_size": 100},
     ],
