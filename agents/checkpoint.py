@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecMonitor, VecNormalize, unwrap_vec_wrapper
 
-from dreamenv.artifacts import atomic_folder, read_json, recover_folder, sha256_file, write_json
+from dreamenv import checkpoints
+from dreamenv.artifacts import parse_tensors
 from dreamenv.errors import CheckpointError
 
-_REMEDY = "delete the checkpoint to start anew"
+FORMAT_VERSION = 2
 
 
 def save_checkpoint(folder: Path, model: OnPolicyAlgorithm, identity: str) -> None:
@@ -35,7 +36,6 @@ def save_checkpoint(folder: Path, model: OnPolicyAlgorithm, identity: str) -> No
     for i, data in enumerate(model.env.env_method("snapshot", indices=_leaders(model.env))):
         arrays[f"env.{i}"] = np.frombuffer(data, np.uint8)
     state: dict[str, Any] = {
-        "identity": identity,
         "steps": model.num_timesteps,
         "updates": model._n_updates,
         "progress_remaining": model._current_progress_remaining,
@@ -53,27 +53,29 @@ def save_checkpoint(folder: Path, model: OnPolicyAlgorithm, identity: str) -> No
             "scaler.var": np.asarray(scaler.ret_rms.var),
         }
         state["scaler_count"] = float(scaler.ret_rms.count)
-    with atomic_folder(folder) as temporary:
-        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary / "arrays.safetensors")
-        write_json(temporary / "state.json", state | {"sha256": sha256_file(temporary / "arrays.safetensors")})
+    data = save({k: np.ascontiguousarray(v) for k, v in arrays.items()})
+    checkpoints.write(folder, FORMAT_VERSION, identity, state, {"arrays": data})
 
 
 def load_checkpoint(folder: Path, model: OnPolicyAlgorithm, identity: str) -> bool:
     """Continue from `folder` if there is a checkpoint; returns whether there was.
 
     Raises:
-        CheckpointError: it is damaged, or belongs to another configuration.
+        CheckpointError: it is damaged and so is the one before, or it belongs to another configuration.
     """
-    recover_folder(folder)
-    if not folder.exists():
+    if not checkpoints.exists(folder):
         return False
-    state = read_json(folder / "state.json", CheckpointError, _REMEDY)
-    path = folder / "arrays.safetensors"
-    if not path.exists() or sha256_file(path) != state.get("sha256"):
-        raise CheckpointError(f"{path}: missing, or its sha256 differs from state.json; {_REMEDY}")
-    if state.get("identity") != identity:
-        raise CheckpointError(f"{folder}: was made with another configuration; use the same one, or another --out")
-    arrays = load_file(path)
+    state, parts = checkpoints.read(folder, FORMAT_VERSION, identity, ("arrays",))
+    arrays = parse_tensors(load, parts["arrays"], folder / "arrays", CheckpointError, checkpoints.REMEDY)
+    try:
+        _restore(model, state, arrays)
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
+        reason = str(error).splitlines()[-1]
+        raise CheckpointError(f"{folder}: does not fit this run ({reason}); {checkpoints.REMEDY}") from None
+    return True
+
+
+def _restore(model: OnPolicyAlgorithm, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     model.policy.load_state_dict({k[7:]: torch.from_numpy(v) for k, v in arrays.items() if k.startswith("policy.")})
     for index, parameter in enumerate(model.policy.parameters()):
         prefix = f"optimizer.{index}."
@@ -115,7 +117,6 @@ def load_checkpoint(folder: Path, model: OnPolicyAlgorithm, identity: str) -> bo
     torch.set_rng_state(torch.from_numpy(arrays["rng.torch"]))
     if "rng.cuda" in arrays and model.device.type == "cuda":
         torch.cuda.set_rng_state(torch.from_numpy(arrays["rng.cuda"]), model.device)
-    return True
 
 
 def _leaders(envs: Any) -> list[int]:

@@ -204,7 +204,10 @@ def agent_facts(folder: Path) -> dict[str, Any]:
     Raises:
         PolicyError: no agent there, or a damaged one.
     """
-    return dict(read_json(folder / "agent.json", PolicyError, "train the agent again").get("facts", {}))
+    facts = read_json(folder / "agent.json", PolicyError, "train the agent again").get("facts", {})
+    if not isinstance(facts, dict):
+        raise PolicyError(f"{folder / 'agent.json'}: facts {str(facts)[:40]!r} is no mapping; train the agent again")
+    return facts
 
 
 def save_algorithm(folder: Path, model: BaseAlgorithm, facts: dict[str, Any]) -> Path:

@@ -257,7 +257,7 @@ def train(config: TrainConfig, progress: bool = False) -> dict[str, Any]:
     if config.resume and not isinstance(model, OnPolicyAlgorithm):
         raise ConfigError(f"resume: {algorithm.algorithm} saves no checkpoints; train it anew")
     if not config.resume:  # a fresh start leaves nothing behind that a later resume could pick up
-        for stale in ("checkpoint", "best", "agent"):
+        for stale in ("checkpoint", "checkpoint-before", "best", "agent"):
             shutil.rmtree(config.out / stale, ignore_errors=True)
     resumed = config.resume and load_checkpoint(config.out / "checkpoint", cast(OnPolicyAlgorithm, model), identity)
     suffix = f"-{model.num_timesteps}" if resumed else ""  # a resumed run leaves the earlier progress.csv alone

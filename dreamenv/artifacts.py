@@ -2,14 +2,95 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import stat
+import tokenize
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from dreamenv.errors import BusyError, StorageError
+
+T = TypeVar("T")
+JSON_LIMIT = 2**26
+TENSORS_LIMIT = 2**33
+_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR}
+# NumPy parses a header as Python source
+_BAD_HEADER = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    TypeError,
+    KeyError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+    tokenize.TokenError,
+)
+
+
+@contextmanager
+def storage_errors(path: str | Path) -> Iterator[None]:
+    """Turn what the system says of a full disk or a folder that may not be written into a `StorageError`."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        # NumPy's tofile knows no errno: "4096 requested and 0 written"
+        if error.errno not in _STORAGE and not (error.errno is None and "written" in str(error)):
+            raise
+        reason = error.strerror or os.strerror(errno.ENOSPC)
+        raise StorageError(
+            f"{error.filename or path}: cannot be written ({reason}; {free_bytes(path) / 2**20:.0f} MiB are free "
+            "there); make room, or choose a folder that may be written"
+        ) from None
+
+
+def free_bytes(path: str | Path) -> int:
+    """Bytes that are free where `path` is, or would be."""
+    at = Path(path).absolute()
+    while not at.exists() and at != at.parent:
+        at = at.parent
+    try:
+        return shutil.disk_usage(at).free
+    except OSError:
+        return 0
+
+
+@contextmanager
+def only_writer(folder: str | Path) -> Iterator[None]:
+    """Hold a folder while writing it, by a lock beside it that ends with this process, however that ends.
+
+    Raises:
+        BusyError: another process holds it.
+        StorageError: the lock cannot be written.
+    """
+    folder = Path(folder).absolute()
+    with storage_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise BusyError(
+                f"{folder}: another process is writing it; wait until that has ended, or choose another folder"
+            ) from None
+    try:
+        with storage_errors(folder):
+            yield
+    finally:
+        lock.release()
 
 
 def _fsync(path: Path) -> None:
@@ -24,42 +105,48 @@ def _fsync(path: Path) -> None:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path` with the same ending; on success fsync it and rename it over `path`."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".partial.{path.name}")
-    try:
-        yield temporary
-        _fsync(temporary)
-        os.replace(temporary, path)
-        _fsync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            _fsync(temporary)
+            os.replace(temporary, path)
+            _fsync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, before: Path | None = None) -> Iterator[Path]:
     """Yield an empty temporary sibling folder; on success fsync its files and move it to `path`.
 
-    An older folder at `path` is set aside first and removed last, so it survives a failure of the writer.
+    An older folder at `path` is set aside first and removed last, so it survives a failure of the writer. Where
+    `before` is given it is kept there instead.
     """
     path = Path(path).absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     aside = path.with_name(f".{path.name}.replaced")
-    recover_folder(path)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            _fsync(file)
-        _fsync(temporary)
-        if path.exists():
-            os.replace(path, aside)
-        os.replace(temporary, path)
-        _fsync(path.parent)
-        shutil.rmtree(aside, ignore_errors=True)
-    finally:
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        recover_folder(path)
         shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                _fsync(file)
+            _fsync(temporary)
+            if path.exists():
+                os.replace(path, aside)
+            os.replace(temporary, path)
+            _fsync(path.parent)
+            if before is not None and aside.exists():
+                shutil.rmtree(before, ignore_errors=True)
+                os.replace(aside, before)
+            shutil.rmtree(aside, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def recover_folder(path: Path) -> None:
@@ -80,12 +167,45 @@ def readable_folder(path: str | Path) -> Path:
     return aside if aside.exists() and not path.exists() else path
 
 
-def read_json(path: Path, error: type[Exception], remedy: str) -> dict[str, Any]:
-    """Read a JSON object; raises `error`, which names the file and the remedy, where there is none."""
+def read_file(path: Path, error: type[Exception], remedy: str, limit: int, sha256: str | None = None) -> bytes:
+    """Read a whole file, before anything of it is believed.
+
+    Args:
+        path: a regular file, or a link to one.
+        error: what to raise; the message names the file and the remedy.
+        remedy: what the user can do.
+        limit: bytes that it may have.
+        sha256: hexadecimal digest that its bytes must have.
+
+    Raises:
+        error: missing, no regular file, too large, unreadable, or of another digest.
+    """
     try:
-        value = json.loads(path.read_bytes())
-    except OSError:
-        raise error(f"{path}: not found; {remedy}") from None
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # opening a pipe would wait otherwise
+        with os.fdopen(descriptor, "rb") as file:
+            facts = os.fstat(descriptor)
+            if not stat.S_ISREG(facts.st_mode):
+                raise error(f"{path}: is no regular file; {remedy}")
+            if facts.st_size > limit:
+                raise error(f"{path}: has {facts.st_size} bytes, at most {limit} are read; {remedy}")
+            data = file.read(limit + 1)
+    except FileNotFoundError:
+        raise error(f"{path}: missing; {remedy}") from None
+    except (OSError, ValueError) as problem:  # ValueError: a name that no file can have
+        raise (
+            problem if isinstance(problem, error) else error(f"{path}: cannot be read ({problem}); {remedy}")
+        ) from None
+    if len(data) > limit:
+        raise error(f"{path}: has more than {limit} bytes; {remedy}")
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise error(f"{path}: sha256 differs from its description, it was altered; {remedy}")
+    return data
+
+
+def parse_json(data: bytes, path: Path | str, error: type[Exception], remedy: str) -> dict[str, Any]:
+    """Parse a JSON object; raises `error`, which names the file and the remedy, where it is none."""
+    try:
+        value = json.loads(data, parse_constant=_refuse)
     except (ValueError, RecursionError) as problem:
         raise error(f"{path}: is not JSON ({str(problem)[:200]}); {remedy}") from None
     if not isinstance(value, dict):
@@ -93,11 +213,47 @@ def read_json(path: Path, error: type[Exception], remedy: str) -> dict[str, Any]
     return value
 
 
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def read_json(path: Path, error: type[Exception], remedy: str) -> dict[str, Any]:
+    """Read a JSON object; raises `error`, which names the file and the remedy, where there is none."""
+    return parse_json(read_file(path, error, remedy, JSON_LIMIT), path, error, remedy)
+
+
+def parse_tensors(
+    load: Callable[[bytes], dict[str, T]], data: bytes, path: Path | str, error: type[Exception], remedy: str
+) -> dict[str, T]:
+    """Parse the bytes of a safetensors file by `load`, the library's own for torch or NumPy; raises `error`."""
+    try:
+        return load(data)
+    except (SafetensorError, ValueError, TypeError, KeyError, OverflowError, RuntimeError, MemoryError) as problem:
+        raise error(f"{path}: is malformed ({type(problem).__name__}: {str(problem)[:200]}); {remedy}") from None
+
+
+def open_array(path: Path, error: type[Exception], remedy: str) -> np.ndarray:
+    """Map a .npy file into memory, read-only; raises `error` where it is none, or holds Python objects."""
+    if path.exists() and not path.is_file():
+        raise error(f"{path}: is no regular file; {remedy}")
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except FileNotFoundError:
+        raise error(f"{path}: missing; {remedy}") from None
+    except _BAD_HEADER as problem:
+        raise error(f"{path}: truncated or altered ({str(problem)[:200]}); {remedy}") from None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically; NaN and infinity are refused (they are not JSON)."""
     text = json.dumps(value, indent=1, allow_nan=False) + "\n"
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def checksum(value: Mapping[str, Any]) -> str:
+    """sha256 of a JSON object's values, whatever their order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def sha256_file(path: Path) -> str:

@@ -10,17 +10,18 @@ import torch
 from dreamenv.bundle import Bundle
 from dreamenv.config import whole
 from dreamenv.contract.noise import branch_stream
-from dreamenv.contract.snapshot import pack, unpack
+from dreamenv.contract.snapshot import check_arrays, check_range, pack, unpack
 from dreamenv.contract.world import MAX_ENVS, WorldVectorEnv
 from dreamenv.errors import ConfigError, ResetError, SnapshotError
 from dreamenv.flow import SamplerConfig
-from dreamenv.models.state import State
+from dreamenv.models.interface import NULL_ACTION, State
 
 if TYPE_CHECKING:
     from dreamenv.vector import DreamVectorEnv
 
 _STATE = "state."
 """How a snapshot calls the tensors of the state, which families name as they like."""
+_MOST = 2**48  # episodes, or steps, of one seed
 _COUNTERS = ("frames", "seeds", "streams", "episodes", "steps", "starts", "finished")
 
 
@@ -158,14 +159,18 @@ class Branching(WorldVectorEnv):
                 f"snapshot of bundle {str(meta.get('bundle'))[:12]}, this env dreams with {self.bundle.identity[:12]}; "
                 "load the bundle it was taken with"
             )
-        own = {f"{_STATE}{name}": value[:1] for name, value in self._state.items()}
-        known = {n: (tuple(v.shape[1:]), str(v.dtype).removeprefix("torch.")) for n, v in own.items()}
-        known |= {n: (v.shape[1:], str(v.dtype)) for n in _COUNTERS for v in [getattr(self, f"_{n}")]}
-        rows = {len(v) if v.ndim else 0 for v in arrays.values()}
-        for name in sorted(set(known) | set(arrays)):
-            found = (arrays[name].shape[1:], str(arrays[name].dtype)) if name in arrays else None
-            if found != known.get(name):
-                raise SnapshotError(f"snapshot: {name} is {found}, expected {known.get(name)}; take it again")
-        if len(rows) != 1 or 0 in rows:
-            raise SnapshotError(f"snapshot: its tensors are of {sorted(rows)} environments; take it again")
+        rows = len(arrays["frames"]) if "frames" in arrays and arrays["frames"].ndim else 0
+        if not 1 <= rows <= MAX_ENVS:
+            raise SnapshotError(f"snapshot of {rows} environments: expected 1..{MAX_ENVS}; take it again")
+        own = {f"{_STATE}{name}": value for name, value in self._state.items()}
+        known = {n: ((rows, *v.shape[1:]), str(v.dtype).removeprefix("torch.")) for n, v in own.items()}
+        known |= {n: ((rows, *v.shape[1:]), str(v.dtype)) for n in _COUNTERS for v in [getattr(self, f"_{n}")]}
+        check_arrays(arrays, known)
+        for name, values in arrays.items():
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                raise SnapshotError(f"snapshot: {name} is not finite; take it again")
+        check_range("state.actions", arrays["state.actions"], 0, NULL_ACTION)
+        check_range("starts", arrays["starts"], -1, len(self.bundle.starts.frames) - 1)
+        for name in ("episodes", "steps"):
+            check_range(name, arrays[name], 0, _MOST)
         return arrays

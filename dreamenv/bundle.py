@@ -20,20 +20,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 from safetensors.torch import save as save_tensors
 
-from dreamenv.artifacts import atomic_folder, read_json, readable_folder, sha256_file, write_json
+from dreamenv.artifacts import (
+    atomic_folder,
+    parse_json,
+    parse_tensors,
+    read_json,
+    readable_folder,
+    sha256_file,
+    write_json,
+)
 from dreamenv.config import check, from_dict, to_dict
 from dreamenv.contract.actions import NUM_ACTIONS
 from dreamenv.contract.games import get_game
 from dreamenv.device import pick_device, pick_precision
 from dreamenv.errors import BundleError, ConfigError
-from dreamenv.models.io import fill, read_part
+from dreamenv.models.io import build_for, fill, read_part
 from dreamenv.models.migrations import bundle_from_1
-from dreamenv.models.registry import build, spec_of
+from dreamenv.models.registry import spec_of
 from dreamenv.world_model import WorldModel
 
 FORMAT_VERSION = 2
@@ -42,6 +49,7 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: bundle_f
 NETWORKS = ("codec", "dynamics", "head")
 _PARTS = (*(f"{n}.safetensors" for n in NETWORKS), "starts.safetensors", "card.json")
 _REMEDY = "re-download or retrain"
+_STARTS_LIMIT = 2**30  # bytes of frames, unpacked
 EMBEDDED = Path(__file__).parent / "bundles"
 
 
@@ -214,7 +222,10 @@ def load_bundle(folder: str | Path, device: str | torch.device = "auto", precisi
     digests = description.get("sha256")
     if not isinstance(digests, dict) or set(digests) != set(_PARTS):
         raise BundleError(f"{folder / 'bundle.json'}: sha256 must name exactly {', '.join(_PARTS)}; {_REMEDY}")
-    paths = {part: folder / description.get("files", {}).get(part, part) for part in _PARTS}
+    names = description.get("files", {})  # older ones called some of them otherwise
+    if not isinstance(names, dict) or any(Path(str(names.get(p, p))).name != names.get(p, p) for p in _PARTS):
+        raise BundleError(f"{folder / 'bundle.json'}: files must name the parts, each in this folder; {_REMEDY}")
+    paths = {part: folder / names.get(part, part) for part in _PARTS}
     parts = {part: read_part(path, digests[part]) for part, path in paths.items()}
     key = (str(folder), json.dumps(description), str(picked), precision)
     with _loading:
@@ -238,11 +249,13 @@ def _build(
     try:
         game = from_dict(GameFacts, description["game"], "game")
         limits = from_dict(Limits, description["limits"], "limits")
-        networks = {n: build(n, description["models"][n], where=f"models.{n}") for n in NETWORKS}
+        networks = {
+            n: build_for(n, description["models"][n], parts[f"{n}.safetensors"], f"models.{n}") for n in NETWORKS
+        }
         provenance = dict(description["provenance"])
     except KeyError as error:
         raise BundleError(f"{path}: key {error} is missing; {_REMEDY}") from None
-    except (ConfigError, TypeError, ValueError, RuntimeError) as error:
+    except (ConfigError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise BundleError(f"{path}: {error}; {_REMEDY}") from None
     version = 1 if "files" in description else FORMAT_VERSION
     for name, network in networks.items():
@@ -252,7 +265,7 @@ def _build(
         world_model = WorldModel(networks["codec"], networks["dynamics"], networks["head"], device, precision)
     except ConfigError as error:
         raise BundleError(f"{path}: {error}; {_REMEDY}") from None
-    card = read_json(paths["card.json"], BundleError, _REMEDY)
+    card = parse_json(parts["card.json"], paths["card.json"], BundleError, _REMEDY)
     starts = _read_starts(parts["starts.safetensors"], paths["starts.safetensors"], world_model.frame_shape)
     return Bundle(folder, description["identity"], world_model, game, limits, starts, provenance, card)
 
@@ -281,14 +294,16 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 
 def _read_starts(data: bytes, path: Path, frame: tuple[int, int, int]) -> Starts:
+    arrays = parse_tensors(load_arrays, data, path, BundleError, _REMEDY)
     try:
-        arrays = load_arrays(data)
         frames, actions, levels = (arrays[k] for k in ("frames", "actions", "level_seeds"))
         if frames.ndim == 1 and frames.dtype == np.uint8 and actions.ndim == 2:  # packed; older ones are as they are
             shape = (actions.shape[0], actions.shape[1] + 1, *frame)
+            if math.prod(shape) > _STARTS_LIMIT:
+                raise ValueError(f"{math.prod(shape)} bytes of frames, at most {_STARTS_LIMIT} are read")
             unpacked = zlib.decompressobj().decompress(frames.tobytes(), math.prod(shape) + 1)
             frames = np.frombuffer(bytearray(unpacked), np.uint8).reshape(shape)
-    except (SafetensorError, KeyError, ValueError, zlib.error) as error:
+    except (KeyError, ValueError, zlib.error) as error:
         raise BundleError(f"{path}: is malformed ({error}); {_REMEDY}") from None
     s, t = frames.shape[:2] if frames.ndim == 5 else (0, 0)
     sound = s >= 1 and t >= 1 and frames.shape[2:] == frame and frames.dtype == np.uint8 and levels.shape == (s,)

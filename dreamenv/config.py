@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 
 import yaml
 
+from dreamenv.artifacts import read_file
 from dreamenv.errors import ConfigError
 
 T = TypeVar("T")
+_YAML_LIMIT = 2**20  # bytes
 
 
 def check(condition: bool, message: str) -> None:
@@ -126,10 +128,10 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         ConfigError: the file is missing, is not YAML, or holds something other than a mapping.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(read_file(Path(path), ConfigError, "give the path of a YAML file", _YAML_LIMIT))
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, AttributeError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: the top level must be a mapping of keys, got {type(values).__name__}")

@@ -25,6 +25,14 @@ class PolicyError(DreamenvError, ValueError):
     """A policy specification or a saved agent is not usable."""
 
 
+class StorageError(DreamenvError, OSError):
+    """Something cannot be written: the disk is full, or the folder is read-only; what was there before is intact."""
+
+
+class BusyError(DreamenvError, RuntimeError):
+    """Another process is writing the same folder."""
+
+
 class InvalidActionError(DreamenvError, ValueError):
     """An action is outside the action space; the environment state is unchanged."""
 

@@ -14,7 +14,7 @@ from dreamenv.contract.actions import NOOP, check_actions
 from dreamenv.contract.games import GAMES, SEED_LIMIT, Game, check_levels, get_game
 from dreamenv.contract.resets import as_array, check_mask, check_options, check_seeds
 from dreamenv.contract.single import SingleView, split_infos
-from dreamenv.contract.snapshot import pack, unpack
+from dreamenv.contract.snapshot import check_arrays, pack, unpack
 from dreamenv.contract.world import WorldVectorEnv
 from dreamenv.errors import ResetError, SnapshotError
 from envs.making import make_procgen
@@ -220,29 +220,50 @@ class RealProcgenVectorEnv(WorldVectorEnv):
         return out
 
     def snapshot(self) -> bytes:
-        """Return the whole batch's state as bytes that `restore` accepts, in another process too."""
+        """Return the whole batch's state as bytes that `restore` accepts, in another process too.
+
+        Raises:
+            ResetError: before the first reset.
+        """
+        self._check_open("snapshot")
+        if not self._started:
+            raise ResetError("snapshot() before reset(): call reset() first")
         states = [np.frombuffer(self._get(i), np.uint8) for i in range(self.num_envs)]
         arrays = {f"state.{i}": s for i, s in enumerate(states)}
         arrays |= {name: getattr(self, f"_{name}") for name in _COUNTERS}
-        return pack("real", {"num_envs": self.num_envs, "options": self._options, "started": self._started}, arrays)
+        return pack("real", {"num_envs": self.num_envs, "options": self._options}, arrays)
 
-    def restore(self, data: bytes) -> np.ndarray:
+    def restore(self, data: bytes, trust: bool = False) -> np.ndarray:
         """Return to a snapshot and its observations, uint8 (N, 64, 64, 3).
 
+        Args:
+            data: what `snapshot` returned.
+            trust: take a snapshot that this user's programs did not sign. Procgen takes over whatever is in it, so a
+                forged one can end the process.
+
         Raises:
-            SnapshotError: damaged bytes, or of an environment with another game, levels, difficulty or batch size.
+            SnapshotError: damaged bytes, not signed, or of another game, levels, difficulty or batch size; the state is
+                unchanged.
         """
-        meta, arrays = unpack("real", data)
-        if meta["options"] != self._options or meta["num_envs"] != self.num_envs:
+        self._check_open("restore")
+        meta, arrays = unpack("real", data, trust)
+        if meta.get("options") != self._options or meta.get("num_envs") != self.num_envs:
             raise SnapshotError(
-                f"snapshot of {meta['num_envs']} x {meta['options']} cannot be restored into "
+                f"snapshot of {meta.get('num_envs')} x {meta.get('options')} cannot be restored into "
                 f"{self.num_envs} x {self._options}; make the same environment"
             )
-        for i in range(self.num_envs):
-            self._set(i, arrays[f"state.{i}"].tobytes())
+        if "advanced" not in arrays and "finished" in arrays:  # version 3 and before
+            arrays["advanced"] = arrays["finished"]
+        names = [f"state.{i}" for i in range(self.num_envs)]
+        sizes = {n: arrays[n].shape if n in arrays and arrays[n].size <= _STATE_BYTES else () for n in names}
+        expected = {n: (sizes[n] if len(sizes[n]) == 1 else (1,), "uint8") for n in names}
+        own = {n: getattr(self, f"_{n}") for n in _COUNTERS}
+        check_arrays(arrays, expected | {n: (v.shape, str(v.dtype)) for n, v in own.items()})
+        for i, name in enumerate(names):
+            self._set(i, arrays[name].tobytes())
         for name in _COUNTERS:
             setattr(self, f"_{name}", arrays[name].copy())
-        self._started = meta["started"]
+        self._started = True
         return self._frames.copy()
 
     def render(self) -> tuple[np.ndarray, ...] | None:

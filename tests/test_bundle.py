@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -195,13 +196,13 @@ def test_a_card_is_not_written_into_an_older_format(tmp_path: Path) -> None:
 def test_files_are_read_once(toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(toy_bundle, tmp_path / "bundle")
     read: list[str] = []
-    original = Path.read_bytes
+    original = os.open
 
-    def counted(self: Path) -> bytes:
-        read.append(self.name)
-        return original(self)
+    def counted(path: Any, *arguments: Any, **options: Any) -> int:
+        read.append(Path(path).name)
+        return original(path, *arguments, **options)
 
-    monkeypatch.setattr(Path, "read_bytes", counted)
+    monkeypatch.setattr(os, "open", counted)
     load_bundle(tmp_path / "bundle", "cpu")
     assert [read.count(f"{name}.safetensors") for name in NETWORKS] == [1, 1, 1]
 

@@ -95,7 +95,7 @@ def test_a_bad_yaml_file(tmp_path: Path, text: str) -> None:
 
 
 def test_a_missing_yaml_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="missing"):
         load_yaml(tmp_path / "none.yaml")
 
 

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load, save
+from torch import Tensor, nn
 
-from dreamenv.artifacts import atomic_folder, read_json, sha256_file, write_json
+from dreamenv import checkpoints
+from dreamenv.artifacts import parse_tensors
 from dreamenv.errors import CheckpointError
 
 if TYPE_CHECKING:
     from trainers.loop import Loop
 
-FORMAT_VERSION = 2
-_REMEDY = "delete the checkpoint to start anew"
+FORMAT_VERSION = 3
 _FREE = ("log_every", "wandb", "workers", "cuda_graphs")  # settings of the loop that change no weight
+_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # what AdamW keeps of a parameter
 
 
 def identity_of(settings: dict[str, Any]) -> str:
@@ -33,73 +34,65 @@ def save_checkpoint(loop: Loop) -> None:
     moments: dict[str, Tensor] = {}
     for index, parameter in enumerate(loop.parameters):
         for name, value in loop.optimizer.state.get(parameter, {}).items():
-            moments[f"{index}.{name}"] = value.detach().cpu().contiguous()
-    files = {"model": loop.model.state_dict(), "ema": loop.ema, "optimizer": moments}
+            moments[f"{index}.{name}"] = value
+    tensors = {"model": loop.model.state_dict(), "ema": loop.ema, "optimizer": moments}
     if loop.auxiliary is not None:
-        files["auxiliary"] = loop.auxiliary.state_dict()
-    with atomic_folder(loop.folder / "checkpoint") as temporary:
-        for name, tensors in files.items():
-            plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-            save_file(plain, temporary / f"{name}.safetensors")
-        state = {
-            "format_version": FORMAT_VERSION,
-            "step": loop.step,
-            "elapsed": loop.elapsed,
-            "identity": identity_of(loop.settings),
-            "sha256": {name: sha256_file(temporary / f"{name}.safetensors") for name in files},
-        }
-        write_json(temporary / "state.json", state | {"checksum": _checksum(state)})
+        tensors["auxiliary"] = loop.auxiliary.state_dict()
+    parts = {n: save({k: v.detach().cpu().contiguous() for k, v in part.items()}) for n, part in tensors.items()}
+    state = {"step": loop.step, "elapsed": loop.elapsed}
+    checkpoints.write(loop.folder / "checkpoint", FORMAT_VERSION, identity_of(loop.settings), state, parts)
 
 
 def load_checkpoint(loop: Loop) -> None:
-    """Go on from <folder>/checkpoint.
+    """Go on from <folder>/checkpoint, or from the one before where that is damaged.
 
     Raises:
         CheckpointError: it is damaged, of another version or of another configuration; the loop is unchanged then.
     """
     folder = loop.folder / "checkpoint"
-    path = folder / "state.json"
-    names = ["model", "ema", "optimizer"] + ([] if loop.auxiliary is None else ["auxiliary"])
-    state = read_json(path, CheckpointError, _REMEDY)
-    if state.get("format_version", 1) != FORMAT_VERSION:
-        found = state.get("format_version", 1)
-        raise CheckpointError(f"{path}: format_version {found!r}; this release resumes {FORMAT_VERSION}; {_REMEDY}")
-    if state.pop("checksum", None) != _checksum(state):
-        raise CheckpointError(f"{path}: its contents do not match its checksum, it was altered; {_REMEDY}")
-    if state["identity"] != identity_of(loop.settings):
-        raise CheckpointError(f"{folder}: was made with another configuration; use the same one, or another --out")
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name in names:
-        file = folder / f"{name}.safetensors"
-        if not file.exists() or sha256_file(file) != state["sha256"].get(name):
-            raise CheckpointError(f"{file}: missing, or its sha256 differs from state.json; {_REMEDY}")
-        try:
-            parts[name] = load_file(file)
-        except SafetensorError as error:
-            raise CheckpointError(f"{file}: is not a safetensors file ({error}); {_REMEDY}") from None
-    try:
-        loop.model.load_state_dict(parts["model"])
-        if loop.auxiliary is not None:
-            loop.auxiliary.load_state_dict(parts["auxiliary"])
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{folder}: holds another architecture ({str(error).splitlines()[-1]}); {_REMEDY}"
-        ) from None
-    loop.ema = {k: v.to(loop.device) for k, v in parts["ema"].items()}
+    names = ("model", "ema", "optimizer") + (() if loop.auxiliary is None else ("auxiliary",))
+    state, parts = checkpoints.read(folder, FORMAT_VERSION, identity_of(loop.settings), names)
+    step, elapsed = state.get("step"), state.get("elapsed")
+    sound = type(step) is int and step >= 0 and isinstance(elapsed, (int, float)) and not isinstance(elapsed, bool)
+    if not sound or not (math.isfinite(elapsed) and elapsed >= 0):
+        raise CheckpointError(f"{folder}: step {step!r} or elapsed {elapsed!r} is out of range; {checkpoints.REMEDY}")
+    tensors = {n: parse_tensors(load, d, folder / n, CheckpointError, checkpoints.REMEDY) for n, d in parts.items()}
+    networks: dict[str, nn.Module] = {"model": loop.model, "ema": loop.model}
+    if loop.auxiliary is not None:
+        networks["auxiliary"] = loop.auxiliary
+    for name, network in networks.items():
+        _check_fits(f"{folder}/{name}", tensors[name], network.state_dict())
+    expected = {
+        f"{i}.{n}": torch.zeros(()) if n == "step" else p for i, p in enumerate(loop.parameters) for n in _MOMENTS
+    }
+    known = {k: v for k, v in expected.items() if k in tensors["optimizer"]}
+    _check_fits(f"{folder}/optimizer", tensors["optimizer"], known)
+
+    loop.model.load_state_dict(tensors["model"])
+    if loop.auxiliary is not None:
+        loop.auxiliary.load_state_dict(tensors["auxiliary"])
+    loop.ema = {k: v.to(loop.device) for k, v in tensors["ema"].items()}
     for index, parameter in enumerate(loop.parameters):
         prefix = f"{index}."
-        values = {k[len(prefix) :]: v for k, v in parts["optimizer"].items() if k.startswith(prefix)}
+        values = {k[len(prefix) :]: v for k, v in tensors["optimizer"].items() if k.startswith(prefix)}
         if values:
             loop.optimizer.state[parameter] = {
                 k: v.to(loop.device) if k == "step" else v.to(loop.device).to(memory_format=_format(parameter))
                 for k, v in values.items()
             }
-    loop.step, loop.elapsed = state["step"], state["elapsed"]
+    loop.step, loop.elapsed = step, float(elapsed)
 
 
-def _checksum(state: dict[str, Any]) -> str:
-    """sha256 of the state's own values."""
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+def _check_fits(where: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raise `CheckpointError` unless tensors have the names, shapes and dtypes that they should have."""
+    for name in sorted(set(found) ^ set(expected)):
+        raise CheckpointError(f"{where}: tensor {name} does not belong to this model; {checkpoints.REMEDY}")
+    for name, tensor in found.items():
+        if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
+            raise CheckpointError(
+                f"{where}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, the model's "
+                f"{expected[name].dtype} {tuple(expected[name].shape)}; {checkpoints.REMEDY}"
+            )
 
 
 def _format(parameter: Tensor) -> torch.memory_format:

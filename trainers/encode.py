@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dreamenv.artifacts import atomic_file, read_json, readable_folder, write_json
+from dreamenv.artifacts import atomic_file, only_writer, read_json, readable_folder, sha256_file, write_json
 from dreamenv.console import run_command_line
 from dreamenv.data import HELD_OUT_FROM, Dataset, Shard
 from dreamenv.device import keep_freed_memory, pick_device
@@ -17,7 +17,8 @@ from dreamenv.models.interface import Codec, to_images
 from dreamenv.models.io import load_model
 from trainers.pixels import colour_weights
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_REMEDY = "delete it and encode again"
 _BATCH = {"cpu": 64, "cuda": 1024}  # frames encoded at once
 
 
@@ -64,10 +65,10 @@ def shard_names(dataset: Dataset) -> list[str]:
 def encode_dataset(data: Path, codec: Path, out: Path, device: str = "auto") -> Path:
     """Encode every frame; resumes shard by shard. Returns `out`.
 
-    Writes per shard `latents-<frames>.npy` float16 (S, C, H, W) and `importance-<frames>.npy` uint8 (S, H, W): the mean
-    rare-colour weight of each cell's pixels, times 16; and `latents.json` last. <frames> begins the sha256 of the
-    shard's
-    frames, so one folder serves a dataset that grows by merging: what it has encoded before is not encoded again.
+    Writes per shard `latents-<frames>.npy` float16 (S, C, H, W) and `importance-<frames>.npy` uint8 (S, H, W), the mean
+    rare-colour weight of each cell's pixels, times 16; `files.json` with their digests; `latents.json` last. <frames>
+    begins the sha256 of the shard's frames, so one folder serves a dataset that grows by merging: what it has encoded
+    before is not encoded again.
 
     Args:
         data: dataset folder.
@@ -83,28 +84,37 @@ def encode_dataset(data: Path, codec: Path, out: Path, device: str = "auto") -> 
     model, digest = load_codec(codec)
     check_columns(dataset, model)
     keep_freed_memory()
+    with only_writer(out):
+        _encode_missing(dataset, model, digest, out, device)
+        facts = {"format_version": FORMAT_VERSION, "data": str(data), "codec": str(codec), "codec_sha256": digest}
+        write_json(out / "latents.json", facts)
+    return out
+
+
+def _encode_missing(dataset: Dataset, model: Codec, digest: str, out: Path, device: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     marker = out / "identity.json"
     identity = {"format_version": FORMAT_VERSION, "codec": digest}
-    if not marker.exists() or read_json(marker, DatasetError, "delete it and encode again") != identity:
+    if not marker.exists() or read_json(marker, DatasetError, _REMEDY) != identity:
         for stale in out.glob("*.npy"):
             stale.unlink()
+        (out / "files.json").unlink(missing_ok=True)
         write_json(marker, identity)
+    digests = read_json(out / "files.json", DatasetError, _REMEDY) if (out / "files.json").exists() else {}
     (out / "latents.json").unlink(missing_ok=True)
     target = pick_device(device)
     model = model.to(target, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     weights = _rarity(dataset).to(target)
     for shard, name in zip(dataset.shards, shard_names(dataset), strict=True):
         paths = [out / f"{kind}-{name}.npy" for kind in ("latents", "importance")]
-        if all(p.exists() for p in paths):
+        if all(p.exists() and p.name in digests for p in paths):
             continue
         for path, array in zip(paths, _encode(shard, model, weights, target), strict=True):
             with atomic_file(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, array, allow_pickle=False)
+            digests[path.name] = sha256_file(path)
+        write_json(out / "files.json", digests)
         print(f"encoded {shard.name}", flush=True)
-    facts = {"format_version": FORMAT_VERSION, "data": str(data), "codec": str(codec), "codec_sha256": digest}
-    write_json(out / "latents.json", facts)
-    return out
 
 
 def _rarity(dataset: Dataset) -> torch.Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dreamenv.artifacts import read_json
+from dreamenv.artifacts import open_array, read_json, sha256_file
 from dreamenv.contract.actions import NOOP
 from dreamenv.data import Dataset, Windows, split_levels
 from dreamenv.errors import DatasetError
@@ -49,6 +49,9 @@ class LatentDataset:
         encoded = read_json(self.folder / "identity.json", DatasetError, "encode the dataset again")
         if encoded != {"format_version": FORMAT_VERSION, "codec": digest}:
             raise DatasetError(f"{self.folder}: was encoded by another codec; encode again")
+        latent = self.codec.spec.shape
+        self._shapes = {"latents": ("float16", latent), "importance": ("uint8", latent[1:])}
+        self._digests = read_json(self.folder / "files.json", DatasetError, "encode the dataset again")
         shards = self.dataset.shards
         self.latents, self.importance = self._read("latents"), self._read("importance")
         self.actions = np.concatenate([s.actions for s in shards]).astype(np.int64)
@@ -66,12 +69,14 @@ class LatentDataset:
         at = 0
         for shard, name in zip(self.dataset.shards, shard_names(self.dataset), strict=True):
             path = self.folder / f"{kind}-{name}.npy"
-            try:
-                part = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError, EOFError, SyntaxError) as error:
-                raise DatasetError(f"{path}: missing or damaged ({error}); encode the dataset again") from None
-            if len(part) != len(shard):
-                raise DatasetError(f"{path}: has {len(part)} steps, its shard {len(shard)}; delete it, encode again")
+            if path.is_file() and sha256_file(path) != self._digests.get(path.name):
+                raise DatasetError(f"{path}: sha256 differs from files.json; delete it and encode again")
+            part = open_array(path, DatasetError, "encode the dataset again")
+            shape, dtype = (len(shard), *self._shapes[kind][1]), self._shapes[kind][0]
+            if part.shape != shape or part.dtype != dtype:
+                raise DatasetError(
+                    f"{path}: holds {part.dtype} {part.shape}, expected {dtype} {shape}; delete it and encode again"
+                )
             if out is None:
                 out = np.empty((len(self.dataset), *part.shape[1:]), part.dtype)
             out[at : at + len(part)] = part

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dreamenv.artifacts import recover_folder
+from dreamenv import checkpoints
 from dreamenv.config import check
 from dreamenv.contract.noise import philox
 from dreamenv.device import pick_device, pick_precision
@@ -165,12 +165,11 @@ class Loop:
             CheckpointError: `resume` finds a checkpoint that is damaged or of another configuration.
         """
         (self.folder / "pictures").mkdir(parents=True, exist_ok=True)
-        recover_folder(self.folder / "checkpoint")
-        if resume and (self.folder / "checkpoint").exists():
+        if resume and checkpoints.exists(self.folder / "checkpoint"):
             load_checkpoint(self)
         elif self.rank == 0:  # a fresh start leaves nothing behind that a later resume could pick up
             (self.folder / "metrics.csv").unlink(missing_ok=True)
-            for stale in ("checkpoint", "model"):
+            for stale in ("checkpoint", "checkpoint-before", "model"):
                 shutil.rmtree(self.folder / stale, ignore_errors=True)
         log = None
         if self.rank == 0:

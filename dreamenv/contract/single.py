@@ -55,9 +55,9 @@ class SingleView(gym.Env):
         """Return the state as bytes that `restore` accepts, in another process too: `env.unwrapped.snapshot()`."""
         return self.vector.snapshot()
 
-    def restore(self, data: bytes) -> np.ndarray:
-        """Return to a snapshot and its observation, uint8 (64, 64, 3); raises `SnapshotError` if it does not fit."""
-        return self.vector.restore(data)[0]
+    def restore(self, data: bytes, **options: Any) -> np.ndarray:
+        """Return to a snapshot and its observation, uint8 (64, 64, 3); see the vector environment's `restore`."""
+        return self.vector.restore(data, **options)[0]
 
     def get_keys_to_action(self) -> dict[tuple[int, ...], int]:
         """Return key-code combinations -> action, as `gymnasium.utils.play` wants them."""

@@ -30,13 +30,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(columns, list) or not set(map(str, columns)) <= set(_COLUMNS_OF_2):
         raise DatasetError(f"{path}: columns {columns!r}: there are {', '.join(_COLUMNS_OF_2)}; {_REMEDY}")
     facts, shards = manifest.get("facts"), manifest.get("shards")
-    if not isinstance(facts, dict) or not isinstance(shards, list) or not isinstance(facts.get("num_shards"), int):
+    if not isinstance(facts, dict) or not isinstance(shards, list) or type(facts.get("num_shards")) is not int:
         raise DatasetError(f"{path}: facts, facts.num_shards or shards is missing or of another type; {_REMEDY}")
     for entry in shards:
         sound = (
             isinstance(entry, dict) and isinstance(entry.get("sha256"), dict) and isinstance(entry.get("rewards"), dict)
         )
-        if not sound or not all(isinstance(entry.get(k), int) for k in ("index", "steps", "episodes")):
+        counts = [entry.get(k) for k in ("index", "steps", "episodes")] if sound else []
+        if not sound or not all(type(n) is int and 0 <= n < 2**48 for n in counts):
             raise DatasetError(f"{path}: a shard's entry is damaged; {_REMEDY}")
         if entry.get("name") != shard_name(entry["index"]):
             raise DatasetError(f"{path}: shard {entry['index']} is named {entry.get('name')!r}; {_REMEDY}")

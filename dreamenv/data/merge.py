@@ -35,8 +35,8 @@ def merge(sources: list[Path], out: Path) -> Path:
     datasets = _opened(sources)
     first = datasets[0].facts
     shards = [(dataset, entry) for dataset in datasets for entry in dataset.manifest["shards"]]
-    ends = [int(d.facts["start_level"]) + int(d.facts["num_levels"]) for d in datasets]
-    begin = min(int(d.facts["start_level"]) for d in datasets)
+    ends = [d.facts["start_level"] + d.facts["num_levels"] for d in datasets]
+    begin = min(d.facts["start_level"] for d in datasets)
     offsets = np.cumsum([0] + [len(d.facts["policy_mix"]) for d in datasets])
     if offsets[-1] > 256:
         raise DatasetError(f"merge: {offsets[-1]} policies in all; the format counts at most 256")
@@ -89,9 +89,24 @@ def _opened(sources: list[Path]) -> list[Dataset]:
                     f"{dataset.folder}: {key} is {dataset.facts.get(key)!r}, that of {datasets[0].folder} is "
                     f"{first.get(key)!r}; merge datasets of one game"
                 )
+        _check_facts(dataset)
         if dataset.facts.get("world", "real") != "real":
             raise DatasetError(f"{dataset.folder}: holds imagined episodes; merge real ones")
     return datasets
+
+
+def _check_facts(dataset: Dataset) -> None:
+    """Raise `DatasetError` unless the manifest has what a merge needs of it."""
+    facts, where = dataset.facts, dataset.folder / "manifest.json"
+    for name in ("start_level", "num_levels"):
+        if type(facts.get(name)) is not int or not 0 <= facts[name] < 2**31:
+            raise DatasetError(f"{where}: {name} {facts.get(name)!r} is no number of levels; collect the dataset again")
+    mix = facts.get("policy_mix")
+    pairs = mix if isinstance(mix, list) and mix else [None]
+    for pair in pairs:
+        named = isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)
+        if not named or type(pair[1]) not in (int, float) or not 0 <= pair[1] <= 1:
+            raise DatasetError(f"{where}: policy_mix {str(mix)[:80]} is no list of [name, share]; collect it again")
 
 
 def _link(source: Path, target: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dreamenv.artifacts import sha256_file
+from dreamenv.artifacts import open_array, sha256_file
 from dreamenv.data.manifest import read_manifest
 from dreamenv.data.writer import COLUMNS, OPTIONAL
 from dreamenv.errors import DatasetError
@@ -61,11 +61,11 @@ class Dataset:
                 "run the same collection again to finish it"
             )
         self.facts: dict[str, Any] = self.manifest["facts"]
-        # one by one: numpy parses each header as Python source, which CPython 3.11 cannot do in two threads at once
-        self.shards = [self._open(entry) for entry in self.manifest["shards"]]
-        if verify == "sha256":
+        if verify == "sha256":  # before any of it is parsed
             with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
                 list(pool.map(self._check_bytes, self.manifest["shards"]))
+        # one by one: NumPy parses each header as Python source, which CPython 3.11 cannot do in two threads at once
+        self.shards = [self._open(entry) for entry in self.manifest["shards"]]
 
     def __len__(self) -> int:
         """Steps in the dataset."""
@@ -74,6 +74,8 @@ class Dataset:
     def _check_bytes(self, entry: dict[str, Any]) -> None:
         for name in (*COLUMNS, *self.manifest["columns"]):
             path = self.folder / entry["name"] / f"{name}.npy"
+            if not path.is_file():
+                raise DatasetError(f"{path}: missing or no regular file; collect the dataset again")
             if sha256_file(path) != entry["sha256"].get(name):
                 raise DatasetError(f"{path}: sha256 differs from manifest.json; collect the dataset again")
 
@@ -82,12 +84,7 @@ class Dataset:
         optional = self.manifest["columns"]
         for name, (dtype, shape) in (COLUMNS | {n: OPTIONAL[n] for n in optional}).items():
             path = self.folder / entry["name"] / f"{name}.npy"
-            if not path.exists():
-                raise DatasetError(f"{path}: missing; delete {path.parent} and its manifest entry, or collect again")
-            try:
-                column = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (ValueError, OSError, EOFError, SyntaxError) as error:
-                raise DatasetError(f"{path}: truncated or altered ({error}); collect the dataset again") from None
+            column = open_array(path, DatasetError, "delete the shard and its manifest entry, or collect again")
             if column.dtype != dtype or column.shape != (entry["steps"], *shape):
                 raise DatasetError(
                     f"{path}: holds {column.dtype} {column.shape}, the manifest says {dtype} "

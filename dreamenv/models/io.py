@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from dreamenv.artifacts import atomic_folder, read_json, readable_folder, sha256_file, write_json
+from dreamenv.artifacts import (
+    TENSORS_LIMIT,
+    atomic_folder,
+    parse_tensors,
+    read_file,
+    read_json,
+    readable_folder,
+    sha256_file,
+    write_json,
+)
+from dreamenv.config import check
 from dreamenv.errors import BundleError, ConfigError
 from dreamenv.models import migrations
 from dreamenv.models.registry import build, locate, spec_of
 
 FORMAT_VERSION = 2
+_REMEDY = "re-download or retrain"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -24,7 +34,7 @@ def save_model(folder: Path, model: nn.Module, facts: dict[str, Any], weights: d
     """Write a model folder atomically; `weights` replaces the model's own (an EMA, say)."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in (weights or model.state_dict()).items()}
     with atomic_folder(folder) as temporary:
-        save_file(tensors, temporary / "model.safetensors")
+        (temporary / "model.safetensors").write_bytes(save(tensors))
         write_json(
             temporary / "model.json",
             {
@@ -61,29 +71,34 @@ def load_model(folder: str | Path, kind: str | None = None) -> tuple[nn.Module, 
         found = description["kind"]
         if kind is not None and found != kind:
             raise BundleError(f"{folder}: is a {found} ({description['model'].get('type')}), expected a {kind}")
-        model = build(found, description["model"], where="model")
-        facts, digest = description["facts"], description["sha256"]
+        facts, digest = description["facts"], str(description["sha256"])
+        data = read_part(folder / "model.safetensors", digest)
+        model = build_for(found, description["model"], data, "model")
     except BundleError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
         raise BundleError(f"{path}: is damaged ({error}); train the model again") from None
-    load_weights(model, folder / "model.safetensors", digest, version)
+    fill(model, data, folder / "model.safetensors", version)
     return model.eval(), facts
+
+
+def build_for(kind: str, spec: Any, data: bytes, where: str) -> Any:
+    """Build the network that `spec` describes and `data`, a safetensors file, is to fill; global randomness stays.
+
+    Raises:
+        ConfigError: see `registry.build`; or it wants more weights than `data` has bytes.
+    """
+    with torch.random.fork_rng(devices=[]):
+        with contextlib.suppress(NotImplementedError, RuntimeError):  # not every network can be built without memory
+            with torch.device("meta"):
+                size = sum(p.numel() for p in build(kind, spec, where=where).parameters())
+            check(size <= len(data), f"{where}: describes {size} weights, its file has {len(data)} bytes")
+        return build(kind, spec, where=where)
 
 
 def read_part(path: Path, sha256: str) -> bytes:
     """Read a file once and hold it against its checksum; raises `BundleError`, which names it."""
-    if not path.is_file():
-        raise BundleError(f"{path}: missing; re-download or retrain")
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise BundleError(f"{path}: sha256 differs from its description; re-download or retrain")
-    return data
-
-
-def load_weights(model: nn.Module, path: Path, sha256: str, version: int = FORMAT_VERSION) -> None:
-    """Fill `model` from a safetensors file whose sha256 is known, see `fill`; raises `BundleError`."""
-    fill(model, read_part(path, sha256), path, version)
+    return read_file(path, BundleError, _REMEDY, TENSORS_LIMIT, sha256)
 
 
 def fill(model: nn.Module, data: bytes, path: Path, version: int = FORMAT_VERSION) -> None:
@@ -98,10 +113,7 @@ def fill(model: nn.Module, data: bytes, path: Path, version: int = FORMAT_VERSIO
     Raises:
         BundleError: malformed, of other names or shapes, or not finite.
     """
-    try:
-        tensors = load(data)
-    except SafetensorError as error:
-        raise BundleError(f"{path}: is not a safetensors file ({error}); re-download or retrain") from None
+    tensors = parse_tensors(load, data, path, BundleError, _REMEDY)
     expected = model.state_dict()
     if version == 1:
         tensors = migrations.tensors_from_1(tensors)
@@ -109,19 +121,19 @@ def fill(model: nn.Module, data: bytes, path: Path, version: int = FORMAT_VERSIO
     if grown is not None:
         tensors = grown(tensors)
     if missing := sorted(set(expected) - set(tensors)):
-        raise BundleError(f"{path}: tensor {missing[0]} is missing; re-download or retrain")
+        raise BundleError(f"{path}: tensor {missing[0]} is missing; {_REMEDY}")
     if extra := sorted(set(tensors) - set(expected)):
-        raise BundleError(f"{path}: tensor {extra[0]} is not part of the model; re-download or retrain")
+        raise BundleError(f"{path}: tensor {extra[0]} is not part of the model; {_REMEDY}")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise BundleError(
                 f"{path}: tensor {name} has shape {tuple(tensor.shape)}, the model wants "
-                f"{tuple(expected[name].shape)}; re-download or retrain"
+                f"{tuple(expected[name].shape)}; {_REMEDY}"
             )
         if tensor.dtype not in _DTYPES:
             raise BundleError(f"{path}: tensor {name} is {tensor.dtype}, expected float16, bfloat16 or float32")
         if not torch.isfinite(tensor).all():
-            raise BundleError(f"{path}: tensor {name} is not finite; re-download or retrain")
+            raise BundleError(f"{path}: tensor {name} is not finite; {_REMEDY}")
     model.load_state_dict({k: v.to(expected[k].dtype) for k, v in tensors.items()})
 
 

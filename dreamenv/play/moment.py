@@ -7,11 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from dreamenv.artifacts import atomic_file
-from dreamenv.contract.actions import NOOP
-from dreamenv.contract.snapshot import pack, unpack
-from dreamenv.errors import SnapshotError
+from dreamenv.artifacts import atomic_file, read_file
+from dreamenv.config import check, from_dict
+from dreamenv.contract.actions import NOOP, NUM_ACTIONS
+from dreamenv.contract.games import SEED_LIMIT
+from dreamenv.contract.snapshot import check_arrays, check_range, pack, unpack
+from dreamenv.errors import ConfigError, SnapshotError
 from dreamenv.evaluation.metrics import psnr
+
+_LIMIT = 2**28  # bytes of a file
 
 
 @dataclass(frozen=True)
@@ -97,28 +101,64 @@ def load_moment(path: Path, with_real: bool) -> Past:
     Raises:
         SnapshotError: no such file, damaged, or without the real game where one is needed.
     """
+    remedy = "save a moment first"
+    meta, arrays = unpack("moment", read_file(path, SnapshotError, remedy, _LIMIT))
     try:
-        meta, arrays = unpack("moment", path.read_bytes())
-    except OSError as error:
-        raise SnapshotError(f"{path}: nothing saved there ({error.strerror}); save a moment first") from None
+        facts = from_dict(_Facts, meta, "moment")
+    except ConfigError as error:
+        raise SnapshotError(f"{path}: is damaged ({error}); save it again") from None
     if not with_real:
         arrays.pop("real", None)
-    real = arrays["real"].tobytes() if "real" in arrays else None
-    if with_real and real is None:
+        arrays.pop("real_frame", None)
+    elif "real" not in arrays:
         raise SnapshotError(f"{path}: was saved without the real game; load it in a window without one")
-    errors = float(meta["errors"][0]), int(meta["errors"][1])
-    outlook = [float(x) for x in meta["outlook"]]
+    shapes = {n: arrays[n].shape for n in ("dream", "real", "frames", "taken") if n in arrays}
+    sized = {n: (s[0] if s else 0) for n, s in shapes.items()}
+    frame = arrays["dream_frame"].shape if "dream_frame" in arrays else ()
+    expected = {n: ((sized[n],), "uint8") for n in ("dream", "real") if n in sized}
+    expected |= {
+        n: (frame if len(frame) == 3 else (0, 0, 0), "uint8") for n in ("dream_frame", "real_frame") if n in arrays
+    }
+    count = sized.get("frames", 0)
+    expected |= {"dream": ((sized.get("dream", 0),), "uint8"), "dream_frame": (frame, "uint8")}
+    expected |= {"frames": ((count, *frame), "uint8"), "actions": ((max(count - 1, 0),), "int64")}
+    expected |= {"taken": ((sized.get("taken", 0),), "int64")}
+    check_arrays(arrays, expected)
+    for name in ("actions", "taken"):
+        check_range(name, arrays[name], 0, NUM_ACTIONS - 1)
+    real = arrays["real"].tobytes() if "real" in arrays else None
     moment = Moment(
         arrays["dream_frame"].copy(),
         None if real is None else arrays["real_frame"].copy(),
-        meta["action"],
-        meta["step"],
-        meta["rewards"],
-        meta["ended"],
-        *outlook,
-        psnr=mean_psnr(errors),
+        facts.action,
+        facts.step,
+        facts.rewards,
+        facts.ended,
+        *facts.outlook,
+        psnr=mean_psnr(facts.errors),
     )
     history = tuple(arrays["frames"]), tuple(arrays["actions"].tolist())
-    return Past(
-        moment, arrays["dream"].tobytes(), real, history, errors, meta["level"], tuple(arrays["taken"].tolist())
-    )
+    taken = tuple(arrays["taken"].tolist())
+    return Past(moment, arrays["dream"].tobytes(), real, history, facts.errors, facts.level, taken)
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What a file says of a moment beside its arrays."""
+
+    action: int
+    step: int
+    rewards: dict[str, float]
+    ended: dict[str, str]
+    errors: tuple[float, int]
+    outlook: tuple[float, float, float]
+    level: int
+
+    def __post_init__(self) -> None:
+        check(0 <= self.action < NUM_ACTIONS, f"action {self.action}: must be in 0..{NUM_ACTIONS - 1}")
+        check(self.step >= 0, f"step {self.step}: must be >= 0")
+        for name in ("rewards", "ended"):
+            worlds = sorted(getattr(self, name))
+            check(worlds == ["dream", "real"], f"{name} {worlds}: must be of dream and real")
+        check(self.errors[0] >= 0 and self.errors[1] >= 0, f"errors {self.errors}: must be >= 0")
+        check(0 <= self.level <= SEED_LIMIT, f"level {self.level}: must be in 0..{SEED_LIMIT}")

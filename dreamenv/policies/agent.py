@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from dreamenv.artifacts import atomic_folder, read_json, readable_folder, sha256_file, write_json
@@ -16,6 +17,7 @@ from dreamenv.contract.actions import NUM_ACTIONS
 from dreamenv.device import pick_precision
 from dreamenv.errors import BundleError, ConfigError, PolicyError
 from dreamenv.models.interface import to_images
+from dreamenv.models.io import fill, read_part
 
 
 @dataclass(frozen=True)
@@ -110,12 +112,9 @@ class ImpalaAgent(nn.Module):
 
 def save_agent(folder: str | Path, agent: ImpalaAgent, facts: dict | None = None) -> Path:
     """Write `agent.json` and `agent.safetensors` (fp16), atomically; returns the folder."""
-    from safetensors.torch import save_file
-
     with atomic_folder(Path(folder)) as temporary:
-        save_file(
-            {k: v.half().cpu().contiguous() for k, v in agent.state_dict().items()}, temporary / "agent.safetensors"
-        )
+        weights = {k: v.half().cpu().contiguous() for k, v in agent.state_dict().items()}
+        (temporary / "agent.safetensors").write_bytes(save(weights))
         write_json(
             temporary / "agent.json",
             {
@@ -134,16 +133,23 @@ def load_agent(folder: str | Path, precision: str = "auto") -> ImpalaAgent:
     Raises:
         PolicyError: missing, damaged, or of a newer format.
     """
-    from dreamenv.models.io import load_weights
-
     folder = readable_folder(folder)
     path = folder / "agent.json"
     description = read_json(path, PolicyError, f"is {folder} a saved agent?")
     try:
         if description["format_version"] != 1:
             raise PolicyError(f"{path}: format_version {description['format_version']!r}; this release reads 1")
-        agent = ImpalaAgent(from_dict(ImpalaConfig, description["network"], "network"), precision)
-        load_weights(agent, folder / "agent.safetensors", description["sha256"])
+        config = from_dict(ImpalaConfig, description["network"], "network")
+        data = read_part(folder / "agent.safetensors", description["sha256"])
+        with torch.device("meta"):  # so that a description cannot ask for more than the file holds
+            size = sum(p.numel() for p in ImpalaAgent(config).parameters())
+        if 2 * size > len(data):
+            raise PolicyError(f"{path}: describes {size} weights, agent.safetensors has {len(data)} bytes")
+        with torch.random.fork_rng(devices=[]):
+            agent = ImpalaAgent(config, precision)
+        fill(agent, data, folder / "agent.safetensors")
+    except PolicyError as error:
+        raise PolicyError(f"{error}; save the agent again") from None
     except (KeyError, TypeError, ConfigError, BundleError) as error:
         raise PolicyError(f"{path}: is damaged ({error}); save the agent again") from None
     return agent.eval().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
