@@ -67,6 +67,13 @@ def load_checkpoint(folder: Path, model: OnPolicyAlgorithm, identity: str) -> bo
         return False
     state, parts = checkpoints.read(folder, FORMAT_VERSION, identity, ("arrays",))
     arrays = parse_tensors(load, parts["arrays"], folder / "arrays", CheckpointError, checkpoints.REMEDY)
+    for name, array in arrays.items():
+        if name.startswith(("policy.", "optimizer.")) and not np.isfinite(array).all():
+            raise CheckpointError(f"{folder}: {name} is not finite; {checkpoints.REMEDY}")
+    assert model.env is not None
+    expected = (model.n_envs, *model.env.observation_space.shape)  # pyright: ignore[reportGeneralTypeIssues]
+    if arrays.get("last_obs", np.zeros(0)).shape not in (expected, (expected[0], *expected[-1:], *expected[1:-1])):
+        raise CheckpointError(f"{folder}: last_obs is not of {expected}; {checkpoints.REMEDY}")
     try:
         _restore(model, state, arrays)
     except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError, OverflowError) as error:

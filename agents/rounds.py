@@ -22,7 +22,7 @@ from dreamenv.bundle import resolve_bundle
 from dreamenv.config import check, to_dict
 from dreamenv.console import errors_in_one_line
 from dreamenv.errors import ConfigError
-from dreamenv.stages import begin, run_command, stage
+from dreamenv.stages import begun, run_command, stage
 
 SHOWN = ("delta_psnr_4", "random_delta_psnr_4", "branch_accuracy", "psnr_1", "psnr_10")
 """What is measured before the first round and after each."""
@@ -131,8 +131,11 @@ def loop(config: LoopConfig) -> list[dict[str, Any]]:
         f"agent_config {config.agent_config}: {algorithm} cannot go on from a round's agent; "
         f"{', '.join(ACTOR_CRITIC)} can",
     )
-    begin(out, {k: str(v) for k, v in to_dict(config).items() if k not in ("out", "rounds")})
+    with begun(out, {k: str(v) for k, v in to_dict(config).items() if k not in ("out", "rounds")}):
+        return _rounds(config, out)
 
+
+def _rounds(config: LoopConfig, out: Path) -> list[dict[str, Any]]:
     bundle, agent = resolve_bundle(config.bundle, config.game), config.agent
     rows = [{"round": 0, **stage(out, "measure-0", partial(_measure, config, bundle, out / "compare-0"))}]
     sources = [] if config.data is None else [config.data]

@@ -29,6 +29,7 @@ from agents.checkpoint import load_checkpoint, save_checkpoint
 from agents.evaluate import evaluate
 from agents.saved import agent_facts, go_on_from, make_algorithm, save_algorithm, to_agent
 from agents.worlds import TRAIN_LEVELS, MixedVecEnv, make_world
+from dreamenv.artifacts import only_writer
 from dreamenv.config import check, from_dict, load_yaml, to_dict
 from dreamenv.console import errors_in_one_line
 from dreamenv.device import keep_freed_memory
@@ -247,8 +248,15 @@ def train(config: TrainConfig, progress: bool = False) -> dict[str, Any]:
     Raises:
         ConfigError: bad settings.
         CheckpointError: `resume` finds a damaged checkpoint, or one of another configuration.
+        BusyError: another process is writing `config.out`.
+        StorageError: it cannot be written.
     """
     algorithm = load_algorithm(config.config)
+    with only_writer(config.out):
+        return _train(config, algorithm, progress)
+
+
+def _train(config: TrainConfig, algorithm: AlgorithmConfig, progress: bool) -> dict[str, Any]:
     described = {k: str(v) for k, v in to_dict(config).items() if k not in ("out", "resume", "config", "steps")}
     identity = hashlib.sha256(json.dumps([described, to_dict(algorithm)], sort_keys=True).encode()).hexdigest()
     inner, timed, model = _made(config, algorithm)

@@ -10,20 +10,35 @@ import shutil
 import stat
 import tokenize
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from dreamenv.errors import BusyError, StorageError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 T = TypeVar("T")
 JSON_LIMIT = 2**26
 TENSORS_LIMIT = 2**33
-_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR}
+_STORAGE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EFBIG,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.EISDIR,
+    errno.EEXIST,
+}
 # NumPy parses a header as Python source
 _BAD_HEADER = (
     OSError,
@@ -72,25 +87,46 @@ def free_bytes(path: str | Path) -> int:
 def only_writer(folder: str | Path) -> Iterator[None]:
     """Hold a folder while writing it, by a lock beside it that ends with this process, however that ends.
 
+    It is a POSIX record lock: forked workers do not inherit it. Where the system has none nothing is held.
+
     Raises:
-        BusyError: another process holds it.
+        BusyError: another process, or another thread of this one, holds it.
         StorageError: the lock cannot be written.
     """
     folder = Path(folder).absolute()
+    path = folder.with_name(f".{folder.name}.lock")
     with storage_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise BusyError(
-                f"{folder}: another process is writing it; wait until that has ended, or choose another folder"
-            ) from None
+        descriptor = None if path in _held else _lock(path)
+    if descriptor is None:
+        raise BusyError(f"{folder}: another process is writing it; wait until that has ended, or choose another folder")
+    _held.add(path)
     try:
         with storage_errors(folder):
             yield
     finally:
-        lock.release()
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+        _held.discard(path)
+
+
+_held: set[Path] = set()
+
+
+def _lock(path: Path) -> int | None:
+    """Return the descriptor of a lock file that is now this process's, or None if it is another's."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if fcntl is not None:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            os.close(descriptor)
+            return None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                return descriptor
+        os.close(descriptor)  # its holder removed the file between the opening and the locking
 
 
 def _fsync(path: Path) -> None:
@@ -129,6 +165,8 @@ def atomic_folder(path: Path, before: Path | None = None) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.replaced")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_dir():
+            raise StorageError(f"{path}: is a file, no folder; choose another folder")
         recover_folder(path)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -163,8 +201,13 @@ def recover_folder(path: Path) -> None:
 def readable_folder(path: str | Path) -> Path:
     """Where a reader finds a folder: at `path`, or set aside if its writer is, or was killed, between two renames."""
     path = Path(path).absolute()
+    if not path.name:
+        return path
     aside = path.with_name(f".{path.name}.replaced")
-    return aside if aside.exists() and not path.exists() else path
+    try:
+        return aside if aside.exists() and not path.exists() else path
+    except (OSError, ValueError):  # a name that no file can have: opening it will say so
+        return path
 
 
 def read_file(path: Path, error: type[Exception], remedy: str, limit: int, sha256: str | None = None) -> bytes:

@@ -36,7 +36,7 @@ from dreamenv.artifacts import (
 from dreamenv.config import check, from_dict, to_dict
 from dreamenv.contract.actions import NUM_ACTIONS
 from dreamenv.contract.games import get_game
-from dreamenv.device import pick_device, pick_precision
+from dreamenv.device import own_settings, pick_device, pick_precision
 from dreamenv.errors import BundleError, ConfigError
 from dreamenv.models.io import build_for, fill, read_part
 from dreamenv.models.migrations import bundle_from_1
@@ -49,7 +49,7 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: bundle_f
 NETWORKS = ("codec", "dynamics", "head")
 _PARTS = (*(f"{n}.safetensors" for n in NETWORKS), "starts.safetensors", "card.json")
 _REMEDY = "re-download or retrain"
-_STARTS_LIMIT = 2**30  # bytes of frames, unpacked
+_STARTS_LIMIT = 2**28  # bytes of frames, unpacked
 EMBEDDED = Path(__file__).parent / "bundles"
 
 
@@ -222,7 +222,7 @@ def load_bundle(folder: str | Path, device: str | torch.device = "auto", precisi
     digests = description.get("sha256")
     if not isinstance(digests, dict) or set(digests) != set(_PARTS):
         raise BundleError(f"{folder / 'bundle.json'}: sha256 must name exactly {', '.join(_PARTS)}; {_REMEDY}")
-    names = description.get("files", {})  # older ones called some of them otherwise
+    names = description.get("files", {})  # as a migration called them
     if not isinstance(names, dict) or any(Path(str(names.get(p, p))).name != names.get(p, p) for p in _PARTS):
         raise BundleError(f"{folder / 'bundle.json'}: files must name the parts, each in this folder; {_REMEDY}")
     paths = {part: folder / names.get(part, part) for part in _PARTS}
@@ -230,7 +230,8 @@ def load_bundle(folder: str | Path, device: str | torch.device = "auto", precisi
     key = (str(folder), json.dumps(description), str(picked), precision)
     with _loading:
         if key not in _loaded:
-            _loaded[key] = _build(folder, description, parts, paths, str(picked), precision)
+            with own_settings(picked), torch.inference_mode(False):
+                _loaded[key] = _build(folder, description, parts, paths, str(picked), precision)
             while len(_loaded) > _KEPT:
                 _loaded.popitem(last=False)
         _loaded.move_to_end(key)
@@ -282,6 +283,7 @@ def _read_description(path: Path) -> dict[str, Any]:
         )
     if description.get("identity") != compute_identity(description):
         raise BundleError(f"{path}: its contents do not match its identity, it was altered; {_REMEDY}")
+    description = {key: value for key, value in description.items() if key != "files"}  # migrations alone say that
     while version < FORMAT_VERSION:
         if version not in MIGRATIONS:
             raise BundleError(f"{path}: format_version {version} is too old to migrate; retrain")
@@ -336,7 +338,8 @@ def update_card(folder: str | Path, card: dict[str, Any]) -> None:
 
 def short_name(folder: Path) -> str:
     """A bundle's folder in a few words, for a person to tell it from others."""
-    return f"{folder.name} (built in)" if folder.parent == EMBEDDED else "/".join(folder.parts[-2:])
+    name = f"{folder.name} (built in)" if folder.parent == EMBEDDED else "/".join(folder.parts[-2:])
+    return name.encode("utf-8", "backslashreplace").decode()  # file names need not be text
 
 
 def find_bundles() -> list[Path]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from dreamenv.artifacts import storage_errors
 from dreamenv.errors import DreamenvError
 
 
@@ -38,7 +40,8 @@ def run_command_line(
 def errors_in_one_line() -> Iterator[None]:
     """Turn this project's errors, and missing packages, into one line and an exit status: 2 and 3."""
     try:
-        yield
+        with storage_errors(Path.cwd()):
+            yield
     except (DreamenvError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, DreamenvError) else 3) from None

@@ -39,8 +39,8 @@ def keep_freed_memory() -> bool:
 def own_settings(device: torch.device, threads: int | None = None) -> Iterator[None]:
     """Run torch with its own defaults whatever the caller has set, and leave the caller's settings as they were.
 
-    What may be set: the default device and dtype, and autocast. Grad mode does not matter here, and no global random
-    generator is used.
+    What may be set: the default device and dtype, autocast, and the precision of products of fp32. Grad mode does not
+    matter here, and no global random generator is used.
 
     Args:
         device: where the networks run.
@@ -55,6 +55,9 @@ def own_settings(device: torch.device, threads: int | None = None) -> Iterator[N
         for kind in {"cpu", device.type}:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
+        if (precision := torch.get_float32_matmul_precision()) != "highest":
+            torch.set_float32_matmul_precision("highest")
+            stack.callback(torch.set_float32_matmul_precision, precision)
         if threads is not None and (before := torch.get_num_threads()) != threads:
             torch.set_num_threads(threads)
             stack.callback(torch.set_num_threads, before)
@@ -76,7 +79,7 @@ def pick_device(device: str | torch.device) -> torch.device:
     Raises:
         ConfigError: no such device, or not on this machine.
     """
-    if device == "auto":
+    if isinstance(device, str) and device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         picked = torch.device(device)
@@ -96,6 +99,8 @@ def pick_precision(precision: str, device: torch.device) -> str:
     Raises:
         ConfigError: another name.
     """
+    if not isinstance(precision, str):
+        raise ConfigError(f"precision {precision!r}: must be 'auto', 'fp32' or 'bf16'")
     if precision == "auto":
         precision = os.environ.get("DREAMENV_PRECISION") or "auto"
     if precision not in ("auto", "fp32", "bf16"):

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import ctypes
+import signal
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dreamenv.artifacts import read_json, write_json
+from dreamenv.artifacts import only_writer, read_json, write_json
 from dreamenv.errors import ConfigError
 
 
-def begin(out: Path, settings: dict[str, str]) -> None:
-    """Begin a run folder, or go on with one that was begun with the same settings.
+@contextmanager
+def begun(out: Path, settings: dict[str, str]) -> Iterator[None]:
+    """Begin a run folder, or go on with one that was begun with the same settings, and hold it meanwhile.
 
     Raises:
         ConfigError: it was begun with others.
+        BusyError: another process is working in it.
+        StorageError: it cannot be written.
     """
-    if (out / "pipeline.json").exists():
-        begun = read_json(out / "pipeline.json", ConfigError, "delete the run folder")
-        for key in sorted(set(begun) | set(settings)):
-            if begun.get(key) != settings.get(key):
-                raise ConfigError(
-                    f"{out}: was begun with {key} = {begun.get(key)}, now {settings.get(key)}; "
-                    "use the same settings to resume, or another --out"
-                )
-    write_json(out / "pipeline.json", settings)
+    with only_writer(out):
+        if (out / "pipeline.json").exists():
+            before = read_json(out / "pipeline.json", ConfigError, "delete the run folder")
+            for key in sorted(set(before) | set(settings)):
+                if before.get(key) != settings.get(key):
+                    raise ConfigError(
+                        f"{out}: was begun with {key} = {before.get(key)}, now {settings.get(key)}; "
+                        "use the same settings to resume, or another --out"
+                    )
+        write_json(out / "pipeline.json", settings)
+        yield
 
 
 def stage(out: Path, name: str, work: Callable[[], Any]) -> Any:
@@ -50,6 +59,15 @@ def stage(out: Path, name: str, work: Callable[[], Any]) -> Any:
     return kept
 
 
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+_PR_SET_PDEATHSIG = 1  # of Linux: prctl(2)
+_DIE_WITH_PARENT = _die_with_parent if sys.platform.startswith("linux") else None
+"""A stage whose program was killed would write on, while the same program, started again, does its work anew."""
+
+
 def run_command(command: list[str]) -> str:
     """Run one stage's program, its standard output shown as it comes; returns the last line of that.
 
@@ -57,7 +75,7 @@ def run_command(command: list[str]) -> str:
         ConfigError: it ended with an error.
     """
     last = ""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=_DIE_WITH_PARENT) as process:
         for line in process.stdout or ():
             print(line, end="", flush=True)
             last = line.strip() or last

@@ -146,8 +146,8 @@ class DreamVectorEnv(Branching):
             if history is not None:  # one at a time, so that a start looks the same in a batch of any size
                 for i in np.flatnonzero(mask):
                     begun[int(i)] = -1, *self._look(history[0][i : i + 1], history[1][i : i + 1])
-        if seed is not None and np.ndim(seed) == 0:
-            super().reset(seed=int(seed))
+        if np.isscalar(seed) or isinstance(seed, np.ndarray) and seed.ndim == 0:
+            super().reset(seed=seeds[0])
         fresh = None if self._started else self.np_random.integers(SEED_LIMIT, size=self.num_envs, dtype=np.uint64)
         with self._settings():
             for i in map(int, np.flatnonzero(mask)):

@@ -18,14 +18,17 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
+from dreamenv.artifacts import free_bytes, only_writer
 from dreamenv.config import check
 from dreamenv.console import errors_in_one_line
 from dreamenv.contract.games import check_levels, get_game
 from dreamenv.contract.noise import philox
 from dreamenv.data.windows import HELD_OUT_FROM
 from dreamenv.data.writer import COLUMNS, OPTIONAL, DatasetWriter
+from dreamenv.errors import StorageError
 from dreamenv.policies.simple import make_policy, parse_mix
 
+_MOST_SHARDS = 10**5
 _LARGE = 200_000  # steps from which starting more processes pays
 
 
@@ -73,6 +76,8 @@ class CollectConfig:
         parse_mix(self.policy)
         for name in ("steps", "num_envs", "shard_steps"):
             check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
+        shards = -(-self.steps // (self.num_envs * self.shard_steps))
+        check(shards <= _MOST_SHARDS, f"steps {self.steps}: {shards} shards, at most {_MOST_SHARDS}; raise shard_steps")
         check(self.ends >= 0, f"ends {self.ends}: must be >= 0")
         check(self.workers >= 0, f"workers {self.workers}: must be >= 0")
         check(0 <= self.seed < 2**63, f"seed {self.seed}: must be in 0..2^63-1")
@@ -192,7 +197,25 @@ def collect(config: CollectConfig, progress: bool = True) -> Path:
     Raises:
         ConfigError, PolicyError: bad settings.
         DatasetError: `config.out` holds a dataset collected with other settings.
+        BusyError: another process is writing `config.out`.
+        StorageError: it cannot be written, or there is no room for the dataset.
     """
+    with only_writer(config.out):
+        return _collect(config, progress)
+
+
+def _check_room(config: CollectConfig, steps: int) -> None:
+    """Raise `StorageError` if so many steps do not fit."""
+    columns = COLUMNS | {name: OPTIONAL[name] for name in config.columns}
+    step = sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for dtype, shape in columns.values())
+    if not config.ends and steps * step > (free := free_bytes(config.out)):
+        raise StorageError(
+            f"{config.out}: {steps} steps need {steps * step / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free; "
+            "collect fewer, or into another folder"
+        )
+
+
+def _collect(config: CollectConfig, progress: bool) -> Path:
     from tqdm import tqdm
 
     writer = DatasetWriter(config.out, config.facts(), config.columns)
@@ -200,6 +223,7 @@ def collect(config: CollectConfig, progress: bool = True) -> Path:
     lengths = config.shard_lengths
     missing = [i for i in range(len(lengths)) if i not in writer.done]
     total = sum(lengths) * config.num_envs
+    _check_room(config, sum(lengths[i] for i in missing) * config.num_envs)
     bar = tqdm(
         total=total,
         initial=total - sum(lengths[i] for i in missing) * config.num_envs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import io
 import threading
@@ -35,6 +36,12 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
+def _open_once(ffi: Any) -> None:
+    """Let gym3 open the game's library once a process: cffi keeps whatever it opened, 8 KiB for each environment."""
+    if not hasattr(ffi.dlopen, "cache_info"):
+        ffi.dlopen = functools.cache(ffi.dlopen)
+
+
 _making = threading.Lock()  # silencing and the collector's switch belong to the whole process
 
 
@@ -51,6 +58,7 @@ def make_procgen(**options: Any) -> Any:
         raise ImportError(f"the real game needs procgen ({error}): pip install 'dreamenv[procgen]'") from error
     with _making, no_collection():
         env = ProcgenGym3Env(**options)
+        _open_once(env._ffi)
         for name in ("libenv_act", "libenv_observe", "libenv_close", "get_state", "set_state"):
             getattr(env._c_lib, name)  # resolved once, under the same lock
     return env

@@ -63,7 +63,8 @@ class RealProcgenVectorEnv(WorldVectorEnv):
         self.game: Game = get_game(game)
         check_levels(self.game, start_level, num_levels, distribution_mode)
         num_threads = whole(num_threads, "num_threads", 0, 1024)
-        check(render_size in (64, 512), f"render_size {render_size!r}: must be 64 or 512")
+        render_size = whole(render_size, "render_size", 64, 512)
+        check(render_size in (64, 512), f"render_size {render_size}: must be 64 or 512")
         super().__init__(num_envs, (64, 64, 3), autoreset_mode, tuple(AutoresetMode), render_mode, max_episode_steps)
         self.render_size = render_size
         self._options = {
@@ -105,8 +106,8 @@ class RealProcgenVectorEnv(WorldVectorEnv):
         seeds = check_seeds(seed, self.num_envs, 2**63)
         mask = check_mask(options, self.num_envs, self._started)
         levels = self._check_level(options)
-        if seed is not None and np.ndim(seed) == 0:
-            super().reset(seed=int(seed))
+        if np.isscalar(seed) or isinstance(seed, np.ndarray) and seed.ndim == 0:
+            super().reset(seed=seeds[0])
         for i in np.flatnonzero(mask):
             if levels is not None:
                 self._set(i, self._fresh_state(int(levels[i]) % SEED_LIMIT, level=int(levels[i])))
@@ -199,6 +200,7 @@ class RealProcgenVectorEnv(WorldVectorEnv):
         picture cuts into the tile at its corner. A (N, 2) of nan for games in which nothing scrolls. A finished
         environment's state may stand at the next level already, and so does its camera.
         """
+        self._check_open("camera")
         view, mode = self.game.view, self._options["distribution_mode"]
         if not view.camera(mode):
             return np.full((self.num_envs, 2), np.nan, np.float32)
@@ -270,6 +272,7 @@ class RealProcgenVectorEnv(WorldVectorEnv):
         """Return one uint8 (S, S, 3) frame per environment, S = `render_size`, or None without a render mode."""
         if self.render_mode is None or self.render_size == 64:
             return super().render()
+        self._check_open("render")
         if self._large is None:
             self._large = make_procgen(num=1, rand_seed=0, render_mode="rgb_array", num_threads=0, **self._options)
         frames = []

@@ -93,6 +93,8 @@ def _check_fits(where: str, found: dict[str, Tensor], expected: dict[str, Tensor
                 f"{where}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, the model's "
                 f"{expected[name].dtype} {tuple(expected[name].shape)}; {checkpoints.REMEDY}"
             )
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{where}: tensor {name} is not finite; {checkpoints.REMEDY}")
 
 
 def _format(parameter: Tensor) -> torch.memory_format:

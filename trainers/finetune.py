@@ -20,7 +20,7 @@ from dreamenv.contract.games import get_game
 from dreamenv.errors import ConfigError
 from dreamenv.models.io import save_model
 from dreamenv.models.registry import spec_of
-from dreamenv.stages import begin, stage
+from dreamenv.stages import begun, stage
 from trainers.dreams import dreams_for
 from trainers.encode import load_codec
 from trainers.pipeline import encode, make_bundle, train_stage
@@ -135,14 +135,14 @@ def finetune(config: FinetuneConfig) -> Path:
     stages = {kind: stage_values(config, bundle, kind, latents) for kind in ("dynamics", "head")}
     for values in stages.values():
         check_values(values)
-    begin(out, {k: str(v) for k, v in to_dict(config).items() if k != "out"})
-    stage(out, "unpack", lambda: unpack(bundle, out))
-    stage(out, "encode", lambda: encode(config.data, out / "codec" / "model", latents))
-    for kind, values in stages.items():
-        stage(out, kind, lambda v=values, k=kind: train_stage(v, out / k))
-    parts = {"codec": "codec", "dynamics": "dynamics", "head": "head"}
-    recipe = recipe_of(config, bundle)
-    stage(out, "bundle", lambda: make_bundle(out, config.data, config.starts, parts, recipe))
+    with begun(out, {k: str(v) for k, v in to_dict(config).items() if k != "out"}):
+        stage(out, "unpack", lambda: unpack(bundle, out))
+        stage(out, "encode", lambda: encode(config.data, out / "codec" / "model", latents))
+        for kind, values in stages.items():
+            stage(out, kind, lambda v=values, k=kind: train_stage(v, out / k))
+        parts = {"codec": "codec", "dynamics": "dynamics", "head": "head"}
+        recipe = recipe_of(config, bundle)
+        stage(out, "bundle", lambda: make_bundle(out, config.data, config.starts, parts, recipe))
     return out / "bundle"
 
 

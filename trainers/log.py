@@ -51,7 +51,11 @@ class Log:
         rows = []
         if path.exists():  # a resumed run repeats the steps after its checkpoint: drop their old rows
             with open(path, newline="") as file:
-                rows = [r for r in csv.reader(file) if len(r) == 3 and r[0].isdigit() and int(r[0]) <= step]
+                rows = [
+                    r
+                    for r in csv.reader(file)
+                    if len(r) == 3 and r[0].isascii() and r[0].isdigit() and int(r[0]) <= step
+                ]
         with atomic_file(path) as temporary, open(temporary, "w", newline="") as file:
             csv.writer(file).writerows([["step", "name", "value"], *rows])
         self._file = open(path, "a", newline="")  # noqa: SIM115 - kept open for the run

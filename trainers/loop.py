@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dreamenv import checkpoints
+from dreamenv.artifacts import only_writer
 from dreamenv.config import check
 from dreamenv.contract.noise import philox
 from dreamenv.device import pick_device, pick_precision
@@ -163,7 +164,13 @@ class Loop:
 
         Raises:
             CheckpointError: `resume` finds a checkpoint that is damaged or of another configuration.
+            BusyError: another process is training into the folder.
+            StorageError: it cannot be written.
         """
+        with only_writer(self.folder) if self.rank == 0 else contextlib.nullcontext():
+            return self._run(resume)
+
+    def _run(self, resume: bool) -> dict[str, float]:
         (self.folder / "pictures").mkdir(parents=True, exist_ok=True)
         if resume and checkpoints.exists(self.folder / "checkpoint"):
             load_checkpoint(self)

@@ -29,7 +29,7 @@ from dreamenv.errors import BundleError, ConfigError
 from dreamenv.models.interface import Codec, Dynamics, OutcomeHead
 from dreamenv.models.io import load_model
 from dreamenv.policies.simple import parse_mix
-from dreamenv.stages import begin, run_command, stage
+from dreamenv.stages import begun, run_command, stage
 from dreamenv.world_model import WorldModel
 from trainers.dreams import dreams_for
 from trainers.recipe import Recipe, check_values, filled, load_recipe
@@ -138,7 +138,12 @@ def run_pipeline(config: PipelineConfig) -> Path:
     )
     out, recipe = config.out, load_recipe(config.recipe)
     assert out is not None
-    begin(out, {k: str(v) for k, v in to_dict(config).items() if k not in ("out", "workers")})
+    with begun(out, {k: str(v) for k, v in to_dict(config).items() if k not in ("out", "workers")}):
+        _run(config, recipe, out)
+    return out / "bundle"
+
+
+def _run(config: PipelineConfig, recipe: Recipe, out: Path) -> None:
     made: dict[str, Any] = dict(config.numbers(recipe))
     for name, settings in recipe.stages.items():
         where, work = out / name, _work(config, recipe, name, settings, made)
@@ -147,7 +152,6 @@ def run_pipeline(config: PipelineConfig) -> Path:
         made[name] = "" if work is None else where / "model" if "task" in settings else where
     data = next(name for name, settings in recipe.stages.items() if "collect" in settings)
     stage(out, "bundle", lambda: make_bundle(out, out / data, config.starts, recipe.bundle, recipe.name))
-    return out / "bundle"
 
 
 def _work(

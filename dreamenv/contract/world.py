@@ -54,7 +54,8 @@ class WorldVectorEnv(VectorEnv):
     ) -> None:
         num_envs = whole(num_envs, "num_envs", 1, MAX_ENVS)
         self.max_episode_steps = None if max_episode_steps is None else whole(max_episode_steps, "max_episode_steps", 1)
-        check(render_mode in (None, "rgb_array"), f"render_mode {render_mode!r}: must be None or 'rgb_array'")
+        named = render_mode is None or isinstance(render_mode, str)
+        check(named and render_mode in (None, "rgb_array"), f"render_mode {render_mode!r}: must be None or 'rgb_array'")
         known = {m.value: m for m in modes} | {m: m for m in modes}
         try:
             self.autoreset_mode = known[autoreset_mode]

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from dreamenv.artifacts import atomic_folder, sha256_file
+from dreamenv.artifacts import atomic_folder, only_writer, sha256_file
 from dreamenv.console import run_command_line
 from dreamenv.data.manifest import shard_name
 from dreamenv.data.reader import Dataset
@@ -56,6 +56,12 @@ def merge(sources: list[Path], out: Path) -> Path:
         "merged": [{"steps": d.manifest["steps"], "facts": d.facts} for d in datasets],
     }
     optional = [c for c in datasets[0].manifest["columns"] if all(c in d.manifest["columns"] for d in datasets)]
+    with only_writer(out):
+        _write(datasets, out, facts, optional, offsets)
+    return out
+
+
+def _write(datasets: list[Dataset], out: Path, facts: dict[str, Any], optional: list[str], offsets: np.ndarray) -> None:
     writer = DatasetWriter(out, facts, optional)
     writer.recover()
     index = 0
@@ -73,7 +79,6 @@ def merge(sources: list[Path], out: Path) -> Path:
                 kept = {name: entry["sha256"][name] for name in writer.columns}
                 writer.commit(entry | {"index": index, "name": target.name, "sha256": kept | {"policies": digest}})
             index += 1
-    return out
 
 
 def _opened(sources: list[Path]) -> list[Dataset]:
@@ -104,8 +109,8 @@ def _check_facts(dataset: Dataset) -> None:
     mix = facts.get("policy_mix")
     pairs = mix if isinstance(mix, list) and mix else [None]
     for pair in pairs:
-        named = isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)
-        if not named or type(pair[1]) not in (int, float) or not 0 <= pair[1] <= 1:
+        name, share = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
+        if not isinstance(name, str) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
             raise DatasetError(f"{where}: policy_mix {str(mix)[:80]} is no list of [name, share]; collect it again")
 
 

@@ -1,8 +1,7 @@
 """Dataset folders: `manifest.json` + `shard-00000/*.npy`, each shard renamed into place, the manifest last.
 
 One shard holds E environments x T steps, or parts of them, environment-major and flat, so time runs along axis 0 within
-a
-segment:
+a segment:
 
 | file | dtype, shape | at index t |
 |---|---|---|
@@ -13,6 +12,7 @@ segment:
 | first.npy | bool (S,) | an episode or a segment starts here: t - 1 is not its past |
 | level_seeds.npy | int32 (S,) | the level being played |
 | policies.npy | uint8 (S,) | which component of the policy mix acted |
+| shard.json | | a digest of the settings that made the shard |
 | camera.npy | float32 (S, 2) | the picture's top left corner in tiles, x right, y down; only of games that scroll |
 
 A terminal transition keeps its reward and flags; there is no next frame, because Procgen never shows one.
@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from dreamenv.artifacts import atomic_folder, recover_folder, sha256_file, write_json
+from dreamenv.artifacts import atomic_folder, checksum, recover_folder, sha256_file, write_json
 from dreamenv.data.manifest import FORMAT_VERSION, read_manifest, shard_name
 from dreamenv.errors import DatasetError
 
@@ -97,6 +97,7 @@ class DatasetWriter:
         with atomic_folder(path) as temporary:
             for name in self.columns:
                 np.save(temporary / f"{name}.npy", columns[name], allow_pickle=False)
+            write_json(temporary / "shard.json", {"settings": checksum(self.facts)})
             hashes = {name: sha256_file(temporary / f"{name}.npy") for name in self.columns}
         done = columns["terminated"] | columns["truncated"]
         values, counts = np.unique(columns["rewards"], return_counts=True)

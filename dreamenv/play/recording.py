@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dreamenv.artifacts import only_writer
 from dreamenv.data.writer import COLUMNS, DatasetWriter
 from dreamenv.errors import ConfigError
 from dreamenv.video import check_film, save_video
@@ -138,6 +139,7 @@ class EpisodeRecorder:
             name: np.stack([np.asarray(row[name], dtype) for row in self._rows]).reshape(-1, *shape)
             for name, (dtype, shape) in COLUMNS.items()
         }
-        writer = DatasetWriter(self.folder, self._facts | {"steps": len(self._rows), "seq_len": len(self._rows)})
-        writer.commit(writer.write_shard(0, columns))
+        with only_writer(self.folder):
+            writer = DatasetWriter(self.folder, self._facts | {"steps": len(self._rows), "seq_len": len(self._rows)})
+            writer.commit(writer.write_shard(0, columns))
         return self.folder

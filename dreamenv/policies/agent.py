@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dreamenv.artifacts import atomic_folder, read_json, readable_folder, sha256_file, write_json
 from dreamenv.config import check, from_dict, to_dict
 from dreamenv.contract.actions import NUM_ACTIONS
-from dreamenv.device import pick_precision
+from dreamenv.device import own_settings, pick_precision
 from dreamenv.errors import BundleError, ConfigError, PolicyError
 from dreamenv.models.interface import to_images
 from dreamenv.models.io import fill, read_part
@@ -141,13 +141,16 @@ def load_agent(folder: str | Path, precision: str = "auto") -> ImpalaAgent:
             raise PolicyError(f"{path}: format_version {description['format_version']!r}; this release reads 1")
         config = from_dict(ImpalaConfig, description["network"], "network")
         data = read_part(folder / "agent.safetensors", description["sha256"])
-        with torch.device("meta"):  # so that a description cannot ask for more than the file holds
+        with (
+            own_settings(torch.device("cpu")),
+            torch.device("meta"),
+        ):  # so that a description cannot ask for more than the file holds
             size = sum(p.numel() for p in ImpalaAgent(config).parameters())
         if 2 * size > len(data):
             raise PolicyError(f"{path}: describes {size} weights, agent.safetensors has {len(data)} bytes")
-        with torch.random.fork_rng(devices=[]):
+        with own_settings(torch.device("cpu")), torch.inference_mode(False), torch.random.fork_rng(devices=[]):
             agent = ImpalaAgent(config, precision)
-        fill(agent, data, folder / "agent.safetensors")
+            fill(agent, data, folder / "agent.safetensors")
     except PolicyError as error:
         raise PolicyError(f"{error}; save the agent again") from None
     except (KeyError, TypeError, ConfigError, BundleError) as error:

@@ -215,7 +215,7 @@ def test_ppo_in_one_file(toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.M
     import gymnasium as gym
 
     made = gym.make_vec
-    monkeypatch.setattr(gym, "make_vec", lambda name, num_envs: made(name, num_envs=num_envs, bundle=str(toy_bundle)))
+    monkeypatch.setattr(gym, "make_vec", lambda name, **o: made(name, bundle=str(toy_bundle), **o))
     program = runpy.run_path("examples/ppo.py")
     args: Any = program["Args"](steps=128, num_envs=4, rollout=16, minibatches=2, epochs=1, out=tmp_path / "plain")
     assert program["main"](args)["steps"] == 128

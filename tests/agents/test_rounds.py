@@ -76,6 +76,8 @@ def test_what_does_not_belong_together_is_refused(two: list[Path], tmp_path: Pat
     with pytest.raises(DatasetError, match="game is 'maze'"):
         merge([two[0], maze], tmp_path / "x")
     manifest = read_json(maze / "manifest.json", DatasetError, "")
+    (maze / "shard-00000" / "shard.json").unlink()  # which names the settings that made it
+    (maze / "shard-00001" / "shard.json").unlink()
     write_json(maze / "manifest.json", manifest | {"facts": Dataset(two[0]).facts | {"ends": 16}})
     with pytest.raises(DatasetError, match="ends is 16"):
         merge([two[0], maze], tmp_path / "x")
