@@ -1,0 +1,74 @@
+"""Wrappers of batches that Gymnasium has for single environments only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from gymnasium.spaces import Box
+from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
+from gymnasium.vector.utils import batch_space
+
+from dreamenv.config import check, whole
+
+
+class FrameStackObservation(VectorWrapper):
+    """Each environment's last frames as one observation, as `gymnasium.wrappers.FrameStackObservation` of each would.
+
+    Observations are (N, K, ...): the oldest frame first, and after a reset the first frame K times. All autoreset modes
+    work; in SAME_STEP mode `final_obs` is stacked too.
+
+    Args:
+        env: a vector environment whose observations are arrays, of these worlds or any other.
+        stack_size: K, how many frames.
+
+    Raises:
+        ConfigError: K < 1, or observations that are no arrays.
+
+    Example:
+        >>> envs = gym.make_vec("DreamProcgen-v0", num_envs=8)
+        >>> envs = FrameStackObservation(envs, 4)
+        >>> envs.observation_space.shape
+        (8, 4, 64, 64, 3)
+    """
+
+    def __init__(self, env: VectorEnv, stack_size: int) -> None:
+        super().__init__(env)
+        size = whole(stack_size, "stack_size", 1, 1024)
+        frame = env.single_observation_space
+        check(isinstance(frame, Box), f"observation space {frame}: only arrays (Box) can be stacked")
+        assert isinstance(frame, Box)
+        low, high = (np.repeat(x[None], size, 0) for x in (frame.low, frame.high))
+        self.single_observation_space = Box(low, high, dtype=frame.dtype.type)
+        self.observation_space = batch_space(self.single_observation_space, env.num_envs)
+        self._stack = np.zeros((env.num_envs, size, *(frame.shape or ())), frame.dtype)
+        self._over = np.zeros(env.num_envs, bool)
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        """See the environment's own; where `options["reset_mask"]` is False the frames stay."""
+        frames, infos = self.env.reset(seed=seed, options=options)
+        mask = (options or {}).get("reset_mask")
+        self._fill(frames, np.ones(self.num_envs, bool) if mask is None else np.asarray(mask))
+        self._over[:] = False
+        return self._stack.copy(), infos
+
+    def step(self, actions: Any) -> tuple[np.ndarray, Any, Any, Any, dict[str, Any]]:
+        """See the environment's own."""
+        frames, rewards, terminated, truncated, infos = self.env.step(actions)
+        mode, over = self.env.metadata.get("autoreset_mode"), np.asarray(terminated) | np.asarray(truncated)
+        before = self._stack
+        self._stack = np.concatenate([before[:, 1:], np.asarray(frames)[:, None]], 1)
+        if mode is AutoresetMode.SAME_STEP:
+            self._fill(frames, over)
+            if "final_obs" in infos:
+                final = np.full(self.num_envs, None, object)
+                for i in np.flatnonzero(infos["_final_obs"]):
+                    final[i] = np.concatenate([before[i, 1:], infos["final_obs"][i][None]])
+                infos = infos | {"final_obs": final}
+        elif mode is AutoresetMode.NEXT_STEP:
+            self._fill(frames, self._over)
+        self._over = over
+        return self._stack.copy(), rewards, terminated, truncated, infos
+
+    def _fill(self, frames: np.ndarray, which: np.ndarray) -> None:
+        self._stack[which] = np.asarray(frames)[which][:, None]
