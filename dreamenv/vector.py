@@ -48,8 +48,8 @@ class DreamVectorEnv(Branching):
         sampler: `SamplerConfig` or a mapping of its fields, e.g. {"nfe": 2, "temperature": 0.8}.
         autoreset_mode: NEXT_STEP (default), SAME_STEP or DISABLED, as Gymnasium defines them.
         render_mode: None or "rgb_array".
-        exact: run environment by environment, so that what one dreams does not depend on the batch at all;
-            the default differs by rounding between batch sizes.
+        exact: run environment by environment, so that what one dreams depends neither on the batch nor on the number of
+            torch's threads; the default differs by rounding between them.
         truncate_above: end an episode as truncated once `uncertainty` exceeds this.
         precision: "fp32", "bf16", or "auto": bf16 where the hardware has it, see `dreamenv.device.pick_precision`.
         max_episode_steps: truncate episodes after so many steps; None leaves the game's own limit.
@@ -87,10 +87,9 @@ class DreamVectorEnv(Branching):
             bundle = load_bundle(resolve_bundle(bundle, game), device, precision)
         frame, modes = bundle.world_model.frame_shape, tuple(AutoresetMode)
         super().__init__(num_envs, frame, autoreset_mode, modes, render_mode, max_episode_steps)
-        self.bundle = bundle
+        self.bundle, self.exact = bundle, exact
         self.sampler = sampler
         self.seconds = {"imagine": 0.0, "decode": 0.0}
-        self.exact = exact
         self.truncate_above = truncate_above
         limit = bundle.game.max_steps
         self._max_steps = limit if self.max_episode_steps is None else min(limit, self.max_episode_steps)
@@ -211,8 +210,8 @@ class DreamVectorEnv(Branching):
         return self._frames.copy(), rewards, terminated, truncated, infos
 
     def _settings(self) -> AbstractContextManager[None]:
-        """Torch as this class wants it; a single environment gains nothing from a second thread."""
-        return own_settings(self.bundle.world_model.device, 1 if self.num_envs == 1 else None)
+        """Torch as this class wants it: one thread for one environment at a time, which gains nothing from more."""
+        return own_settings(self.bundle.world_model.device, 1 if self.num_envs == 1 or self.exact else None)
 
     def _outcomes(
         self, imagined: Transition, uniforms: np.ndarray

@@ -47,9 +47,9 @@ class FrameStackObservation(VectorWrapper):
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         """See the environment's own; where `options["reset_mask"]` is False the frames stay."""
         frames, infos = self.env.reset(seed=seed, options=options)
-        mask = (options or {}).get("reset_mask")
-        self._fill(frames, np.ones(self.num_envs, bool) if mask is None else np.asarray(mask))
-        self._over[:] = False
+        mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, bool)))
+        self._fill(frames, mask)
+        self._over = self._over & ~mask
         return self._stack.copy(), infos
 
     def step(self, actions: Any) -> tuple[np.ndarray, Any, Any, Any, dict[str, Any]]:

@@ -104,10 +104,11 @@ class ImpalaAgent(nn.Module):
     def probabilities(self, frames: np.ndarray, memory: Tensor | None = None) -> tuple[np.ndarray, Tensor | None]:
         """Frames uint8 (B, 64, 64, 3) -> action probabilities float64 (B, 15), and the memory, as `forward` has it."""
         device = self.policy.weight.device
-        logits, _, memory = self(to_images(torch.as_tensor(frames).to(device)), memory)
-        if self.config.greedy:
-            return F.one_hot(logits.argmax(1), NUM_ACTIONS).double().cpu().numpy(), memory
-        return logits.double().softmax(1).cpu().numpy(), memory
+        with own_settings(device):
+            logits, _, memory = self(to_images(torch.as_tensor(frames).to(device)), memory)
+            if self.config.greedy:
+                return F.one_hot(logits.argmax(1), NUM_ACTIONS).double().cpu().numpy(), memory
+            return logits.double().softmax(1).cpu().numpy(), memory
 
 
 def save_agent(folder: str | Path, agent: ImpalaAgent, facts: dict | None = None) -> Path:
