@@ -7,7 +7,6 @@ TensorBoard's files. Run the same line with `--resume` after a kill.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -29,7 +28,8 @@ from agents.checkpoint import load_checkpoint, save_checkpoint
 from agents.evaluate import evaluate
 from agents.saved import agent_facts, go_on_from, make_algorithm, save_algorithm, to_agent
 from agents.worlds import TRAIN_LEVELS, MixedVecEnv, make_world
-from dreamenv.artifacts import only_writer
+from dreamenv import checkpoints
+from dreamenv.artifacts import checksum, only_writer
 from dreamenv.config import check, from_dict, load_yaml, to_dict
 from dreamenv.console import errors_in_one_line
 from dreamenv.device import keep_freed_memory
@@ -163,7 +163,7 @@ class _Keeper(BaseCallback):
             to_agent(self.model).cpu(),
             other,
             self.config.game,
-            TRAIN_LEVELS,
+            (TRAIN_LEVELS[0], sum(TRAIN_LEVELS)),  # the first, and the one after the last
             self.config.eval_episodes,
             bundle=self.config.bundle,
             nfe=self.config.nfe,
@@ -258,14 +258,15 @@ def train(config: TrainConfig, progress: bool = False) -> dict[str, Any]:
 
 def _train(config: TrainConfig, algorithm: AlgorithmConfig, progress: bool) -> dict[str, Any]:
     described = {k: str(v) for k, v in to_dict(config).items() if k not in ("out", "resume", "config", "steps")}
-    identity = hashlib.sha256(json.dumps([described, to_dict(algorithm)], sort_keys=True).encode()).hexdigest()
+    identity = checksum([described, to_dict(algorithm)])
     inner, timed, model = _made(config, algorithm)
     if config.agent is not None:
         go_on_from(model, config.agent)
     if config.resume and not isinstance(model, OnPolicyAlgorithm):
         raise ConfigError(f"resume: {algorithm.algorithm} saves no checkpoints; train it anew")
     if not config.resume:  # a fresh start leaves nothing behind that a later resume could pick up
-        for stale in ("checkpoint", "checkpoint-before", "best", "agent"):
+        checkpoints.discard(config.out / "checkpoint")
+        for stale in ("best", "agent"):
             shutil.rmtree(config.out / stale, ignore_errors=True)
     resumed = config.resume and load_checkpoint(config.out / "checkpoint", cast(OnPolicyAlgorithm, model), identity)
     suffix = f"-{model.num_timesteps}" if resumed else ""  # a resumed run leaves the earlier progress.csv alone

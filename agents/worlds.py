@@ -24,17 +24,7 @@ def real_world(
     game: str, num_envs: int, levels: tuple[int, int] = TRAIN_LEVELS, distribution_mode: str = "easy"
 ) -> NativeVecEnv:
     """The real game (needs procgen)."""
-    return NativeVecEnv(
-        gym.make_vec(
-            "envs:RealProcgen-v0",
-            num_envs=num_envs,
-            game=game,
-            start_level=levels[0],
-            num_levels=levels[1],
-            distribution_mode=distribution_mode,
-            autoreset_mode="SameStep",
-        )
-    )
+    return NativeVecEnv(real_envs(game, num_envs, levels, distribution_mode))
 
 
 def dream_world(

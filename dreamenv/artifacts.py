@@ -9,7 +9,7 @@ import os
 import shutil
 import stat
 import tokenize
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -294,8 +294,8 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def checksum(value: Mapping[str, Any]) -> str:
-    """sha256 of a JSON object's values, whatever their order."""
+def checksum(value: Any) -> str:
+    """sha256 of what is JSON, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

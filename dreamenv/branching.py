@@ -12,7 +12,7 @@ from dreamenv.config import whole
 from dreamenv.contract.noise import branch_stream
 from dreamenv.contract.snapshot import check_arrays, check_range, pack, unpack
 from dreamenv.contract.world import MAX_ENVS, WorldVectorEnv
-from dreamenv.errors import ConfigError, ResetError, SnapshotError
+from dreamenv.errors import ConfigError, SnapshotError
 from dreamenv.flow import SamplerConfig
 from dreamenv.models.interface import NULL_ACTION, State
 
@@ -22,19 +22,18 @@ if TYPE_CHECKING:
 _STATE = "state."
 """How a snapshot calls the tensors of the state, which families name as they like."""
 _MOST = 2**48  # episodes, or steps, of one seed
-_COUNTERS = ("frames", "seeds", "streams", "episodes", "steps", "starts", "finished")
 
 
 class Branching(WorldVectorEnv):
     """The part of `DreamVectorEnv` that copies moments; see there for what the attributes are."""
 
+    _counters = ("frames", "seeds", "streams", "episodes", "steps", "starts", "finished")
     bundle: Bundle
     _sampler: SamplerConfig
     exact: bool
     truncate_above: float | None
     _state: State
     _bank: dict[int, tuple[State, np.ndarray]]
-    _started: bool
     _draw: bool
 
     def snapshot(self) -> bytes:
@@ -43,11 +42,9 @@ class Branching(WorldVectorEnv):
         Raises:
             ResetError: before the first reset.
         """
-        self._check_open("snapshot")
-        if not self._started:
-            raise ResetError("snapshot() before reset(): call reset() first")
+        self._check_started("snapshot")
         arrays = {f"{_STATE}{name}": value for name, value in self._state.arrays().items()}
-        arrays |= {name: getattr(self, f"_{name}") for name in _COUNTERS}
+        arrays |= self._counter_arrays()
         return pack("dream", {"bundle": self.bundle.identity, "num_envs": self.num_envs}, arrays)
 
     def restore(self, data: bytes) -> np.ndarray:
@@ -66,8 +63,7 @@ class Branching(WorldVectorEnv):
         device = self.bundle.world_model.device
         kept = {name.removeprefix(_STATE): value for name, value in arrays.items() if name.startswith(_STATE)}
         self._state = State.from_arrays(kept, device)
-        for name in _COUNTERS:
-            setattr(self, f"_{name}", arrays[name].copy())
+        self._take_counters(arrays)
         self._started = True
         return self._frames.copy()
 
@@ -113,16 +109,13 @@ class Branching(WorldVectorEnv):
             ResetError: before the first reset.
             ConfigError: no environment, or one that does not exist.
         """
-        self._check_open("select")
-        if not self._started:
-            raise ResetError("select() before reset(): call reset() first")
+        self._check_started("select")
         rows = self._check_rows(rows)
         envs = self._like(len(rows))
         chosen = torch.from_numpy(rows.astype(np.int64)).to(self.bundle.world_model.device)
         envs._state, envs._bank, envs._started = self._state.rows(chosen), self._bank, True
         envs._draw = self._draw and draw
-        for name in _COUNTERS:
-            setattr(envs, f"_{name}", getattr(self, f"_{name}")[rows])
+        envs._take_counters({name: values[rows] for name, values in self._counter_arrays().items()})
         return envs
 
     def _check_rows(self, rows: Any) -> np.ndarray:
@@ -164,7 +157,7 @@ class Branching(WorldVectorEnv):
             raise SnapshotError(f"snapshot of {rows} environments: expected 1..{MAX_ENVS}; take it again")
         own = {f"{_STATE}{name}": value for name, value in self._state.items()}
         known = {n: ((rows, *v.shape[1:]), str(v.dtype).removeprefix("torch.")) for n, v in own.items()}
-        known |= {n: ((rows, *v.shape[1:]), str(v.dtype)) for n in _COUNTERS for v in [getattr(self, f"_{n}")]}
+        known |= {n: ((rows, *v.shape[1:]), str(v.dtype)) for n, v in self._counter_arrays().items()}
         check_arrays(arrays, known)
         for name, values in arrays.items():
             if values.dtype.kind == "f" and not np.isfinite(values).all():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 import threading
 import zlib
 from collections import OrderedDict
@@ -318,24 +317,6 @@ def _read_starts(data: bytes, path: Path, frame: tuple[int, int, int]) -> Starts
     return Starts(frames, actions, levels)
 
 
-def update_card(folder: str | Path, card: dict[str, Any]) -> None:
-    """Replace a bundle's measured fidelity, atomically; everything else keeps its bytes.
-
-    Raises:
-        BundleError: it is of an older version, or no bundle.
-    """
-    folder = readable_folder(folder)
-    path = folder / "bundle.json"
-    description = read_json(path, BundleError, _REMEDY)
-    if _read_description(path).get("files"):
-        raise BundleError(f"{path}: is of an older format; rewrite it with python -m dreamenv.bundle OLD NEW")
-    with atomic_folder(folder) as temporary:
-        shutil.copytree(folder, temporary, dirs_exist_ok=True)
-        write_json(temporary / "card.json", card)
-        description["sha256"]["card.json"] = sha256_file(temporary / "card.json")
-        write_json(temporary / "bundle.json", description | {"identity": compute_identity(description)})
-
-
 def short_name(folder: Path) -> str:
     """A bundle's folder in a few words, for a person to tell it from others."""
     name = f"{folder.name} (built in)" if folder.parent == EMBEDDED else "/".join(folder.parts[-2:])
@@ -346,16 +327,3 @@ def find_bundles() -> list[Path]:
     """Folders of the embedded bundles, and of those trained below the current folder's `runs`."""
     found = [p.parent for p in sorted(EMBEDDED.glob("*/bundle.json"))]
     return found + [p.parent for p in sorted(Path("runs").glob("*/bundle/bundle.json"))]
-
-
-def rewrite_bundle(folder: str | Path, out: str | Path) -> Path:
-    """Write a bundle of any readable version as one of this version, its agent too; returns the new folder.
-
-    Weights are stored as they are loaded, rounded to fp16: those of a bundle are fp16 already, so it dreams the same.
-    """
-    old = load_bundle(folder, "cpu", "fp32")
-    save_bundle(out, old.world_model, old.game, old.limits, old.starts, old.provenance, old.card)
-    agent = bundled_agent(old.folder)
-    if agent is not None:
-        shutil.copytree(agent, Path(out) / "agent")
-    return Path(out)

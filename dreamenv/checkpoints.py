@@ -5,6 +5,7 @@ The checkpoint before is kept beside each, and taken where the last one is damag
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +35,12 @@ def exists(folder: Path) -> bool:
     """Whether there is a checkpoint to go on from; an interrupted move is finished first."""
     recover_folder(folder)
     return folder.exists() or before(folder).exists()
+
+
+def discard(folder: Path) -> None:
+    """Remove a checkpoint and the one before it."""
+    for path in (folder, before(folder)):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write(folder: Path, version: int, identity: str, state: dict[str, Any], parts: Mapping[str, bytes]) -> None:

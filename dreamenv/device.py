@@ -80,7 +80,10 @@ def pick_device(device: str | torch.device) -> torch.device:
         ConfigError: no such device, or not on this machine.
     """
     if isinstance(device, str) and device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        rank = os.environ.get("LOCAL_RANK")  # which of torchrun's processes this is
+        return torch.device("cuda") if rank is None else torch.device("cuda", int(rank))
     try:
         picked = torch.device(device)
         torch.zeros(1, device=picked).cpu()

@@ -16,7 +16,6 @@ from gymnasium.vector import AutoresetMode
 from dreamenv.branching import Branching
 from dreamenv.bundle import Bundle, load_bundle, resolve_bundle
 from dreamenv.config import check, from_dict, whole
-from dreamenv.contract.actions import check_actions
 from dreamenv.contract.noise import draw_step, reset_generator
 from dreamenv.contract.resets import as_array, check_history, check_mask, check_options, check_seeds
 from dreamenv.contract.world import MAX_ENVS
@@ -169,19 +168,12 @@ class DreamVectorEnv(Branching):
             InvalidActionError: see `dreamenv.contract.actions.check_actions`; the state is unchanged.
             ResetError: before the first reset, or (DISABLED mode) a finished environment was not reset.
         """
-        self._check_open("step")
-        actions = check_actions(actions, self.num_envs)
-        if not self._started:
-            raise ResetError("step() before reset(): call reset() first")
+        actions = self._check_step(actions)
         with self._settings():
             return self._step(actions)
 
     def _step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         resetting = self._finished.copy()
-        if resetting.any() and self.autoreset_mode is AutoresetMode.DISABLED:
-            i = int(np.flatnonzero(resetting)[0])
-            raise ResetError(f"environment {i} is finished: reset it first with options={{'reset_mask': ...}}")
-
         began = time.perf_counter()
         imagined, uniforms = self._imagine(actions)
         rewards, terminated, details = self._outcomes(imagined, uniforms)
@@ -307,9 +299,8 @@ class DreamVectorEnv(Branching):
         return fresh | {"final_obs": final, "_final_obs": done, "final_info": final_info, "_final_info": done}
 
     def _infos(self, uncertainty: np.ndarray, **details: np.ndarray) -> dict[str, Any]:
-        every = np.ones(self.num_envs, bool)
         infos = {"uncertainty": uncertainty, "dream_step": self._steps.copy(), "start": self._starts.copy(), **details}
-        return infos | {f"_{k}": every.copy() for k in list(infos)}
+        return self._batched(infos)
 
     def _check_start(self, options: dict[str, Any]) -> tuple[np.ndarray | None, tuple[np.ndarray, np.ndarray] | None]:
         n, start = self.num_envs, options.get("start")

@@ -11,7 +11,6 @@ import os
 import sys
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from dreamenv.data.windows import HELD_OUT_FROM
 from dreamenv.data.writer import COLUMNS, OPTIONAL, DatasetWriter
 from dreamenv.errors import StorageError
 from dreamenv.policies.simple import make_policy, parse_mix
+from envs.making import procgen_version
 
 _MOST_SHARDS = 10**5
 _LARGE = 200_000  # steps from which starting more processes pays
@@ -99,7 +99,7 @@ class CollectConfig:
         game = get_game(self.game)
         facts = {k: v for k, v in asdict(self).items() if k not in ("out", "workers") and (k != "ends" or v)}
         facts |= {
-            "backend": f"procgen {_procgen_version()}",
+            "backend": f"procgen {procgen_version()}",
             "num_shards": len(self.shard_lengths),
             "seq_len": self.shard_steps,
             "policy_mix": [list(p) for p in parse_mix(self.policy)],
@@ -107,15 +107,6 @@ class CollectConfig:
             "action_meanings": list(game.meanings),
         }
         return facts
-
-
-def _procgen_version() -> str:
-    for name in ("procgen-mirror", "procgen"):
-        try:
-            return version(name)
-        except Exception:  # noqa: BLE001 - importlib raises its own PackageNotFoundError; either name may serve
-            continue
-    return "unknown"
 
 
 def collect_shard(config: CollectConfig, index: int, envs: Any = None) -> dict[str, np.ndarray]:

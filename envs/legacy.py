@@ -16,7 +16,7 @@ from dreamenv.contract.actions import check_action, keys_to_action
 from dreamenv.contract.games import SEED_LIMIT, check_levels, get_game
 from dreamenv.contract.resets import check_options, check_seeds
 from dreamenv.errors import ResetError
-from envs.making import make_procgen, no_collection, quiet_import
+from envs.making import fresh_state, no_collection, quiet_import
 
 
 class LegacyProcgenEnv(gymnasium.Env):
@@ -72,9 +72,7 @@ class LegacyProcgenEnv(gymnasium.Env):
         (seed,) = check_seeds([seed], 1, 2**63)
         super().reset(seed=seed)
         rand_seed = int(self.np_random.integers(SEED_LIMIT)) if seed is None else seed % SEED_LIMIT
-        fresh = make_procgen(num=1, env_name=self.game.name, rand_seed=rand_seed, num_threads=0, **self._options)
-        self._base().set_state(fresh.get_state())
-        fresh.close()
+        self._base().set_state([fresh_state(rand_seed, env_name=self.game.name, **self._options)])
         self._frame = self._base().observe()[1]["rgb"][0].copy()
         self._steps, self._playing = 0, True
         return self._frame.copy(), self._info()

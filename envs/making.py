@@ -9,6 +9,7 @@ import io
 import threading
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 
@@ -62,3 +63,22 @@ def make_procgen(**options: Any) -> Any:
         for name in ("libenv_act", "libenv_observe", "libenv_close", "get_state", "set_state"):
             getattr(env._c_lib, name)  # resolved once, under the same lock
     return env
+
+
+def fresh_state(rand_seed: int, **options: Any) -> bytes:
+    """The saved state of a new game; the levels that it plays are decided by `rand_seed` and the options."""
+    fresh = make_procgen(num=1, rand_seed=rand_seed, num_threads=0, **options)
+    try:
+        return fresh.get_state()[0]
+    finally:
+        fresh.close()
+
+
+def procgen_version() -> str:
+    """The version of the installed procgen, under either of its names."""
+    for name in ("procgen-mirror", "procgen"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "unknown"

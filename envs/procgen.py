@@ -10,14 +10,14 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from dreamenv.config import check, whole
-from dreamenv.contract.actions import NOOP, check_actions
+from dreamenv.contract.actions import NOOP
 from dreamenv.contract.games import GAMES, SEED_LIMIT, Game, check_levels, get_game
 from dreamenv.contract.resets import as_array, check_mask, check_options, check_seeds
-from dreamenv.contract.single import SingleView, split_infos
+from dreamenv.contract.single import SingleView
 from dreamenv.contract.snapshot import check_arrays, pack, unpack
 from dreamenv.contract.world import WorldVectorEnv
 from dreamenv.errors import ResetError, SnapshotError
-from envs.making import make_procgen
+from envs.making import make_procgen, procgen_version
 
 
 class RealProcgenVectorEnv(WorldVectorEnv):
@@ -45,6 +45,7 @@ class RealProcgenVectorEnv(WorldVectorEnv):
         ConfigError: an argument outside its range.
     """
 
+    _counters = ("steps", "levels", "finished", "advanced", "pinned", "frames")
     metadata: dict[str, Any] = {**WorldVectorEnv.metadata, "games": tuple(GAMES)}
 
     def __init__(
@@ -132,13 +133,7 @@ class RealProcgenVectorEnv(WorldVectorEnv):
             InvalidActionError: see `dreamenv.contract.actions.check_actions`; the state is unchanged.
             ResetError: before the first reset, or (DISABLED mode) an environment is finished and not yet reset.
         """
-        self._check_open("step")
-        actions = check_actions(actions, self.num_envs)
-        if not self._started:
-            raise ResetError("step() before reset(): call reset() first")
-        if self._finished.any() and self.autoreset_mode is AutoresetMode.DISABLED:
-            i = int(np.flatnonzero(self._finished)[0])
-            raise ResetError(f"environment {i} is finished: reset it first with options={{'reset_mask': ...}}")
+        actions = self._check_step(actions)
         resetting = self._finished.copy()  # NEXT_STEP: this call is their reset, the action is ignored
         rewards, frames, done = self._play(actions, resetting)
         self._steps = np.where(resetting, 0, self._steps + 1)
@@ -193,6 +188,11 @@ class RealProcgenVectorEnv(WorldVectorEnv):
             infos |= {"final_info": {"episode_step": steps, "_episode_step": over}, "_final_info": over}
         return infos | ({"final_obs": final, "_final_obs": cut} if cut.any() else {})
 
+    @property
+    def backend(self) -> str:
+        """Which Procgen this is, for what is recorded of it."""
+        return f"procgen {procgen_version()}"
+
     def camera(self) -> np.ndarray:
         """Return where the pictures' top left corners lie, in tiles, float32 (N, 2): x to the right, y downwards.
 
@@ -227,12 +227,10 @@ class RealProcgenVectorEnv(WorldVectorEnv):
         Raises:
             ResetError: before the first reset.
         """
-        self._check_open("snapshot")
-        if not self._started:
-            raise ResetError("snapshot() before reset(): call reset() first")
+        self._check_started("snapshot")
         states = [np.frombuffer(self._get(i), np.uint8) for i in range(self.num_envs)]
         arrays = {f"state.{i}": s for i, s in enumerate(states)}
-        arrays |= {name: getattr(self, f"_{name}") for name in _COUNTERS}
+        arrays |= self._counter_arrays()
         return pack("real", {"num_envs": self.num_envs, "options": self._options}, arrays)
 
     def restore(self, data: bytes, trust: bool = False) -> np.ndarray:
@@ -259,12 +257,10 @@ class RealProcgenVectorEnv(WorldVectorEnv):
         names = [f"state.{i}" for i in range(self.num_envs)]
         sizes = {n: arrays[n].shape if n in arrays and arrays[n].size <= _STATE_BYTES else () for n in names}
         expected = {n: (sizes[n] if len(sizes[n]) == 1 else (1,), "uint8") for n in names}
-        own = {n: getattr(self, f"_{n}") for n in _COUNTERS}
-        check_arrays(arrays, expected | {n: (v.shape, str(v.dtype)) for n, v in own.items()})
+        check_arrays(arrays, expected | {n: (v.shape, str(v.dtype)) for n, v in self._counter_arrays().items()})
         for i, name in enumerate(names):
             self._set(i, arrays[name].tobytes())
-        for name in _COUNTERS:
-            setattr(self, f"_{name}", arrays[name].copy())
+        self._take_counters(arrays)
         self._started = True
         return self._frames.copy()
 
@@ -303,13 +299,7 @@ class RealProcgenVectorEnv(WorldVectorEnv):
         return levels
 
     def _infos(self) -> dict[str, Any]:
-        every = np.ones(self.num_envs, bool)
-        return {
-            "level_seed": self._levels.copy(),
-            "_level_seed": every,
-            "episode_step": self._steps.copy(),
-            "_episode_step": every,
-        }
+        return self._batched({"level_seed": self._levels.copy(), "episode_step": self._steps.copy()})
 
     def _current_levels(self) -> np.ndarray:
         return np.array([x["level_seed"] for x in self._envs.get_info()], np.int64)
@@ -341,11 +331,12 @@ class RealProcgenVectorEnv(WorldVectorEnv):
 
 
 _STATE_BYTES = 2**20  # more than any game's state
-_COUNTERS = ("steps", "levels", "finished", "advanced", "pinned", "frames")
 
 
 class RealProcgenEnv(SingleView):
     """One real Procgen game: the N = 1 view of `RealProcgenVectorEnv` (same arguments, no autoreset).
+
+    `reset` has the option `level`, the level seed to play.
 
     Example:
         >>> import gymnasium as gym
@@ -356,14 +347,5 @@ class RealProcgenEnv(SingleView):
     def __init__(self, game: str = "coinrun", **kwargs: Any) -> None:
         super().__init__(RealProcgenVectorEnv(1, game, autoreset_mode=AutoresetMode.DISABLED, **kwargs))
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Start a new episode; `options={"level": k}` plays level k. Returns uint8 (64, 64, 3) and info."""
-        options = check_options(options, ("level",))
-        (seed,) = check_seeds([seed], 1, 2**63)
-        first = seed is None and not self.vector._started
-        start = int(self.np_random.integers(SEED_LIMIT)) if first else seed
-        frames, infos = self.vector.reset(seed=start, options=options)
-        super().reset(seed=seed)
-        return frames[0], split_infos(infos, 1)[0]
+    def _batch_options(self, options: Any) -> dict[str, Any]:
+        return check_options(options, ("level",))

@@ -117,7 +117,9 @@ def main(args: Args) -> dict[str, float]:
         recent = float(np.mean(returns[-100:])) if returns else float("nan")
         print(f"{taken} steps, {taken / (time.perf_counter() - began):.0f} steps/s, return {recent:.2f}", flush=True)
     envs.close()
-    save_agent(args.out, agent, {"world": args.world, "steps": taken, "seed": args.seed})
+    save_agent(
+        args.out, agent, {"world": "dream" if "Dream" in args.world else "real", "steps": taken, "seed": args.seed}
+    )
     return {"steps": taken, "return": recent}
 
 

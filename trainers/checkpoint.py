@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +10,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from dreamenv import checkpoints
-from dreamenv.artifacts import parse_tensors
+from dreamenv.artifacts import checksum, parse_tensors
 from dreamenv.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -26,7 +24,7 @@ _MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # what AdamW keeps of a parameter
 def identity_of(settings: dict[str, Any]) -> str:
     """sha256 of what of a configuration decides the weights."""
     loop = {k: v for k, v in settings.get("loop", {}).items() if k not in _FREE}
-    return hashlib.sha256(json.dumps(settings | {"loop": loop}, sort_keys=True).encode()).hexdigest()
+    return checksum(settings | {"loop": loop})
 
 
 def save_checkpoint(loop: Loop) -> None:

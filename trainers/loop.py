@@ -117,8 +117,6 @@ class Loop:
         self.config, self.task, self.folder, self.settings = config, task, Path(folder), settings
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(config.device)
-        if config.device == "auto" and self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.bf16 = pick_precision(config.precision, self.device) == "bf16"
@@ -176,8 +174,8 @@ class Loop:
             load_checkpoint(self)
         elif self.rank == 0:  # a fresh start leaves nothing behind that a later resume could pick up
             (self.folder / "metrics.csv").unlink(missing_ok=True)
-            for stale in ("checkpoint", "checkpoint-before", "model"):
-                shutil.rmtree(self.folder / stale, ignore_errors=True)
+            checkpoints.discard(self.folder / "checkpoint")
+            shutil.rmtree(self.folder / "model", ignore_errors=True)
         log = None
         if self.rank == 0:
             write_run(self.folder, self.settings)

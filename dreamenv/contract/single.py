@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.envs.registration import EnvSpec
 
 from dreamenv.contract.actions import check_action, keys_to_action
-from dreamenv.contract.specs import json_spec
+from dreamenv.contract.games import SEED_LIMIT
+from dreamenv.contract.resets import check_options, check_seeds
+from dreamenv.contract.specs import JsonSpec
 
 
-class SingleView(gym.Env):
-    """N = 1 view of a vector environment in DISABLED autoreset mode; subclasses add `reset`."""
+class SingleView(JsonSpec, gym.Env):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """N = 1 view of a vector environment in DISABLED autoreset mode; subclasses say which options `reset` has."""
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 15}
-    _spec: EnvSpec | None = None
+    _seed_limit = 2**63
 
     def __init__(self, vector: Any) -> None:
         self.vector = vector
@@ -24,14 +26,36 @@ class SingleView(gym.Env):
         self.action_space = vector.single_action_space
         self.render_mode = vector.render_mode
 
-    @property
-    def spec(self) -> EnvSpec | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """What `gym.make` made this of; its arguments are JSON, so `spec.to_json()` and `spec.make()` work."""
-        return self._spec
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Start an episode; a subclass says which options there are.
 
-    @spec.setter
-    def spec(self, spec: EnvSpec | None) -> None:
-        self._spec = json_spec(spec)
+        Args:
+            seed: decides everything that follows; None goes on to the next episode.
+            options: see the subclass.
+
+        Returns:
+            uint8 observation (64, 64, 3) and info.
+
+        Raises:
+            ResetError: a seed or option of the wrong type, shape or range; the state is unchanged.
+        """
+        options = self._batch_options(options)
+        (seed,) = check_seeds([seed], 1, self._seed_limit)
+        generator, start = None, seed
+        if seed is None and not self.vector._started:  # the very first one, which `np_random` decides
+            generator = copy.deepcopy(self.np_random)
+            start = int(generator.integers(SEED_LIMIT))
+        frames, infos = self.vector.reset(seed=start, options=options)
+        if generator is not None:
+            self.np_random = generator
+        super().reset(seed=seed)
+        return frames[0], split_infos(infos, 1)[0]
+
+    def _batch_options(self, options: Any) -> dict[str, Any]:
+        """The options as the vector environment takes them; raises `ResetError`."""
+        return check_options(options, ())
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Advance by one action.

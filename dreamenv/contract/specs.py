@@ -13,13 +13,25 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
 
-def json_spec(spec: EnvSpec | None) -> EnvSpec | None:
-    """Return a copy whose arguments are JSON, so that `to_json` and `spec.make()` work, in another process too."""
-    if spec is None:
-        return None
-    spec = copy.copy(spec)
-    spec.kwargs = {name: _plain(value) for name, value in spec.kwargs.items()}
-    return spec
+class JsonSpec:
+    """Mixin of an environment: whatever `gym.make` stores as its `spec` has arguments that are JSON.
+
+    So `spec.to_json()` and `spec.make()` work, in another process too.
+    """
+
+    _spec: EnvSpec | None = None
+
+    @property
+    def spec(self) -> EnvSpec | None:
+        """What `gym.make` made this of."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:
+        if spec is not None:
+            spec = copy.copy(spec)
+            spec.kwargs = {name: _plain(value) for name, value in spec.kwargs.items()}
+        self._spec = spec
 
 
 def _plain(value: Any) -> Any:

@@ -7,21 +7,23 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from dreamenv.config import check, whole
-from dreamenv.contract.actions import NUM_ACTIONS, keys_to_action
-from dreamenv.contract.specs import json_spec
-from dreamenv.errors import ClosedError, ConfigError
+from dreamenv.contract.actions import NUM_ACTIONS, check_actions, keys_to_action
+from dreamenv.contract.specs import JsonSpec
+from dreamenv.errors import ClosedError, ConfigError, ResetError
 
 MAX_ENVS = 2**16
 
 
-class WorldVectorEnv(VectorEnv):
-    """Base of both worlds' batches; a subclass keeps what it shows in `_frames`, uint8 (N, H, W, C).
+class WorldVectorEnv(JsonSpec, VectorEnv):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Base of both worlds' batches.
+
+    A subclass keeps what it shows in `_frames`, uint8 (N, H, W, C), whether it was ever reset in `_started`, which
+    environments are over and not yet reset in `_finished`, bool (N,), and names its arrays of state in `_counters`.
 
     Args:
         num_envs: batch size.
@@ -35,13 +37,14 @@ class WorldVectorEnv(VectorEnv):
         ConfigError: an argument outside its range.
     """
 
+    _counters: tuple[str, ...] = ()
+    _finished: np.ndarray
+    _started = False
     metadata: dict[str, Any] = {
         "render_modes": ["rgb_array"],
         "render_fps": 15,
         "autoreset_mode": AutoresetMode.NEXT_STEP,
     }
-
-    _spec: EnvSpec | None = None
 
     def __init__(
         self,
@@ -70,18 +73,38 @@ class WorldVectorEnv(VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._frames = np.zeros((num_envs, *frame), np.uint8)
 
-    @property
-    def spec(self) -> EnvSpec | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """What `gym.make` made this of; its arguments are JSON, so `spec.to_json()` and `spec.make()` work."""
-        return self._spec
-
-    @spec.setter
-    def spec(self, spec: EnvSpec | None) -> None:
-        self._spec = json_spec(spec)
-
     def _check_open(self, what: str) -> None:
         if self.closed:
             raise ClosedError(f"{what}() after close(): make the environment again")
+
+    def _check_started(self, what: str) -> None:
+        """Raise `ClosedError` after close, `ResetError` before the first reset."""
+        self._check_open(what)
+        if not self._started:
+            raise ResetError(f"{what}() before reset(): call reset() first")
+
+    def _check_step(self, actions: Any) -> np.ndarray:
+        """The actions int64 (N,), if a step may be taken; raises before anything changes."""
+        self._check_open("step")
+        actions = check_actions(actions, self.num_envs)
+        self._check_started("step")
+        if self.autoreset_mode is AutoresetMode.DISABLED and self._finished.any():
+            i = int(np.flatnonzero(self._finished)[0])
+            raise ResetError(f"environment {i} is finished: reset it first with options={{'reset_mask': ...}}")
+        return actions
+
+    def _counter_arrays(self) -> dict[str, np.ndarray]:
+        """What of the environments' state is plain arrays, by name."""
+        return {name: getattr(self, f"_{name}") for name in self._counters}
+
+    def _take_counters(self, arrays: dict[str, np.ndarray]) -> None:
+        """Take over such arrays, which have been checked."""
+        for name in self._counters:
+            setattr(self, f"_{name}", arrays[name].copy())
+
+    def _batched(self, infos: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Infos as Gymnasium's batches have them: each with a mask of the environments that it is of, here all."""
+        return infos | {f"_{name}": np.ones(self.num_envs, bool) for name in infos}
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """Return one uint8 frame per environment, or None without a render mode."""

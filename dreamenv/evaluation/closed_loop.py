@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
@@ -114,15 +113,7 @@ def play_both(
     """
     check(episodes >= 1, f"episodes {episodes}: must be >= 1")
     check(1 <= limit <= bundle.game.max_steps, f"limit {limit}: must be in 1..{bundle.game.max_steps}")
-    real: Any = gym.make_vec(
-        "envs:RealProcgen-v0",
-        num_envs=episodes,
-        game=bundle.game.name,
-        start_level=levels[0],
-        num_levels=levels[1],
-        distribution_mode=bundle.game.distribution_mode,
-        autoreset_mode="SameStep",
-    )
+    real = real_envs(bundle.game.name, episodes, levels, bundle.game.distribution_mode)
     dream = DreamVectorEnv(episodes, bundle=bundle, sampler=sampler, autoreset_mode="SameStep")
     bias = np.asarray(real.unwrapped.game.bias)
     chosen = levels[0] + philox((seed, 0xC105ED)).choice(levels[1], episodes, replace=episodes > levels[1])

@@ -295,7 +295,7 @@ class Session(Timeline):
                 "distribution_mode": facts.distribution_mode if own else "easy",
                 "max_steps": facts.max_steps if own else self.real.vector.game.max_steps,
                 "action_meanings": list(self.action_meanings),
-                "backend": f"bundle {self.bundle.identity[:12]}" if world == "dream" else "procgen 0.10.7",
+                "backend": f"bundle {self.bundle.identity[:12]}" if world == "dream" else self.real.vector.backend,
             },
             self.levels,
         )

@@ -1,0 +1,48 @@
+"""Bundles written anew: `python -m dreamenv.rewrite OLD NEW` makes one of today's format of an older one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dreamenv.artifacts import atomic_folder, read_json, readable_folder, sha256_file, write_json
+from dreamenv.bundle import FORMAT_VERSION, bundled_agent, compute_identity, load_bundle, save_bundle
+from dreamenv.console import run_command_line
+from dreamenv.errors import BundleError
+
+
+def update_card(folder: str | Path, card: dict[str, Any]) -> None:
+    """Replace a bundle's measured fidelity, atomically; everything else keeps its bytes.
+
+    Raises:
+        BundleError: it is of an older version, or no bundle.
+    """
+    folder = readable_folder(folder)
+    path = folder / "bundle.json"
+    load_bundle(folder, "cpu")
+    description = read_json(path, BundleError, "re-download or retrain")
+    if description["format_version"] != FORMAT_VERSION:
+        raise BundleError(f"{path}: is of an older format; rewrite it with python -m dreamenv.rewrite OLD NEW")
+    with atomic_folder(folder) as temporary:
+        shutil.copytree(folder, temporary, dirs_exist_ok=True)
+        write_json(temporary / "card.json", card)
+        description["sha256"]["card.json"] = sha256_file(temporary / "card.json")
+        write_json(temporary / "bundle.json", description | {"identity": compute_identity(description)})
+
+
+def rewrite_bundle(folder: str | Path, out: str | Path) -> Path:
+    """Write a bundle of any readable version as one of this version, its agent too; returns the new folder.
+
+    Weights are stored as they are loaded, rounded to fp16: those of a bundle are fp16 already, so it dreams the same.
+    """
+    old = load_bundle(folder, "cpu", "fp32")
+    save_bundle(out, old.world_model, old.game, old.limits, old.starts, old.provenance, old.card)
+    agent = bundled_agent(old.folder)
+    if agent is not None:
+        shutil.copytree(agent, Path(out) / "agent")
+    return Path(out)
+
+
+if __name__ == "__main__":
+    run_command_line(rewrite_bundle, positional=True)
