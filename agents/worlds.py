@@ -14,6 +14,7 @@ from agents.adapter import NativeVecEnv
 from dreamenv.bundle import Bundle, Starts, load_bundle, resolve_bundle
 from dreamenv.data import HELD_OUT_FROM, Dataset, Windows
 from dreamenv.errors import ConfigError, DatasetError
+from dreamenv.evaluation.clips import real_envs
 from dreamenv.vector import DreamVectorEnv
 
 TRAIN_LEVELS = (0, HELD_OUT_FROM)

@@ -131,10 +131,11 @@ def compare(
     """
     from tqdm import tqdm
 
-    from dreamenv.bundle import load_bundle, resolve_bundle, update_card
+    from dreamenv.bundle import load_bundle, resolve_bundle
     from dreamenv.config import check
     from dreamenv.evaluation.compare import compare as run
     from dreamenv.evaluation.report import save_comparison
+    from dreamenv.rewrite import update_card
 
     check(not (quick and thorough), "quick and thorough exclude each other: give one")
     if quick or thorough:

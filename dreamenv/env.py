@@ -16,8 +16,8 @@ from dreamenv.vector import SEED_LIMIT, DreamVectorEnv
 class DreamEnv(SingleView):
     """One imagined game, with the real one's spaces, rewards and episode ends.
 
-    Takes `DreamVectorEnv`'s arguments but `num_envs` and `autoreset_mode`. Options of `reset`: `start`, an index into the
-    bundle's bank or "random"; or `frames` uint8 (T, 64, 64, 3) with `actions` (T - 1,), real history to go on from.
+    Takes `DreamVectorEnv`'s arguments but `num_envs` and `autoreset_mode`. Options of `reset`: `start`, an index into
+    the bundle's bank or "random"; or `frames` uint8 (T, 64, 64, 3) with `actions` (T - 1,), real history to go on from.
 
     Example:
         >>> import gymnasium as gym, dreamenv

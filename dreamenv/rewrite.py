@@ -45,4 +45,4 @@ def rewrite_bundle(folder: str | Path, out: str | Path) -> Path:
 
 
 if __name__ == "__main__":
-    run_command_line(rewrite_bundle, positional=True)
+    print(run_command_line(rewrite_bundle, positional=True))

@@ -117,9 +117,8 @@ def main(args: Args) -> dict[str, float]:
         recent = float(np.mean(returns[-100:])) if returns else float("nan")
         print(f"{taken} steps, {taken / (time.perf_counter() - began):.0f} steps/s, return {recent:.2f}", flush=True)
     envs.close()
-    save_agent(
-        args.out, agent, {"world": "dream" if "Dream" in args.world else "real", "steps": taken, "seed": args.seed}
-    )
+    world = "dream" if "Dream" in args.world else "real"
+    save_agent(args.out, agent, {"world": world, "steps": taken, "seed": args.seed})
     return {"steps": taken, "return": recent}
 
 

@@ -17,16 +17,9 @@ import torch
 from safetensors.numpy import load, save
 
 from dreamenv.artifacts import atomic_folder, recover_folder, sha256_file
-from dreamenv.bundle import (
-    FORMAT_VERSION,
-    NETWORKS,
-    compute_identity,
-    load_bundle,
-    resolve_bundle,
-    rewrite_bundle,
-    update_card,
-)
+from dreamenv.bundle import FORMAT_VERSION, NETWORKS, compute_identity, load_bundle, resolve_bundle
 from dreamenv.errors import BundleError
+from dreamenv.rewrite import rewrite_bundle, update_card
 from dreamenv.vector import DreamVectorEnv
 from tests.conftest import toy_world_model
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 from dreamenv.artifacts import atomic_file
 from dreamenv.bundle import load_bundle, resolve_bundle
+from dreamenv.console import run_command_line
 from dreamenv.errors import ConfigError
 
 _BEGIN, _END = "<!-- fidelity -->", "<!-- /fidelity -->"
@@ -142,6 +142,15 @@ def write_table(path: Path, card: dict[str, Any]) -> None:
         temporary.write_text(f"{before}{_BEGIN}\n{fidelity_table(card)}\n{_END}{after}", encoding="utf-8")
 
 
+def main(file: Path, game: str) -> None:
+    """Write the table of a game's embedded bundle into a file.
+
+    Args:
+        file: a Markdown file with the two markers.
+        game: which game.
+    """
+    write_table(file, load_bundle(resolve_bundle(None, game), "cpu").card)
+
+
 if __name__ == "__main__":
-    _, file, game = sys.argv
-    write_table(Path(file), load_bundle(resolve_bundle(None, game), "cpu").card)
+    run_command_line(main, positional=True)

@@ -11,7 +11,7 @@ from gymnasium.vector import AutoresetMode
 from dreamenv.bundle import Bundle, bundled_agent
 from dreamenv.config import check
 from dreamenv.contract.noise import philox
-from dreamenv.evaluation.clips import HELD_OUT
+from dreamenv.evaluation.clips import HELD_OUT, real_envs
 from dreamenv.evaluation.metrics import interval, pearson, spearman
 from dreamenv.flow import SamplerConfig
 from dreamenv.policies.simple import VectorPolicy, make_policy

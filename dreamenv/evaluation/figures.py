@@ -104,7 +104,7 @@ def save_value_plot(path: Path, policies: list[dict[str, Any]]) -> None:
 
 
 def save_endless_plot(path: Path, endless: dict[str, Any]) -> None:
-    """Plot a long dream's statistics relative to those of real frames, as PNG; see `closed_loop.endless`."""
+    """Plot a long dream's statistics relative to those of real frames, as PNG; see `stability.endless`."""
 
     def draw(axes: Any) -> None:
         for name in ("latent_rms", "detail", "brightness"):

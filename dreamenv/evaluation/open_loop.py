@@ -47,7 +47,7 @@ class Comparison:
             3).
         outcomes: name -> scores, on real and on drifted contexts.
         branches: real branches and the dreamt ones, uint8 (N, A, H, 64, 64, 3).
-        episodes: policy -> (real, dreamt) episodes; endless: see `dreamenv.evaluation.closed_loop.endless`.
+        episodes: policy -> (real, dreamt) episodes; endless: see `dreamenv.evaluation.stability.endless`.
     """
 
     figures: dict[str, Any]
