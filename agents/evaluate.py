@@ -1,4 +1,4 @@
-"""Judges an agent, by default in the real game on levels that nobody trained on.
+"""Evaluates an agent, by default in the real game on levels that nobody trained on.
 
 `python -m agents.evaluate --agent runs/agents/dream/agent --world real --levels 10000:11000 --episodes 200`.
 `--agent random` is the uniform policy, `--agent bundled` the one shipped with the bundle. The last line is JSON.
@@ -147,7 +147,7 @@ def _policy(agent: str | ImpalaAgent | VectorPolicy, bias: np.ndarray, bundle: P
 
 @dataclass(frozen=True)
 class _Arguments:
-    """Judge an agent; the last line printed is JSON."""
+    """Evaluate an agent; the last line printed is JSON."""
 
     agent: str
     """random, bundled, an agent's folder, a policy specification, or (with --trust) an SB3 zip."""

@@ -1,7 +1,7 @@
-"""Does an agent live off the dream's mistakes? Its dream return against its real return, level by level.
+"""Does an agent exploit the dream's errors? Its dream return against its real return, level by level.
 
 `python -m agents.report --agent bundled --out out/agent` plays the same held-out levels in both worlds several times
-and writes `report.html`: how far the dream flatters the agent, a scatter plot of levels, and film strips of those it
+and writes `report.html`: by how much the dream overestimates the agent, a scatter plot of levels, and film strips of those it
 gets most wrong.
 """
 
@@ -83,7 +83,7 @@ def play(config: ReportConfig) -> tuple[np.ndarray, np.ndarray]:
 
 
 def optimism(real: np.ndarray, dream: np.ndarray, replicates: int = 10000, seed: int = 0) -> dict[str, Any]:
-    """How far the dream flatters.
+    """By how much the dream overestimates.
 
     Args:
         real: float64 (L, R), returns of R episodes on each of L levels.
@@ -164,9 +164,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
     write_json(out / "metrics.json", {"figures": figures, "levels": rows})
     parts = _page(config, figures, rows)
     with atomic_file(out / "report.html") as temporary:
-        temporary.write_text(
-            document(f"{config.agent}: does it live off the dream's mistakes?", parts), encoding="utf-8"
-        )
+        temporary.write_text(document(f"{config.agent}: does it exploit the dream's errors?", parts), encoding="utf-8")
     return figures
 
 
@@ -174,8 +172,8 @@ def _films(config: ReportConfig, real: np.ndarray, dream: np.ndarray) -> tuple[l
     """The levels at which the worlds differ most: rows of figures, and frames of one episode in either world."""
     gap = dream.mean(1) - real.mean(1)
     order = np.argsort(gap, kind="stable")
-    chosen = [("flattered", int(i)) for i in order[::-1][: config.films] if gap[i] > 0]
-    chosen += [("slighted", int(i)) for i in order[: config.films] if gap[i] < 0]
+    chosen = [("overestimated", int(i)) for i in order[::-1][: config.films] if gap[i] > 0]
+    chosen += [("underestimated", int(i)) for i in order[: config.films] if gap[i] < 0]
     rows, strips = [], []
     for kind, i in chosen:
         level = HELD_OUT[0] + i
@@ -194,9 +192,9 @@ def _page(config: ReportConfig, figures: dict[str, Any], rows: list[dict[str, An
     """The parts of report.html."""
     low, high = figures["optimism_ci"]
     verdict = (
-        "The dream flatters this agent."
+        "The dream overestimates this agent."
         if low > 0
-        else "The dream slights this agent."
+        else "The dream underestimates this agent."
         if high < 0
         else "No difference between the worlds is proven."
     )

@@ -66,9 +66,9 @@ class LoopConfig:
     eval_every: int = 0
     """Dreamt steps between looks at its real return on training levels; see `agents.train`."""
     episodes: int = 200
-    """Real episodes on held-out levels that judge it."""
+    """Real episodes on held-out levels that evaluate it."""
     clips: int = 128
-    """Held-out clips that judge the bundle."""
+    """Held-out clips that evaluate the bundle."""
     seed: int = 0
     """Decides everything but the wall clock."""
 
@@ -180,7 +180,7 @@ def _round(
     )
     stage(out, f"agent-{r}", partial(run_command, learning))
     agent = trained / "agent"
-    return row | stage(out, f"judge-{r}", partial(_judge, config, agent)), bundle, agent
+    return row | stage(out, f"judge-{r}", partial(_evaluate, config, agent)), bundle, agent
 
 
 def _measure(config: LoopConfig, bundle: Path, folder: Path) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def _measure(config: LoopConfig, bundle: Path, folder: Path) -> dict[str, Any]:
     return {name: figures.get(name) for name in SHOWN}
 
 
-def _judge(config: LoopConfig, agent: Path) -> dict[str, Any]:
+def _evaluate(config: LoopConfig, agent: Path) -> dict[str, Any]:
     """What an agent earns in the real game, in a process of its own."""
     options = {"game": config.game, "episodes": config.episodes, "seed": config.seed}
     figures = _last(_module("agents.evaluate", agent=agent, **options))

@@ -68,7 +68,7 @@ class Branching(WorldVectorEnv):
         return self._frames.copy()
 
     def branch(self, data: bytes, n: int, index: int = 0) -> DreamVectorEnv:
-        """Fan one moment out into n futures: a new vector env whose environments all stand at the same moment.
+        """Branch one snapshot into n futures: a new vector env whose environments all stand at the same moment.
 
         Branch 0 goes on as the original would; the others draw other noise. Everything else is as in this env.
 
@@ -97,8 +97,7 @@ class Branching(WorldVectorEnv):
     def select(self, rows: Any, draw: bool = True) -> DreamVectorEnv:
         """Return a new vector env of some of this one's environments, which go on there as they would have here.
 
-        So whoever plays an episode of each need not go on with those that have ended, and who plays without looking at
-        the pictures need not have them drawn, which is a third of a step.
+        For callers that drop episodes which have ended, or that do not need the pictures, which cost a third of a step.
 
         Args:
             rows: integers (n,), which of them, n >= 1.

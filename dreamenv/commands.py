@@ -35,13 +35,13 @@ def demo(
     device: str = "auto",
     seed: int = 0,
 ) -> None:
-    """Film the dream beside the real game and measure it, on held-out levels; headless.
+    """Film model and real game side by side and measure the model, on held-out levels; headless.
 
     Args:
         out: folder for side_by_side.mp4 and .gif, film_strip.png, horizon.png and metrics.json.
         game: which embedded bundle.
         bundle: a bundle folder instead.
-        clips: how many real clips to dream on from.
+        clips: how many real clips, each of which the model continues.
         horizon: steps dreamt in each.
         nfe: network function evaluations per step.
         device: auto, cpu, cuda ...
@@ -144,11 +144,11 @@ def compare(
     loaded = load_bundle(folder, device)
     stages = 6 + bool(settings.drift) + bool(settings.policies) + bool(settings.endless_steps)
     with tqdm(total=stages, unit="stage", bar_format="{l_bar}{bar}| {n}/{total} [{elapsed}]") as bar:
-        told: list[str] = []
+        seen: list[str] = []
 
         def progress(stage: str) -> None:
-            bar.update(bool(told))
-            told.append(stage)
+            bar.update(bool(seen))
+            seen.append(stage)
             bar.set_description(f"{stage:>24}")
 
         result = run(loaded, settings, _sampler(nfe, solver, temperature, guidance), progress)

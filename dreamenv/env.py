@@ -47,5 +47,5 @@ class DreamEnv(SingleView):
         return options
 
     def branch(self, data: bytes, n: int) -> DreamVectorEnv:
-        """Fan one moment out into n futures; see `DreamVectorEnv.branch`."""
+        """Branch one snapshot into n futures; see `DreamVectorEnv.branch`."""
         return self.vector.branch(data, n)

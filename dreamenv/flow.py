@@ -24,7 +24,7 @@ class SamplerConfig:
     """How a next latent is drawn."""
 
     nfe: int = 1
-    """Network function evaluations per step; 1 is the deterministic predictor (the mean), more commit to one future."""
+    """Network function evaluations per step; 1 is the deterministic predictor (the mean), more draw a sample."""
     solver: Literal["euler", "heun"] = "euler"
     """Euler, or Heun's second order (an odd nfe: two evaluations a step, one for the last)."""
     temperature: float = 1.0

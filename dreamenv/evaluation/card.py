@@ -86,7 +86,7 @@ def _others(card: dict[str, Any]) -> list[Row]:
         ),
         ("delta-PSNR, 4 steps, dB (random player)", two("delta_psnr_4", "random_delta_psnr_4"), "GenieRedux: 1.89"),
         (
-            f"branches nearest their own real one, {c['branch_steps']} steps",
+            f"futures matched to the real future of the same action, {c['branch_steps']} steps",
             f"{c['branch_accuracy']:.1%} (guessing: {c['branch_chance']:.1%})",
         ),
         ("best time shift of frames / actions (0 is right)", f"{c['frame_offset']} / {c['action_offset']}"),

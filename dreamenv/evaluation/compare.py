@@ -32,14 +32,13 @@ class CompareConfig:
     """How much is measured. The defaults take less than ten minutes on two cores."""
 
     clips: int = 256
-    """Real clips to dream on from."""
+    """Real clips, each of which the model continues."""
     horizon: int = 50
     """Steps dreamt in each."""
     random_clips: int = 128
     """More of them, of ten steps, of a player whose every action is random."""
     examined: int = 64
-    """How many of the first clips the perceptual distance looks at; the Fréchet distance and the autoencoder's ceiling
-    are of twice as many."""
+    """Clips used for the perceptual distance; the Fréchet distance and the codec's upper bound use twice as many."""
     policy: str = "mix"
     """Who plays the real game for clips, events and branches; see `dreamenv.policies.simple.make_policy`."""
     levels: tuple[int, int] = HELD_OUT
@@ -53,9 +52,9 @@ class CompareConfig:
     branch_steps: int = 4
     """Steps each branch holds its action."""
     negatives: int = 2_000
-    """Uneventful real steps at which the outcome head is asked; on drifted contexts an eighth."""
+    """Uneventful real steps at which the outcome head is evaluated; on drifted contexts an eighth."""
     drift: int = 10
-    """Steps dreamt before the outcome head is asked on a drifted context."""
+    """Steps dreamt before the outcome head is evaluated on a drifted context."""
     policies: tuple[str, ...] = POLICIES
     """Policies played in both worlds; none skips it."""
     episodes: int = 40
@@ -65,7 +64,7 @@ class CompareConfig:
     endless_steps: int = 5000
     """Steps dreamt without a reset; 0 skips it."""
     endless_dreams: int = 1
-    """How many dream so long."""
+    """How many of these rollouts."""
     seed: int = 0
     """Decides levels, actions and noise."""
 

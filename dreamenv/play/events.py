@@ -144,7 +144,9 @@ class Input:
                 self._ask(lambda: session.branch(HORIZON), self._show_futures)
         elif key == pygame.K_g:
             self._say(
-                {"human": "you play", "agent": "the agent plays", "random": "chance plays"}[session.next_player()]
+                {"human": "you play", "agent": "the agent plays", "random": "a random policy plays"}[
+                    session.next_player()
+                ]
             )
         elif key in (pygame.K_LEFTBRACKET, pygame.K_RIGHTBRACKET):
             steps = _NFES if session.sampler.solver == "euler" else _ODD_NFES

@@ -41,11 +41,11 @@ class PlayConfig:
     device: str = "auto"
     """auto, cpu, cuda ..."""
     seed: int = 0
-    """Decides levels, noise and chance."""
+    """Decides levels, noise and the random policy."""
     agent: str | None = None
     """A saved agent's folder; by default the one that ships with the bundle."""
     player: str = "human"
-    """Who begins: human, agent or random. Without a window a human is the agent, or chance where there is none."""
+    """Who begins: human, agent or random. Without a window, instead of a human, the agent, or the random policy where there is none."""
     levels: str = "0:10000"
     """first:last+1 level of the real game."""
     out: Path = Path("out/play")

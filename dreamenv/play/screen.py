@@ -28,7 +28,7 @@ KEYS = (
     ("BACKSPACE", "rewind, hold for more"),
     ("F5  F9", "save / load this moment"),
     ("B", "nine imagined futures"),
-    ("G", "controls: you / agent / chance"),
+    ("G", "controls: you / agent / random"),
     ("[  ]", "fewer / more evaluations"),
     (",  .", "noise: less / more"),
     ("9  0", "guidance: less / more"),

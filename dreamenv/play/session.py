@@ -39,9 +39,9 @@ class Session(Timeline):
         bundle: the dream's.
         sampler: how it is drawn.
         mode: "both", "dream" or "real".
-        agent: a saved agent's folder; None leaves a person and chance.
+        agent: a saved agent's folder; None leaves a person and the random policy.
         levels: first level and number of levels of the real game.
-        seed: decides levels, noise and chance.
+        seed: decides levels, noise and the random policy.
         memory: steps that can be taken back; a step takes about 0.13 MB.
 
     Raises:
@@ -318,7 +318,7 @@ class Session(Timeline):
         self.dream.vector.sampler = sampler
 
     def next_player(self) -> str:
-        """Hand the controls on: human, agent if there is one, chance."""
+        """Hand the controls on: human, agent if there is one, random policy."""
         names = list(self.players)
         self.player = names[(names.index(self.player) + 1) % len(names)]
         return self.player
