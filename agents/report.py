@@ -1,8 +1,8 @@
 """Does an agent exploit the dream's errors? Its dream return against its real return, level by level.
 
 `python -m agents.report --agent bundled --out out/agent` plays the same held-out levels in both worlds several times
-and writes `report.html`: by how much the dream overestimates the agent, a scatter plot of levels, and film strips of those it
-gets most wrong.
+and writes `report.html`: by how much the dream overestimates the agent, a scatter plot of levels, and film strips of
+those it gets most wrong.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A game without a window: a script, an agent or a random policy at the controls, filmed as the window would show it."""
+"""A game without a window, played by a script, an agent or a random policy, filmed as the window would show it."""
 
 from __future__ import annotations
 

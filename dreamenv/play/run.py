@@ -45,7 +45,8 @@ class PlayConfig:
     agent: str | None = None
     """A saved agent's folder; by default the one that ships with the bundle."""
     player: str = "human"
-    """Who begins: human, agent or random. Without a window, instead of a human, the agent, or the random policy where there is none."""
+    """Who begins: human, agent or random. Without a window the agent plays for a human, or
+    the random policy where there is none."""
     levels: str = "0:10000"
     """first:last+1 level of the real game."""
     out: Path = Path("out/play")

@@ -232,7 +232,7 @@ class Session(Timeline):
         dream, real, outlook = m.dream, m.real, (m.reward_probability, m.end_probability, m.uncertainty)
         if not ended["dream"] and (self.real is None or self.paired):
             dream, earned["dream"], terminated, truncated, info = self.dream.step(action)
-            ended["dream"] = "lost the thread" if info["diverged"] else _end(terminated, truncated)
+            ended["dream"] = "diverged" if info["diverged"] else _end(terminated, truncated)
             outlook = info["reward_probability"], info["end_probability"], min(info["uncertainty"], 99.0)
         if self.real is not None and not ended["real"]:
             real, earned["real"], terminated, truncated, _ = self.real.step(action)

@@ -37,18 +37,20 @@ def test_optimism_in_closed_form() -> None:
     real = np.array([[10.0, 10.0], [0.0, 0.0], [10.0, 0.0], [0.0, 0.0]])
     same = optimism(real, real)
     assert same["optimism"] == 0 and same["optimism_ci"] == [0, 0] and same["level_pearson"] == pytest.approx(1)
-    flattered = optimism(real, np.clip(real + 5, 0, 10))
+    overestimated = optimism(real, np.clip(real + 5, 0, 10))
     assert (
-        flattered["optimism"]
-        == pytest.approx(flattered["dream_return"] - flattered["real_return"])
+        overestimated["optimism"]
+        == pytest.approx(overestimated["dream_return"] - overestimated["real_return"])
         == pytest.approx(3.125)
     )
-    low, high = flattered["optimism_ci"]
+    low, high = overestimated["optimism_ci"]
     assert 0 < low < 3.125 < high <= 5
     assert optimism(real, real * 0)["level_pearson"] is None
 
 
-def test_a_dream_that_flatters_is_caught(toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dream_that_overestimates_is_caught(
+    toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_agent(
         tmp_path / "agent", ImpalaAgent(ImpalaConfig(channels=(4, 4, 4), features=8)), {"world": "dream", "steps": 1234}
     )
@@ -60,8 +62,10 @@ def test_a_dream_that_flatters_is_caught(toy_bundle: Path, tmp_path: Path, monke
     figures = report(config)
     assert figures["optimism"] == 7.5 and figures["imagined_steps"] == 1234 and figures["real_steps"] == 0
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "The dream flatters this agent." in page and "1,234 imagined" in page and page.count("data:image/png") == 2
-    assert read_json(tmp_path / "out" / "metrics.json", PolicyError, "")["levels"][0]["kind"] == "flattered"
+    assert (
+        "The dream overestimates this agent." in page and "1,234 imagined" in page and page.count("data:image/png") == 2
+    )
+    assert read_json(tmp_path / "out" / "metrics.json", PolicyError, "")["levels"][0]["kind"] == "overestimated"
 
 
 def test_both_worlds_are_played_on_the_same_levels(toy_bundle: Path) -> None:
