@@ -41,7 +41,8 @@ class NativeVecEnv(VecEnv):
 
     def reset(self) -> np.ndarray:
         """Start new episodes with the seeds and options set before; returns uint8 (N, 64, 64, 3)."""
-        observations, infos = self.envs.reset(seed=list(self._seeds), options=self._merged_options())
+        seeds: Any = list(self._seeds)
+        observations, infos = self.envs.reset(seed=seeds, options=self._merged_options())
         self.reset_infos = split_infos(infos, self.num_envs)
         self._reset_seeds()
         self._reset_options()
@@ -81,7 +82,7 @@ class NativeVecEnv(VecEnv):
         if self.render_mode != "rgb_array":
             warnings.warn(f"The render mode is {self.render_mode}, not rgb_array: there are no images", stacklevel=2)
             return [None] * self.num_envs
-        return list(self.envs.render() or ())
+        return [np.asarray(picture) for picture in self.envs.render() or ()]
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """The batch's attribute, once for each environment asked for."""

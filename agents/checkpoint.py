@@ -71,7 +71,7 @@ def load_checkpoint(folder: Path, model: OnPolicyAlgorithm, identity: str) -> bo
         if name.startswith(("policy.", "optimizer.")) and not np.isfinite(array).all():
             raise CheckpointError(f"{folder}: {name} is not finite; {checkpoints.REMEDY}")
     assert model.env is not None
-    expected = (model.n_envs, *model.env.observation_space.shape)  # pyright: ignore[reportGeneralTypeIssues]
+    expected = (model.n_envs, *(model.env.observation_space.shape or ()))
     if arrays.get("last_obs", np.zeros(0)).shape not in (expected, (expected[0], *expected[-1:], *expected[1:-1])):
         raise CheckpointError(f"{folder}: last_obs is not of {expected}; {checkpoints.REMEDY}")
     try:

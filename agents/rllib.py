@@ -87,7 +87,7 @@ def algorithm_config(config: RllibConfig) -> Any:
     )
     algorithm = algorithm.learners(num_learners=config.learners, num_gpus_per_learner=1 if config.learners else 0)
     model = DefaultModelConfig(
-        conv_filters=[[16, 8, 4], [32, 4, 2], [32, 3, 1]],
+        conv_filters=[(16, 8, 4), (32, 4, 2), (32, 3, 1)],
         conv_activation="relu",
         head_fcnet_hiddens=[256],
         vf_share_layers=True,
@@ -115,7 +115,7 @@ def train(config: RllibConfig) -> dict[str, Any]:
     """Train, checkpoint, and return the environment steps and the last mean return."""
     import ray
 
-    options = {"address": config.address} if config.address else {"num_cpus": config.runners + 1}
+    options: dict[str, Any] = {"address": config.address} if config.address else {"num_cpus": config.runners + 1}
     ray.init(include_dashboard=False, log_to_driver=False, **options)
     try:
         algorithm = algorithm_config(config).build_algo()

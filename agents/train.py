@@ -268,7 +268,7 @@ def _train(config: TrainConfig, algorithm: AlgorithmConfig, progress: bool) -> d
         checkpoints.discard(config.out / "checkpoint")
         for stale in ("best", "agent"):
             shutil.rmtree(config.out / stale, ignore_errors=True)
-    resumed = config.resume and load_checkpoint(config.out / "checkpoint", cast(OnPolicyAlgorithm, model), identity)
+    resumed = config.resume and load_checkpoint(config.out / "checkpoint", model, identity)
     suffix = f"-{model.num_timesteps}" if resumed else ""  # a resumed run leaves the earlier progress.csv alone
     formats = ["csv"] + (["tensorboard"] if find_spec("tensorboard") else [])
     config.out.mkdir(parents=True, exist_ok=True)
@@ -280,7 +280,9 @@ def _train(config: TrainConfig, algorithm: AlgorithmConfig, progress: bool) -> d
     before, began = model.num_timesteps, time.perf_counter()
     if (left := config.steps - before) > 0:
         callbacks = CallbackList([keeper, *([ProgressBarCallback()] if progress else [])])
-        extra = {"use_masking": False} if algorithm.algorithm == "MaskablePPO" else {}  # every action is always allowed
+        extra: dict[str, Any] = (
+            {"use_masking": False} if algorithm.algorithm == "MaskablePPO" else {}
+        )  # every action is always allowed
         model.learn(left, callbacks, reset_num_timesteps=not resumed, **extra)
     seconds = time.perf_counter() - began
     keeper.init_callback(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -124,7 +124,7 @@ class MixedVecEnv(VecEnv):
         """Reset every part; see `NativeVecEnv.reset`."""
         for part, at in zip(self.parts, self.leaders, strict=True):
             part._seeds, part._options = self._seeds[at : at + part.num_envs], self._options[at : at + part.num_envs]
-        observations = [cast(np.ndarray, part.reset()) for part in self.parts]
+        observations = [part.reset() for part in self.parts]
         self.reset_infos = [info for part in self.parts for info in part.reset_infos]
         self._reset_seeds()
         self._reset_options()
@@ -138,7 +138,7 @@ class MixedVecEnv(VecEnv):
     def step_wait(self) -> VecEnvStepReturn:
         """Step every part; see `NativeVecEnv.step_wait`."""
         steps = [part.step_wait() for part in self.parts]
-        observations, rewards, dones = (np.concatenate([cast(np.ndarray, s[i]) for s in steps]) for i in range(3))
+        observations, rewards, dones = (np.concatenate([np.asarray(s[i]) for s in steps]) for i in range(3))
         self.reset_infos = [info for part in self.parts for info in part.reset_infos]
         return observations, rewards, dones, [info for s in steps for info in s[3]]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -244,7 +244,7 @@ class DreamVectorEnv(Branching):
         keys = zip(self._seeds, self._streams, self._episodes, self._steps, strict=True)
         draws = [draw_step(int(s), int(b), int(e), int(t), shape) for s, b, e, t in keys]
         uniforms = np.array([u for u, _ in draws])
-        noise = None if shape is None else np.stack([cast(np.ndarray, x) for _, x in draws])
+        noise = None if shape is None else np.stack([x for _, x in draws])
         if not self.exact:
             return model.step(self._state, actions, noise, self.sampler), uniforms
         each = [slice(i, i + 1) for i in range(self.num_envs)]

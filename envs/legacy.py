@@ -55,9 +55,9 @@ class LegacyProcgenEnv(gymnasium.Env):
             import gym
             from shimmy.openai_gym_compatibility import GymV21CompatibilityV0
 
-            inner = gym.make(gym_id, disable_env_checker=True, apply_api_compatibility=False, **self._options)
+            inner: Any = gym.make(gym_id, disable_env_checker=True, apply_api_compatibility=False, **self._options)
             self._shimmy = GymV21CompatibilityV0(env=inner.unwrapped)
-        self._gym3 = inner.unwrapped.env  # the batch of one behind gym3's ToGymEnv
+        self._gym3: Any = inner.unwrapped.env  # the batch of one behind gym3's ToGymEnv
         self.observation_space = gymnasium.spaces.Box(0, 255, (64, 64, 3), np.uint8)
         self.action_space = gymnasium.spaces.Discrete(15)
         self._frame = np.zeros((64, 64, 3), np.uint8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from dreamenv import checkpoints
 from dreamenv.artifacts import checksum, parse_tensors
-from dreamenv.errors import CheckpointError
+from dreamenv.config import check, from_dict
+from dreamenv.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from trainers.loop import Loop
@@ -50,10 +51,10 @@ def load_checkpoint(loop: Loop) -> None:
     folder = loop.folder / "checkpoint"
     names = ("model", "ema", "optimizer") + (() if loop.auxiliary is None else ("auxiliary",))
     state, parts = checkpoints.read(folder, FORMAT_VERSION, identity_of(loop.settings), names)
-    step, elapsed = state.get("step"), state.get("elapsed")
-    sound = type(step) is int and step >= 0 and isinstance(elapsed, (int, float)) and not isinstance(elapsed, bool)
-    if not sound or not (math.isfinite(elapsed) and elapsed >= 0):
-        raise CheckpointError(f"{folder}: step {step!r} or elapsed {elapsed!r} is out of range; {checkpoints.REMEDY}")
+    try:
+        stand = from_dict(_Stand, {name: state.get(name) for name in ("step", "elapsed")}, "state")
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: {error}; {checkpoints.REMEDY}") from None
     tensors = {n: parse_tensors(load, d, folder / n, CheckpointError, checkpoints.REMEDY) for n, d in parts.items()}
     networks: dict[str, nn.Module] = {"model": loop.model, "ema": loop.model}
     if loop.auxiliary is not None:
@@ -78,7 +79,19 @@ def load_checkpoint(loop: Loop) -> None:
                 k: v.to(loop.device) if k == "step" else v.to(loop.device).to(memory_format=_format(parameter))
                 for k, v in values.items()
             }
-    loop.step, loop.elapsed = step, float(elapsed)
+    loop.step, loop.elapsed = stand.step, stand.elapsed
+
+
+@dataclass(frozen=True)
+class _Stand:
+    """Where a training stands."""
+
+    step: int
+    elapsed: float
+
+    def __post_init__(self) -> None:
+        check(self.step >= 0, f"step {self.step}: must be >= 0")
+        check(self.elapsed >= 0, f"elapsed {self.elapsed}: must be >= 0")
 
 
 def _check_fits(where: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -251,7 +251,9 @@ class Loop:
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             state = self.model.state_dict()
-            torch._foreach_lerp_(list(self.ema.values()), [state[k] for k in self.ema], 1 - decay)
+            torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+                list(self.ema.values()), [state[k] for k in self.ema], 1 - decay
+            )
         return {"grad_norm": norms[0], "lr": torch.tensor(rate), **metrics}
 
     def gradients(self, batch: Batch, generator: torch.Generator) -> tuple[dict[str, Tensor], list[Tensor]]:

@@ -6,7 +6,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -65,7 +65,7 @@ def prefetch(make: Callable[[Any], Any], items: Iterable[Any], workers: int, dev
     loader = DataLoader(
         _Items(make),
         batch_size=None,
-        sampler=cast(Any, items),
+        sampler=items,
         num_workers=workers,
         collate_fn=_same,
         pin_memory=device.type == "cuda",

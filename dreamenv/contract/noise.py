@@ -21,7 +21,7 @@ def philox(key: tuple[int, int], counter: tuple[int, int, int, int] = (0, 0, 0, 
 
 def draw_step(
     seed: int, stream: int, episode: int, step: int, shape: tuple[int, ...] | None
-) -> tuple[float, np.ndarray | None]:
+) -> tuple[float, np.ndarray]:
     """One step's randomness: the uniform that decides the outcome, and the latent noise.
 
     Args:
@@ -29,11 +29,11 @@ def draw_step(
         stream: which branch of a snapshot (0 is the unbranched future).
         episode: episodes since the seed was set.
         step: steps since the episode began.
-        shape: of the standard normal float32 noise; None draws none.
+        shape: of the standard normal float32 noise; None draws none, which is an empty array.
     """
     generator = philox((seed, stream), (0, _STEP, step, episode))
     uniform = generator.random()
-    return uniform, None if shape is None else generator.standard_normal(shape, np.float32)
+    return uniform, generator.standard_normal((0,) if shape is None else shape, np.float32)
 
 
 def reset_generator(seed: int, episode: int) -> np.random.Generator:

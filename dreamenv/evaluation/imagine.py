@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import numpy as np
 import torch
 
@@ -84,4 +82,4 @@ def step_noise(model: WorldModel, sampler: SamplerConfig, seed: int, keys: np.nd
     if not sampler.stochastic:
         return None
     each = [draw_step(seed + int(i), 0, 0, step, model.latent_shape)[1] for i in keys]
-    return np.stack(cast(list[np.ndarray], each))
+    return np.stack(each)

@@ -154,7 +154,7 @@ class TileCodecTask(CodecTask):
         chosen = self._val[np.sort(rng.choice(len(self._val), min(512, len(self._val))))]
         names = ("known", "read", "rare", "carried", "phase", "latents")
         columns: dict[str, list[Tensor]] = {name: [] for name in names}
-        grid: list[list[np.ndarray]] = []
+        grid: list[np.ndarray] = []
         for at in range(0, len(chosen), 64):
             found, pictures = self._measure(model, self._pairs(chosen[at : at + 64], rng).to(device))
             for name in names:
