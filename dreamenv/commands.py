@@ -169,6 +169,7 @@ def bench(
     seconds: float = 5.0,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     device: str = "auto",
+    processes: int = 1,
 ) -> None:
     """Measure frames/s of one dream and of many, and peak memory; the last line printed is JSON.
 
@@ -180,6 +181,7 @@ def bench(
         seconds: time per measurement.
         precision: fp32, bf16, or auto: bf16 where the hardware has it.
         device: auto, cpu, cuda ...
+        processes: more than 1 also measures so many programs at once, on the same cores.
     """
     from dreamenv.errors import ConfigError
     from dreamenv.evaluation.bench import bench as run
@@ -188,11 +190,11 @@ def bench(
         nfes = [int(x) for x in nfe.split(",")]
     except ValueError:
         raise ConfigError(f"nfe {nfe!r}: expected integers separated by commas, e.g. 1,2,4") from None
-    result = run(game, bundle, device, nfes, num_envs, seconds, precision)
-    print(f"{'NFE':>4} {'envs':>5} {'steps/s':>9} {'ms/step':>9} {'p95':>7}")
+    result = run(game, bundle, device, nfes, num_envs, seconds, precision, processes)
+    print(f"{'NFE':>4} {'envs':>5} {'processes':>9} {'steps/s':>9} {'ms/step':>9} {'p95':>7}")
     for row in result["rows"]:
         print(
-            f"{row['nfe']:>4} {row['num_envs']:>5} {row['steps_per_s']:>9.1f} {row['ms_per_step_median']:>9.2f} "
+            f"{row['nfe']:>4} {row['num_envs']:>5} {row['processes']:>9} {row['steps_per_s']:>9.1f} {row['ms_per_step_median']:>9.2f} "
             f"{row['ms_per_step_p95']:>7.2f}"
         )
     print(f"peak memory {result['peak_memory_mib']:.0f} MiB")

@@ -42,7 +42,8 @@ class SingleView(JsonSpec, gym.Env):  # pyright: ignore[reportIncompatibleVariab
             ResetError: a seed or option of the wrong type, shape or range; the state is unchanged.
         """
         options = self._batch_options(options)
-        (seed,) = check_seeds([seed], 1, self._seed_limit)
+        scalar = seed[()] if isinstance(seed, np.ndarray) and seed.ndim == 0 else seed
+        (seed,) = check_seeds([scalar], 1, self._seed_limit)
         generator, start = None, seed
         if seed is None and not self.vector._started:  # the very first one, which `np_random` decides
             generator = copy.deepcopy(self.np_random)
