@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all lint fidelity clean
+.PHONY: demo test test-all test-lowest battery lint fidelity clean
 
 # each stamp is remade when what it installs from changes
 $(VENV)/pip:
@@ -32,6 +32,17 @@ test: $(VENV)/test
 
 test-all: $(VENV)/test
 	$(BIN)/python -m pytest
+
+# the environments on the oldest libraries that pyproject.toml allows (torch is the pinned one)
+test-lowest: $(VENV)/test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target $(VENV)/lowest -r tests/lowest.txt
+	PYTHONPATH=$(VENV)/lowest $(BIN)/python -m pytest tests/test_worlds.py tests/test_wrappers.py \
+		tests/test_dream_env.py tests/test_dream_env_limits.py tests/test_refusals.py tests/envs/test_real_env.py -m "not slow"
+
+# every test of reliability, whole: hours; figures into out/battery
+battery: $(VENV)/test
+	DREAMENV_BATTERY=full $(BIN)/python -m pytest tests/battery tests/agents/test_rounds.py --dist loadscope
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

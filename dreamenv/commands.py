@@ -194,8 +194,8 @@ def bench(
     print(f"{'NFE':>4} {'envs':>5} {'processes':>9} {'steps/s':>9} {'ms/step':>9} {'p95':>7}")
     for row in result["rows"]:
         print(
-            f"{row['nfe']:>4} {row['num_envs']:>5} {row['processes']:>9} {row['steps_per_s']:>9.1f} {row['ms_per_step_median']:>9.2f} "
-            f"{row['ms_per_step_p95']:>7.2f}"
+            f"{row['nfe']:>4} {row['num_envs']:>5} {row['processes']:>9} {row['steps_per_s']:>9.1f} "
+            f"{row['ms_per_step_median']:>9.2f} {row['ms_per_step_p95']:>7.2f}"
         )
     print(f"peak memory {result['peak_memory_mib']:.0f} MiB")
     print(json.dumps(result))

@@ -45,6 +45,10 @@ class RealProcgenVectorEnv(WorldVectorEnv):
         ConfigError: an argument outside its range.
     """
 
+    _envs: Any = None
+    _helper: Any = None  # a lone instance for forced resets
+    _large: Any = None  # a lone instance that draws 512 px
+    _readers: ThreadPoolExecutor | None = None
     _counters = ("steps", "levels", "finished", "advanced", "pinned", "frames")
     metadata: dict[str, Any] = {**WorldVectorEnv.metadata, "games": tuple(GAMES)}
 
@@ -74,11 +78,8 @@ class RealProcgenVectorEnv(WorldVectorEnv):
             "num_levels": num_levels,
             "distribution_mode": distribution_mode,
         }
-        self._envs = make_procgen(num=self.num_envs, rand_seed=0, num_threads=num_threads, **self._options)
+        self._envs: Any = make_procgen(num=self.num_envs, rand_seed=0, num_threads=num_threads, **self._options)
         self._buffers = [self._envs._ffi.new(f"char[{_STATE_BYTES}]") for _ in range(2)]
-        self._readers: ThreadPoolExecutor | None = None
-        self._helper: Any = None  # a lone instance for forced resets
-        self._large: Any = None  # a lone instance that draws 512 px
         self._steps = np.zeros(num_envs, np.int64)
         self._levels = np.zeros(num_envs, np.int64)
         self._pinned = np.zeros(num_envs, bool)  # at a level that `reset` was given

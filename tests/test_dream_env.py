@@ -174,29 +174,6 @@ def test_disabled_mode_waits_for_the_reset_mask(tmp_path: Path) -> None:
         envs.step(np.array([1, 2]))
 
 
-@pytest.mark.parametrize("mode", ["SameStep", "NextStep"])
-def test_wrappers_of_gymnasium_count_episodes(tmp_path: Path, mode: str) -> None:
-    envs = gym.make_vec(
-        "DreamProcgen-v0",
-        num_envs=2,
-        bundle=write_toy_bundle(tmp_path / "b", max_steps=5),
-        autoreset_mode=mode,
-        sampler={"temperature": 0},
-        device="cpu",
-    )
-    envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)
-    envs.reset(seed=0)
-    lengths = []
-    for _ in range(20):
-        infos = envs.step(envs.action_space.sample())[4]
-        source = infos.get("final_info", infos)
-        if "episode" in infos:
-            lengths += infos["episode"]["l"][infos["_episode"]].tolist()
-        elif "episode" in source:
-            lengths += source["episode"]["l"].tolist()
-    assert lengths and set(lengths) == {5}
-
-
 def test_rewards_terminate_and_come_in_real_magnitudes(tmp_path: Path) -> None:
 
     from dreamenv.bundle import load_bundle

@@ -11,6 +11,7 @@ import gymnasium as gym
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
 from gymnasium import wrappers
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box
@@ -24,6 +25,7 @@ from dreamenv.wrappers import FrameStackObservation
 from tests.conftest import write_toy_bundle
 
 WORLDS = ("dream", "real")
+OLD = tuple(map(int, gym.__version__.split(".")[:2])) < (1, 4)
 SPACE = Box(0, 255, (64, 64, 3), np.float32)
 RENDERED = {"RenderCollection", "RecordVideo", "AddRenderObservation"}
 SINGLE: dict[str, dict[str, Any]] = {
@@ -141,9 +143,12 @@ def test_a_wrapper_of_batches(name: str, world: str, tmp_path: Path) -> None:
         make_batch(world, write_toy_bundle(tmp_path / "b", calm=30.0), max_episode_steps=4), **BATCH[name]
     )
     seen, _ = envs.reset(seed=0)
+    torches = name == "NumpyToTorch"
+    actions: Any = torch.tensor([7, 8, 4]) if torches else np.array([7, 8, 4])
     for _ in range(10):
-        assert name == "NumpyToTorch" or seen in envs.observation_space
-        seen, rewards, *_ = envs.step(np.array([7, 8, 4]))
+        own = torches or (OLD and name == "NormalizeObservation")  # of another dtype than it says
+        assert own or seen in envs.observation_space
+        seen, rewards, *_ = envs.step(actions)
         assert np.isfinite(np.asarray(rewards)).all()
     envs.close()
 
@@ -151,6 +156,8 @@ def test_a_wrapper_of_batches(name: str, world: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
 def test_statistics_count_every_step(world: str, mode: str, tmp_path: Path) -> None:
+    if mode == "SameStep" and OLD:
+        pytest.skip("Gymnasium counts one step too few here before 1.4, whatever the environment")
     envs = make_batch(world, write_toy_bundle(tmp_path / "b", calm=30.0), 2, max_episode_steps=5, autoreset_mode=mode)
     envs = vector_wrappers.RecordEpisodeStatistics(envs)
     envs.reset(seed=0)
@@ -168,6 +175,8 @@ def test_statistics_count_every_step(world: str, mode: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("kind", ["single", "batch", "sb3"])
 def test_films(kind: str, world: str, tmp_path: Path) -> None:
     """Of a held action: a picture for each step, and each is the environment's own, but for compression."""
+    if kind == "batch" and not hasattr(vector_wrappers, "RecordVideo"):
+        pytest.skip("this Gymnasium films no batches")
     bundle = EMBEDDED / "coinrun"  # a toy's pictures are noise, which no film keeps
     shown: list[np.ndarray] = []
     if kind == "single":

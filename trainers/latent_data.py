@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -69,10 +70,13 @@ class LatentDataset:
         at = 0
         for shard, name in zip(self.dataset.shards, shard_names(self.dataset), strict=True):
             path = self.folder / f"{kind}-{name}.npy"
+            shape, dtype = (len(shard), *self._shapes[kind][1]), self._shapes[kind][0]
+            size = np.dtype(dtype).itemsize * math.prod(shape)
+            if path.is_file() and not 0 <= path.stat().st_size - size <= 4096:
+                raise DatasetError(f"{path}: is not of its {size} bytes; delete it and encode again")
             if path.is_file() and sha256_file(path) != self._digests.get(path.name):
                 raise DatasetError(f"{path}: sha256 differs from files.json; delete it and encode again")
             part = open_array(path, DatasetError, "encode the dataset again")
-            shape, dtype = (len(shard), *self._shapes[kind][1]), self._shapes[kind][0]
             if part.shape != shape or part.dtype != dtype:
                 raise DatasetError(
                     f"{path}: holds {part.dtype} {part.shape}, expected {dtype} {shape}; delete it and encode again"

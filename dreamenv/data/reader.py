@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from dreamenv.artifacts import checksum, open_array, read_json, sha256_file
 from dreamenv.data.manifest import read_manifest
 from dreamenv.data.writer import COLUMNS, OPTIONAL
 from dreamenv.errors import DatasetError
+
+_HEADER = 4096  # bytes; more than any .npy file of ours begins with
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,10 @@ class Dataset:
     def _check_bytes(self, entry: dict[str, Any]) -> None:
         for name in (*COLUMNS, *self.manifest["columns"]):
             path = self.folder / entry["name"] / f"{name}.npy"
-            if not path.is_file():
-                raise DatasetError(f"{path}: missing or no regular file; collect the dataset again")
+            dtype, shape = (COLUMNS | OPTIONAL)[name]
+            size = entry["steps"] * np.dtype(dtype).itemsize * math.prod(shape)
+            if not path.is_file() or not 0 <= path.stat().st_size - size <= _HEADER:
+                raise DatasetError(f"{path}: missing, or not of its {size} bytes; collect the dataset again")
             if sha256_file(path) != entry["sha256"].get(name):
                 raise DatasetError(f"{path}: sha256 differs from manifest.json; collect the dataset again")
 

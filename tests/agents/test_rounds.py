@@ -25,6 +25,7 @@ from dreamenv.policies.simple import make_policy, parse_mix
 from dreamenv.stages import run_command, stage
 from dreamenv.world_model import WorldModel
 from envs.collect import CollectConfig, collect
+from tests.battery.common import FULL
 
 
 def gather(out: Path, seed: int, policy: str = "random=0.5,sticky=0.5", **options: object) -> Path:
@@ -143,8 +144,8 @@ def small_bundle(folder: Path, data: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_rounds_end_to_end_and_resumed(two: list[Path], tmp_path: Path) -> None:
-    """Collect, merge, fine-tune, measure, train, judge, twice; killed stages are found done by the next run."""
+def test_rounds_end_to_end_and_resumed(two: list[Path], tmp_path: Path) -> None:
+    """Collect, merge, fine-tune, measure, train, evaluate; twice in the battery. Stages are found done by the next run."""
     toy = tmp_path / "ppo.yaml"
     toy.write_text(
         "algorithm: PPO\nnum_envs: 8\nnetwork: {channels: [4, 4, 4], features: 8}\n"
@@ -169,12 +170,14 @@ def test_two_rounds_end_to_end_and_resumed(two: list[Path], tmp_path: Path) -> N
     assert [row["round"] for row in rows] == [0, 1] and "real_return" in rows[1]
     assert np.isfinite([row[k] for row in rows for k in SHOWN]).all()
     assert len({row["psnr_1"] for row in rows}) == 2  # another bundle was measured
-    more = loop(LoopConfig(rounds=2, out=out, **options))  # pyright: ignore[reportArgumentType]
-    assert more[:2] == rows and more[2]["round"] == 2
-    one, two_ = (load_bundle(out / f"round-{r}" / "model" / "bundle", "cpu") for r in (1, 2))
-    assert one.identity != two_.identity
-    collected = Dataset(out / "round-2" / "data").facts["policy_mix"]
-    assert collected[0][0].startswith("agent:") and make_policy(collected[0][0])
-    assert len(Dataset(out / "round-2" / "merged").facts["merged"]) == 3
+    assert loop(LoopConfig(rounds=1, out=out, **options)) == rows, "every stage is done"  # pyright: ignore
+    if FULL:
+        more = loop(LoopConfig(rounds=2, out=out, **options))  # pyright: ignore[reportArgumentType]
+        assert more[:2] == rows and more[2]["round"] == 2
+        one, two_ = (load_bundle(out / f"round-{r}" / "model" / "bundle", "cpu") for r in (1, 2))
+        assert one.identity != two_.identity
+        collected = Dataset(out / "round-2" / "data").facts["policy_mix"]
+        assert collected[0][0].startswith("agent:") and make_policy(collected[0][0])
+        assert len(Dataset(out / "round-2" / "merged").facts["merged"]) == 3
     with pytest.raises(DreamenvError, match="begun with"):
         loop(LoopConfig(rounds=2, out=out, **options | {"episodes": 9}))  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,315 @@
+"""Damaged artefacts of every format: a typed error or what was there, quickly, in little memory, and no code runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from dreamenv.bundle import compute_identity, load_bundle
+from dreamenv.data import Dataset
+from dreamenv.errors import DreamenvError
+from dreamenv.models.io import load_model, save_model
+from dreamenv.play.moment import load_moment
+from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, load_agent, save_agent
+from envs.collect import CollectConfig, collect
+from tests.battery.common import many, marks, record
+from tests.conftest import toy_world_model, write_toy_bundle
+from trainers.train import train
+
+pytestmark = marks
+SECONDS, MIB = 2.0, 2048.0
+
+
+def digest(*arrays: Any) -> str:
+    total = hashlib.sha256()
+    for array in arrays:
+        total.update(np.ascontiguousarray(np.asarray(array)).tobytes())
+    return total.hexdigest()
+
+
+def weights(network: torch.nn.Module) -> str:
+    return digest(*[v.numpy() for _, v in sorted(network.state_dict().items())])
+
+
+def read_bundle(folder: Path) -> str:
+    bundle = load_bundle(folder, "cpu", "fp32")
+    model = bundle.world_model
+    return digest(bundle.starts.frames) + "".join(weights(m) for m in (model.codec, model.dynamics, model.head))
+
+
+def read_dataset(folder: Path) -> str:
+    dataset = Dataset(folder, verify="sha256")
+    return digest(*[getattr(s, n) for s in dataset.shards for n in ("frames", "actions", "rewards", "first")])
+
+
+def content(path: Path) -> bytes:
+    """A regular file's bytes, if it is one: a snapshot is bytes, and reading its file is the caller's."""
+    try:
+        return path.read_bytes() if path.is_file() and path.stat().st_size < 2**30 else b""
+    except OSError:
+        return b""
+
+
+def read_moment(path: Path) -> str:
+    past = load_moment(path / "moment.bin", with_real=False)
+    return digest(past.moment.dream, past.taken) + hashlib.sha256(past.dream).hexdigest() + str(past.errors)
+
+
+TRAINING: dict[str, Any] = {
+    "model": {"type": "patch_autoencoder", "latent_channels": 8, "width": 8, "blocks": 1},
+    "loop": {"steps": 4, "batch_size": 4, "checkpoint_every": 2, "val_every": 100, "device": "cpu"},
+}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Callable[[Path], str]]]:
+    """Of each format a folder, and how to read it."""
+    root = tmp_path_factory.mktemp("good")
+    made: dict[str, tuple[Path, Callable[[Path], str]]] = {}
+    bundle = write_toy_bundle(root / "bundle")
+    made["bundle"] = bundle, read_bundle
+    save_model(root / "model", toy_world_model().dynamics, {"step": 1})
+    made["model"] = root / "model", lambda p: weights(load_model(p)[0])
+    torch.manual_seed(0)
+    save_agent(root / "agent", ImpalaAgent(ImpalaConfig((4, 8), 16)), {"steps": 3})
+    made["agent"] = root / "agent", lambda p: weights(load_agent(p))
+    data = collect(CollectConfig(steps=400, out=str(root / "data"), num_envs=4, shard_steps=50), progress=False)
+    made["dataset"] = data, read_dataset
+
+    values = TRAINING | {"task": {"type": "codec", "data": str(data), "val_ratio": 0.2}}
+    train(values, root / "run")
+    kept = root / "checkpoint"
+    shutil.copytree(root / "run" / "checkpoint", kept)
+
+    def read_checkpoint(folder: Path) -> str:
+        shutil.rmtree(root / "run" / "checkpoint", ignore_errors=True)
+        shutil.rmtree(root / "run" / "checkpoint-before", ignore_errors=True)
+        if folder == kept:
+            shutil.copytree(folder, root / "run" / "checkpoint")
+        else:  # moved, not copied: it may hold a link to a device without end
+            os.replace(folder, root / "run" / "checkpoint")
+        train(values, root / "run", resume=True)
+        return weights(load_model(root / "run" / "model")[0])
+
+    made["checkpoint"] = kept, read_checkpoint
+    for world in ("dream", "real"):
+        options = {"bundle": str(bundle), "device": "cpu"} if world == "dream" else {"num_levels": 5}
+        env: Any = gym.make({"dream": "dreamenv:DreamProcgen-v0", "real": "envs:RealProcgen-v0"}[world], **options)
+        env = env.unwrapped
+        env.reset(seed=0)
+        env.step(7)
+        (root / world).mkdir()
+        (root / world / "snapshot.bin").write_bytes(env.snapshot())
+        made[f"snapshot-{world}"] = root / world, lambda p, e=env: digest(e.restore(content(p / "snapshot.bin")))
+    from dreamenv.flow import SamplerConfig
+    from dreamenv.play.session import Session
+
+    session = Session(load_bundle(bundle, "cpu"), SamplerConfig(), "dream", None, (0, 10000), 0)
+    session.new_start()
+    session.step(7)
+    (root / "moment").mkdir()
+    session.save(root / "moment" / "moment.bin")
+    session.close()
+    made["moment"] = root / "moment", read_moment
+    return made
+
+
+def mutate(folder: Path, rng: np.random.Generator) -> str:
+    """Damage one file of a folder in one of several ways; returns how."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    file = files[rng.integers(len(files))]
+    data = bytearray(file.read_bytes())
+    kind = ["bit", "byte", "cut", "grow", "zero", "remove", "swap"][rng.integers(7)]
+    at = int(rng.integers(max(len(data), 1)))
+    if kind == "bit" and data:
+        data[at] ^= 1 << int(rng.integers(8))
+    elif kind == "byte" and data:
+        data[at] = int(rng.integers(256))
+    elif kind == "cut":
+        del data[at:]
+    elif kind == "grow":
+        data[at:at] = rng.bytes(int(rng.integers(1, 64)))
+    elif kind == "zero":
+        data[at : at + 64] = bytes(len(data[at : at + 64]))
+    elif kind == "remove":
+        file.unlink()
+        return f"{file.name} removed"
+    else:
+        other = int(rng.integers(max(len(data), 1)))
+        if data:
+            data[at], data[other] = data[other], data[at]
+    file.write_bytes(bytes(data))
+    return f"{file.name} {kind} at {at}"
+
+
+FORMATS = ("bundle", "model", "agent", "dataset", "checkpoint", "snapshot-dream", "snapshot-real", "moment")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_damaged_file_is_refused_or_read_as_it_was(name: str, good: dict[str, Any], tmp_path: Path) -> None:
+    folder, read = good[name]
+    whole = read(folder)
+    rng = np.random.default_rng(FORMATS.index(name))
+    count = many(300 if name == "checkpoint" else 10_000, 4 if name == "checkpoint" else 40)
+    refused, slowest = 0, 0.0
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    for _ in range(count):
+        shutil.rmtree(tmp_path / "x", ignore_errors=True)
+        shutil.copytree(folder, tmp_path / "x")
+        how = mutate(tmp_path / "x", rng)
+        began = time.perf_counter()
+        try:
+            assert read(tmp_path / "x") == whole, how
+        except DreamenvError:
+            refused += 1
+        slowest = max(slowest, time.perf_counter() - began)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    record(f"mutants-{name}", mutants=count, refused=refused, slowest_s=slowest, peak_growth_mib=grown)
+    assert refused and grown < MIB and (slowest < SECONDS or name == "checkpoint")
+
+
+def values_of(rng: np.random.Generator) -> Any:
+    odd = [
+        None,
+        True,
+        -1,
+        0,
+        2**64,
+        1e308,
+        -1e-308,
+        "",
+        "x" * 1000,
+        [],
+        [1] * 50,
+        {},
+        {"a": {"b": []}},
+        "../../x",
+        [[]],
+    ]
+    return odd[rng.integers(len(odd))]
+
+
+def change_json(value: Any, rng: np.random.Generator) -> Any:
+    """Put something else in one place of a JSON value."""
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        key = sorted(value)[rng.integers(len(value))]
+        if rng.random() < 0.1:
+            return {k: v for k, v in value.items() if k != key}
+        return value | {key: change_json(value[key], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        at = int(rng.integers(len(value)))
+        return [change_json(v, rng) if i == at else v for i, v in enumerate(value)]
+    return values_of(rng)
+
+
+@pytest.mark.parametrize("name", ["bundle", "model", "agent", "dataset"])
+def test_a_description_that_lies_is_typed(name: str, good: dict[str, Any], tmp_path: Path) -> None:
+    """The checksums are right, the content is not: whatever it says, no raw error, no giant allocation."""
+    folder, read = good[name]
+    file = {"bundle": "bundle.json", "model": "model.json", "agent": "agent.json", "dataset": "manifest.json"}[name]
+    shutil.copytree(folder, tmp_path / "x")
+    plain = json.loads((folder / file).read_text())
+    rng = np.random.default_rng(1)
+    count, refused, slowest = many(3_000, 60), 0, 0.0
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    for _ in range(count):
+        changed = change_json(plain, rng)
+        if name == "bundle" and isinstance(changed, dict):
+            changed = changed | {"identity": compute_identity(changed)}
+        (tmp_path / "x" / file).write_text(json.dumps(changed))
+        began = time.perf_counter()
+        try:
+            read(tmp_path / "x")
+        except DreamenvError:
+            refused += 1
+        slowest = max(slowest, time.perf_counter() - began)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    record(f"lies-{name}", mutants=count, refused=refused, slowest_s=slowest, peak_growth_mib=grown)
+    assert refused and grown < MIB and slowest < SECONDS
+
+
+def write_pickle(path: Path, flag: Path) -> None:
+    import pickle
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {flag}",)
+
+    path.unlink(missing_ok=True)
+    path.write_bytes(pickle.dumps(Evil()))
+
+
+def replaced_by(make: Callable[[Path], None]) -> Callable[[Path, Path], None]:
+    def change(path: Path, flag: Path) -> None:
+        path.unlink(missing_ok=True)
+        make(path)
+
+    return change
+
+
+def write_objects(path: Path, flag: Path) -> None:
+    path.unlink(missing_ok=True)
+    with open(path, "wb") as file:
+        np.save(file, np.array([{"a": 1}], object), allow_pickle=True)
+
+
+def write_zip(path: Path, flag: Path) -> None:
+    import zipfile
+
+    path.unlink(missing_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("../../evil.npy", b"x")
+
+
+def write_torch(path: Path, flag: Path) -> None:
+    torch.save({"x": torch.zeros(1)}, path)
+
+
+MALICIOUS: dict[str, Callable[[Path, Path], None]] = {
+    "a pickle": write_pickle,
+    "objects in npy": write_objects,
+    "a zip that climbs out": write_zip,
+    "torch.save": write_torch,
+    "a link to /dev/zero": replaced_by(lambda p: p.symlink_to("/dev/zero")),
+    "a link to /proc/self/mem": replaced_by(lambda p: p.symlink_to("/proc/self/mem")),
+    "a pipe": replaced_by(lambda p: os.mkfifo(p)),
+    "a folder": replaced_by(lambda p: p.mkdir()),
+    "a link to itself": replaced_by(lambda p: p.symlink_to(p)),
+    "a broken link": replaced_by(lambda p: p.symlink_to("nowhere")),
+    "deep JSON": replaced_by(lambda p: p.write_text("[" * 200_000)),
+    "a YAML tag": replaced_by(lambda p: p.write_text("!!python/object/apply:os.system ['true']")),
+    "NaN": replaced_by(lambda p: p.write_text('{"format_version": NaN}')),
+    "a sparse giant": replaced_by(lambda p: (p.touch(), os.truncate(p, 2**36))[0]),
+    "a header of 2^63": replaced_by(lambda p: p.write_bytes(b"\xff" * 7 + b"\x7f" + b"{}")),
+}
+
+
+@pytest.mark.parametrize("what", MALICIOUS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_malicious_file_runs_nothing(name: str, what: str, good: dict[str, Any], tmp_path: Path) -> None:
+    folder, read = good[name]
+    files = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+    flag = tmp_path / "ran"
+    for file in files if many(1, 0) else files[:2]:
+        shutil.rmtree(tmp_path / "x", ignore_errors=True)
+        shutil.copytree(folder, tmp_path / "x")
+        MALICIOUS[what](tmp_path / "x" / file, flag)
+        began = time.perf_counter()
+        try:
+            read(tmp_path / "x")
+            raise AssertionError(f"{file} was accepted")
+        except DreamenvError:
+            pass
+        assert time.perf_counter() - began < SECONDS + 1 and not flag.exists()
