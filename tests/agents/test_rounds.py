@@ -145,7 +145,7 @@ def small_bundle(folder: Path, data: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_rounds_end_to_end_and_resumed(two: list[Path], tmp_path: Path) -> None:
-    """Collect, merge, fine-tune, measure, train, evaluate; twice in the battery. Stages are found done by the next run."""
+    """Collect, merge, fine-tune, measure, train, evaluate; twice in the battery. A second run finds all stages done."""
     toy = tmp_path / "ppo.yaml"
     toy.write_text(
         "algorithm: PPO\nnum_envs: 8\nnetwork: {channels: [4, 4, 4], features: 8}\n"
