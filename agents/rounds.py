@@ -8,7 +8,6 @@ round and after each.
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from dreamenv.bundle import resolve_bundle
 from dreamenv.config import check, to_dict
 from dreamenv.console import errors_in_one_line
 from dreamenv.errors import ConfigError
-from dreamenv.stages import begun, run_command, stage
+from dreamenv.stages import begun, program, run_command, stage
 
 SHOWN = ("delta_psnr_4", "random_delta_psnr_4", "branch_accuracy", "psnr_1", "psnr_10")
 """What is measured before the first round and after each."""
@@ -99,18 +98,6 @@ def collection_policy(agent: Path | None, expert: float, explorer: float) -> str
     return ",".join(f"{name}={weight:.6g}" for name, weight in parts.items() if weight > 1e-9)
 
 
-def _module(name: str, **options: Any) -> list[str]:
-    command = [sys.executable, "-m", name]
-    for key, value in options.items():
-        if value is True:
-            command.append(f"--{key.replace('_', '-')}")
-        elif isinstance(value, list):
-            command += [f"--{key.replace('_', '-')}", *map(str, value)]
-        elif value is not None and value is not False:
-            command += [f"--{key.replace('_', '-')}", str(value)]
-    return command
-
-
 def _last(command: list[str]) -> dict[str, Any]:
     line = run_command(command)
     try:
@@ -153,16 +140,16 @@ def _round(
     collected, merged, model, trained = here / "data", here / "merged", here / "model", here / "agent"
     policy, steps = collection_policy(agent, config.expert, config.explorer), config.collect_steps
     options: dict[str, Any] = {"game": config.game, "steps": steps, "policy": policy, "seed": config.seed + r}
-    stage(out, f"collect-{r}", partial(run_command, _module("envs.collect", out=collected, **options)))
+    stage(out, f"collect-{r}", partial(run_command, program("envs.collect", out=collected, **options)))
     sources.append(collected)
-    merging = [sys.executable, "-m", "dreamenv.data.merge", *map(str, sources), "--out", str(merged)]
+    merging = program("dreamenv.data.merge", *sources, out=merged)
     stage(out, f"merge-{r}", partial(run_command, merging))
     options = {"minutes": config.minutes, "steps": config.model_steps, "seed": config.seed, "latents": out / "latents"}
-    modelling = _module("trainers.finetune", data=merged, bundle=bundle, out=model, **options)
+    modelling = program("trainers.finetune", data=merged, bundle=bundle, out=model, **options)
     stage(out, f"model-{r}", partial(run_command, modelling))
     bundle = model / "bundle"
     row = {"round": r, **stage(out, f"measure-{r}", partial(_measure, config, bundle, here / "compare"))}
-    learning = _module(
+    learning = program(
         "agents.train",
         world="dream",
         game=config.game,
@@ -186,18 +173,17 @@ def _round(
 def _measure(config: LoopConfig, bundle: Path, folder: Path) -> dict[str, Any]:
     """A short comparison of a bundle with the real game, in a process of its own."""
     clips = config.clips
-    options = {"bundle": bundle, "out": folder, "seed": config.seed, "clips": clips, "random-clips": clips}
+    options = {"bundle": bundle, "out": folder, "seed": config.seed, "clips": clips, "random_clips": clips}
     options |= {"branches": clips, "horizon": 10, "steps": max(400 * clips, 6400), "samples": 1, "negatives": 1000}
-    options |= {"drift": 0, "endless-steps": 0}
-    told = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    figures = _last([sys.executable, "-m", "dreamenv", "compare", *told, "--policies"])
+    options |= {"drift": 0, "endless_steps": 0}
+    figures = _last(program("dreamenv", "compare", **options, policies=[]))
     return {name: figures.get(name) for name in SHOWN}
 
 
 def _evaluate(config: LoopConfig, agent: Path) -> dict[str, Any]:
     """What an agent earns in the real game, in a process of its own."""
     options = {"game": config.game, "episodes": config.episodes, "seed": config.seed}
-    figures = _last(_module("agents.evaluate", agent=agent, **options))
+    figures = _last(program("agents.evaluate", agent=agent, **options))
     return {"real_return": figures["mean_return"], "real_return_ci": figures["ci"]}
 
 

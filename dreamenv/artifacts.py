@@ -9,7 +9,7 @@ import os
 import shutil
 import stat
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,6 +70,16 @@ def storage_errors(path: str | Path) -> Iterator[None]:
             f"{error.filename or path}: cannot be written ({reason}; {free_bytes(path) / 2**20:.0f} MiB are free "
             "there); make room, or choose a folder that may be written"
         ) from None
+
+
+def check_same(where: Path, before: Mapping[str, Any], now: Mapping[str, Any], error: type[Exception]) -> None:
+    """Raise `error` unless what a folder was begun with is what it is to go on with."""
+    for key in sorted(set(before) | set(now)):
+        if before.get(key) != now.get(key):
+            raise error(
+                f"{where}: was begun with {key} = {before.get(key)!r}, now {now.get(key)!r}; use the same settings to "
+                "resume, or another folder"
+            )
 
 
 def free_bytes(path: str | Path) -> int:
@@ -153,6 +163,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def _aside(path: Path) -> Path:
+    """Where the folder that was at `path` is between the two renames of a swap."""
+    return path.with_name(f".{path.name}.replaced")
+
+
 @contextmanager
 def atomic_folder(path: Path, before: Path | None = None) -> Iterator[Path]:
     """Yield an empty temporary sibling folder; on success fsync its files and move it to `path`.
@@ -162,7 +177,7 @@ def atomic_folder(path: Path, before: Path | None = None) -> Iterator[Path]:
     """
     path = Path(path).absolute()
     temporary = path.with_name(f".{path.name}.partial")
-    aside = path.with_name(f".{path.name}.replaced")
+    aside = _aside(path)
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_dir():
@@ -190,7 +205,7 @@ def atomic_folder(path: Path, before: Path | None = None) -> Iterator[Path]:
 def recover_folder(path: Path) -> None:
     """Finish or undo an `atomic_folder` swap that was killed between its two renames; for the folder's writer only."""
     path = Path(path).absolute()
-    aside = path.with_name(f".{path.name}.replaced")
+    aside = _aside(path)
     if aside.exists():
         if path.exists():
             shutil.rmtree(aside)
@@ -203,7 +218,7 @@ def readable_folder(path: str | Path) -> Path:
     path = Path(path).absolute()
     if not path.name:
         return path
-    aside = path.with_name(f".{path.name}.replaced")
+    aside = _aside(path)
     try:
         return aside if aside.exists() and not path.exists() else path
     except (OSError, ValueError):  # a name that no file can have: opening it will say so

@@ -7,6 +7,7 @@ import difflib
 import math
 import types
 import typing
+from collections.abc import Iterable
 from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,14 @@ def check(condition: bool, message: str) -> None:
     """Raise `ConfigError(message)` unless `condition` holds: the one-line validator for `__post_init__`."""
     if not condition:
         raise ConfigError(message)
+
+
+def unknown(what: str, name: Any, known: Iterable[str]) -> ConfigError:
+    """The error "WHAT is unknown" with the nearest of the `known` names, and all of them."""
+    names = list(known)
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return ConfigError(f"{what}; {hint}There are: {', '.join(names) or 'none'}")
 
 
 def whole(value: Any, name: str, least: int, most: int | None = None) -> int:
@@ -63,11 +72,7 @@ def from_dict(cls: type[T], values: Any, where: str = "") -> T:
     for key, value in values.items():
         path = f"{where}.{key}" if where else str(key)
         if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
-            raise ConfigError(
-                f"{path}: unknown key; did you mean '{close[0] if close else '?'}'? "
-                f"{cls.__name__} has: {', '.join(fields)}"
-            )
+            raise unknown(f"{path}: unknown key", key, fields)
         built[key] = _convert(hints[key], value, path)
     for key, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dreamenv.artifacts import only_writer, read_json, write_json
+from dreamenv.artifacts import check_same, only_writer, read_json, write_json
 from dreamenv.errors import ConfigError
 
 
@@ -27,12 +27,7 @@ def begun(out: Path, settings: dict[str, str]) -> Iterator[None]:
     with only_writer(out):
         if (out / "pipeline.json").exists():
             before = read_json(out / "pipeline.json", ConfigError, "delete the run folder")
-            for key in sorted(set(before) | set(settings)):
-                if before.get(key) != settings.get(key):
-                    raise ConfigError(
-                        f"{out}: was begun with {key} = {before.get(key)}, now {settings.get(key)}; "
-                        "use the same settings to resume, or another --out"
-                    )
+            check_same(out, before, settings, ConfigError)
         write_json(out / "pipeline.json", settings)
         yield
 
@@ -57,6 +52,17 @@ def stage(out: Path, name: str, work: Callable[[], Any]) -> Any:
     kept = result if isinstance(result, (str, int, float, dict, list)) else None
     write_json(marker, {"done": True, "result": kept})
     return kept
+
+
+def program(name: str, *positional: Any, **options: Any) -> list[str]:
+    """The command `python -m name`: None and False leave an option out, True is a switch, a list is several values."""
+    command = [sys.executable, "-m", name, *map(str, positional)]
+    for key, value in options.items():
+        if value is None or value is False:
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        command += [f"--{key.replace('_', '-')}", *map(str, values)]
+    return command
 
 
 def _die_with_parent() -> None:

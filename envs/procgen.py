@@ -78,7 +78,7 @@ class RealProcgenVectorEnv(WorldVectorEnv):
             "num_levels": num_levels,
             "distribution_mode": distribution_mode,
         }
-        self._envs: Any = make_procgen(num=self.num_envs, rand_seed=0, num_threads=num_threads, **self._options)
+        self._envs = make_procgen(num=self.num_envs, rand_seed=0, num_threads=num_threads, **self._options)
         self._buffers = [self._envs._ffi.new(f"char[{_STATE_BYTES}]") for _ in range(2)]
         self._steps = np.zeros(num_envs, np.int64)
         self._levels = np.zeros(num_envs, np.int64)

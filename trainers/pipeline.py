@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +28,7 @@ from dreamenv.errors import BundleError, ConfigError
 from dreamenv.models.interface import Codec, Dynamics, OutcomeHead
 from dreamenv.models.io import load_model
 from dreamenv.policies.simple import parse_mix
-from dreamenv.stages import begun, run_command, stage
+from dreamenv.stages import begun, program, run_command, stage
 from dreamenv.world_model import WorldModel
 from trainers.dreams import dreams_for
 from trainers.recipe import Recipe, check_values, filled, load_recipe
@@ -174,9 +173,8 @@ def _collect(config: PipelineConfig, name: str, wanted: dict[str, Any], out: Pat
     """Collect in a process of its own; what is not the main data is of other levels and actions."""
     seed = config.seed if "ends" not in wanted else (config.seed + 1) % 2**63
     settings = {"game": config.game, "policy": config.policy, "seed": seed, "workers": config.workers}
-    settings |= {"distribution-mode": config.distribution_mode, "out": out, **wanted}
-    options = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
-    return run_command([sys.executable, "-m", "envs.collect", *options])
+    settings |= {"distribution_mode": config.distribution_mode, "out": out, **wanted}
+    return run_command(program("envs.collect", **settings))
 
 
 def train_stage(values: dict[str, Any], out: Path) -> None:
@@ -184,12 +182,12 @@ def train_stage(values: dict[str, Any], out: Path) -> None:
     file = out.with_name(f"{out.name}.yaml")
     with atomic_file(file) as temporary:
         temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    run_command([sys.executable, "-m", "trainers.train", str(file), "--out", str(out), "--resume"])
+    run_command(program("trainers.train", file, out=out, resume=True))
 
 
 def encode(data: Path | str, codec: Path | str, latents: Path) -> None:
     """Encode a dataset with a trained codec, in a process of its own."""
-    run_command([sys.executable, "-m", "trainers.encode", str(data), str(codec), str(latents)])
+    run_command(program("trainers.encode", data, codec, latents))
 
 
 def make_bundle(out: Path, data: Path, starts: int, stages: dict[str, str], recipe: str) -> Path:

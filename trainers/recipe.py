@@ -7,12 +7,11 @@ of latents, or a model folder; `{steps}`, `{ends}` and `{dreams}` are numbers th
 from __future__ import annotations
 
 import copy
-import difflib
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from dreamenv.config import check, from_dict, load_yaml
+from dreamenv.config import check, from_dict, load_yaml, unknown
 from dreamenv.contract.games import Game
 from dreamenv.errors import ConfigError
 from dreamenv.models.registry import lookup
@@ -83,12 +82,11 @@ def load_recipe(name: str) -> Recipe:
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.exists():
-        near = difflib.get_close_matches(name, recipes(), n=1, cutoff=0.0)[0]
-        raise ConfigError(f"recipe {name!r}: unknown; did you mean {near!r}? There are: {', '.join(recipes())}")
+        raise unknown(f"recipe {name!r}: unknown", name, recipes())
     values = load_yaml(path)
     models = values.pop("models", {})
-    unknown = set(values) - {f.name for f in fields(Recipe)}
-    check(not unknown, f"{path}: {sorted(unknown)[:1]} is no part of a recipe")
+    further = set(values) - {f.name for f in fields(Recipe)}
+    check(not further, f"{path}: {sorted(further)[:1]} is not a part of a recipe")
     for part in ("stages", "extra"):
         for stage, settings in values.get(part, {}).items():
             check(isinstance(settings, dict), f"{path}: {part}.{stage}: expected settings, got {settings!r}")

@@ -7,13 +7,11 @@ against how pictures move (`tests/envs/test_camera.py`).
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass, field
 
-from dreamenv.config import check
+from dreamenv.config import check, unknown
 from dreamenv.contract.actions import NAMES, NUM_ACTIONS
-from dreamenv.errors import ConfigError
 
 _MOVE = {n: f"move {n}" for n in ("left", "right", "up", "down", "left+down", "left+up", "right+down", "right+up")}
 _PLATFORM = {
@@ -204,6 +202,5 @@ def get_game(name: str) -> Game:
         ConfigError: no such game; the nearest name is given.
     """
     if not isinstance(name, str) or name not in GAMES:
-        near = difflib.get_close_matches(str(name), GAMES, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"game {name!r}: unknown; did you mean {near!r}? There are: {', '.join(GAMES)}")
+        raise unknown(f"game {name!r}: unknown", name, GAMES)
     return GAMES[name]

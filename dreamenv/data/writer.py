@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from dreamenv.artifacts import atomic_folder, checksum, recover_folder, sha256_file, write_json
+from dreamenv.artifacts import atomic_folder, check_same, checksum, recover_folder, sha256_file, write_json
 from dreamenv.data.manifest import FORMAT_VERSION, read_manifest, shard_name
 from dreamenv.errors import DatasetError
 
@@ -67,13 +67,7 @@ class DatasetWriter:
         self._shards: dict[int, dict[str, Any]] = {}
         if (self.folder / "manifest.json").exists():
             old = read_manifest(self.folder)
-            for key in sorted(set(self.facts) | set(old["facts"])):
-                before, now = old["facts"].get(key), self.facts.get(key)
-                if before != now:
-                    raise DatasetError(
-                        f"{self.folder}: was begun with {key} = {before!r}, now {now!r}; "
-                        "use the same settings to resume, or another folder"
-                    )
+            check_same(self.folder, old["facts"], self.facts, DatasetError)
             self._shards = {s["index"]: s for s in old["shards"]}
 
     @property

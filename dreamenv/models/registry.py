@@ -6,14 +6,13 @@ installed distributions name in the entry-point group `dreamenv.models`.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from dreamenv.config import from_dict, to_dict
+from dreamenv.config import from_dict, to_dict, unknown
 from dreamenv.errors import ConfigError
 
 HOMES: list[str] = [f"dreamenv.models.{name}" for name in ("codecs", "dynamics", "backbones", "heads")]
@@ -72,11 +71,7 @@ def lookup(kind: str, name: Any, where: str) -> tuple[type, type]:
     """
     names = types(kind)
     if not isinstance(name, str) or name not in names:
-        near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)
-        raise ConfigError(
-            f"{where}.type: {name!r} is unknown; did you mean {near[0] if near else None!r}? "
-            f"There are: {', '.join(names) or 'none'}"
-        )
+        raise unknown(f"{where}.type: {name!r} is unknown", name, names)
     return _PARTS[kind][name]
 
 
