@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -202,6 +203,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(toy_bundle: Path, tmp_path: 
         train(config(tmp_path, toy_bundle, steps=128, seed=1, resume=True))
     victim = tmp_path / "run" / "checkpoint" / "arrays.safetensors"
     victim.write_bytes(victim.read_bytes()[:-1])
+    shutil.rmtree(tmp_path / "run" / "checkpoint-before", ignore_errors=True)
     with pytest.raises(CheckpointError, match="sha256"):
         train(config(tmp_path, toy_bundle, steps=128, resume=True))
 

@@ -3,6 +3,7 @@ another."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -123,6 +124,7 @@ def test_a_sharpening_run_resumes_to_the_same_bytes(
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     victim = own[0] if own else "checkpoint/optimizer"
     (tmp_path / "killed" / f"{victim}.safetensors").unlink()
+    shutil.rmtree(tmp_path / "killed" / "checkpoint-before")
     with pytest.raises(CheckpointError, match=victim.split("/")[1]):
         train(settings(latents, terms), tmp_path / "killed", resume=True)
 
