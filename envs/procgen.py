@@ -68,8 +68,7 @@ class RealProcgenVectorEnv(WorldVectorEnv):
         self.game: Game = get_game(game)
         check_levels(self.game, start_level, num_levels, distribution_mode)
         num_threads = whole(num_threads, "num_threads", 0, 1024)
-        render_size = whole(render_size, "render_size", 64, 512)
-        check(render_size in (64, 512), f"render_size {render_size}: must be 64 or 512")
+        check(type(render_size) is int and render_size in (64, 512), f"render_size {render_size!r}: must be 64 or 512")
         super().__init__(num_envs, (64, 64, 3), autoreset_mode, tuple(AutoresetMode), render_mode, max_episode_steps)
         self.render_size = render_size
         self._options = {
@@ -85,7 +84,6 @@ class RealProcgenVectorEnv(WorldVectorEnv):
         self._pinned = np.zeros(num_envs, bool)  # at a level that `reset` was given
         self._finished = np.zeros(num_envs, bool)  # over, and not yet reset (not in SAME_STEP mode)
         self._advanced = np.zeros(num_envs, bool)  # over, and the game itself stands at its next level already
-        self._started = False
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
