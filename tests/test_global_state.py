@@ -155,6 +155,7 @@ def test_a_process_made_after_torch_has_used_its_threads_steps(method: str, toy_
     assert done.stdout.split("\n")[0] == "2 (2, 64, 64, 3)"
 
 
+@pytest.mark.slow
 def test_torchs_threads_do_not_spin_for_long() -> None:
     """GOMP_SPINCOUNT is set before torch is loaded, unless the caller has set it, and children inherit it."""
     show = "import os, dreamenv.vector; print(os.environ.get('GOMP_SPINCOUNT'))"
@@ -184,6 +185,7 @@ def test_one_environment_uses_one_thread(toy_bundle: Path, monkeypatch: pytest.M
     assert seen == [1, 2]
 
 
+@pytest.mark.slow
 def test_programs_that_make_both_worlds_say_nothing_of_old_gym(toy_bundle: Path) -> None:
     program = """
         import sys, gymnasium as gym, dreamenv, envs
