@@ -21,6 +21,7 @@ from envs.collect import CollectConfig, collect
 from tests.agents.common import dreams
 
 
+@pytest.mark.slow
 def test_a_batch_is_what_dummy_vec_env_makes_of_single_dreams(toy_bundle: Path) -> None:
     """Same observations, rewards, ends, terminal observations and truncations over several episodes."""
     batch = dreams(toy_bundle, 3, exact=True)

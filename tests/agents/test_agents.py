@@ -84,6 +84,7 @@ def test_a_recurrent_agent_remembers_as_the_algorithm_that_learnt_it(toy_bundle:
         make_algorithm("PPO", dreams(toy_bundle), {}, network, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["MaskablePPO", "RecurrentPPO"])
 def test_contributed_algorithms_resume_to_the_same_bytes(name: str, toy_bundle: Path, tmp_path: Path) -> None:
     def settings(**changes: Any) -> TrainConfig:
@@ -153,6 +154,7 @@ def config(tmp_path: Path, bundle: Path, **changes: Any) -> TrainConfig:
     return TrainConfig(**cast(Any, settings | changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", ["dream", "mix", "real"])
 def test_a_resumed_run_ends_with_the_same_bytes(world: str, toy_bundle: Path, tmp_path: Path) -> None:
     whole = train(config(tmp_path, toy_bundle, world=world, share=0.25, out=tmp_path / "whole"))
@@ -170,6 +172,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(world: str, toy_bundle: Path, tm
     assert (tmp_path / "whole" / "progress.csv").stat().st_size > 100
 
 
+@pytest.mark.slow
 def test_an_agent_goes_on_from_a_saved_one(toy_bundle: Path, tmp_path: Path) -> None:
     first = Path(train(config(tmp_path, toy_bundle, out=tmp_path / "first", steps=64))["agent"])
     fresh = make_algorithm("PPO", dreams(toy_bundle, 2), SETTINGS["PPO"], ImpalaConfig((4, 8), 16), 5, "fp32")
@@ -229,6 +232,7 @@ def test_evaluation_is_one_whole_episode_on_each_level() -> None:
     )
 
 
+@pytest.mark.slow
 def test_evaluation_from_the_command_line(toy_bundle: Path, tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "agents.evaluate", *arguments]

@@ -94,6 +94,7 @@ def test_a_foreign_zip_needs_trust(toy_bundle: Path, tmp_path: Path) -> None:
     assert done.returncode == 2 and "--trust" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_agent_that_ships_with_a_bundle(tmp_path: Path) -> None:
     folder = write_toy_bundle(tmp_path / "bundle")
     save_agent(folder / "agent", ImpalaAgent(ImpalaConfig(channels=(4, 4, 4), features=8)))

@@ -170,6 +170,7 @@ def test_other_settings_do_not_continue_a_dataset(small: Path) -> None:
         collect(CollectConfig(out=str(small), **{**SMALL, "seed": 5}), progress=False)
 
 
+@pytest.mark.slow
 def test_killed_workers_do_not_spoil_the_resume(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "workers"
     command = [

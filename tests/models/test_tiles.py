@@ -176,6 +176,7 @@ def test_bad_shapes_are_refused(config: Any, values: dict[str, Any], message: st
         config(**values)
 
 
+@pytest.mark.slow
 def test_a_camera_learns_when_friction_brings_it_to_rest() -> None:
     """Against the law itself: a push, drag, and rest below a threshold, to which a speed comes close."""
     torch.manual_seed(0)

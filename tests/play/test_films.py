@@ -114,6 +114,7 @@ def test_what_is_played_can_train(session: Session, tmp_path: Path) -> None:
     assert session.stop_recording() is None
 
 
+@pytest.mark.slow
 def test_without_a_display(session: Session, toy_bundle: Path, tmp_path: Path) -> None:
     result = film(session, tmp_path / "film.mp4", 12, parse_script("right*3,up"), scale=2)
     with av.open(str(tmp_path / "film.mp4")) as container:

@@ -111,6 +111,7 @@ def test_a_checkpoint_of_another_configuration_or_a_damaged_one_is_refused(data:
         load_model(tmp_path / "run" / "model")
 
 
+@pytest.mark.slow
 def test_a_minute_budget_ends_on_time(data: Path, tmp_path: Path) -> None:
     began = time.monotonic()
     train(config(data, steps=None, minutes=0.05), tmp_path / "run")
@@ -261,6 +262,7 @@ def test_bf16_is_chosen_by_the_hardware_unless_the_environment_says(monkeypatch:
         pick_precision("auto", cpu)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_configuration_and_repeats_from_it(data: Path, tmp_path: Path) -> None:
     train(config(data, steps=3, precision="fp32"), tmp_path / "run")
     kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
