@@ -9,7 +9,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from dreamenv.data import Dataset, DatasetWriter, Windows, split_levels
 from dreamenv.errors import DatasetError
 from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, save_agent
 from dreamenv.policies.simple import make_policy
+from dreamenv.stages import program
 from envs.collect import CollectConfig, _before_ends, collect
 from envs.procgen import RealProcgenVectorEnv
 from trainers.encode import training_data
@@ -119,25 +119,15 @@ def test_a_shard_without_an_end_is_not_empty(tmp_path: Path) -> None:
     assert len(Dataset(out, verify="sha256")) == 1
 
 
+def collection(out: Path) -> list[str]:
+    """The command that collects what `small` holds."""
+    options = {"out": out, "steps": 1600, "num_envs": 4, "shard_steps": 100, "num_levels": 50, "policy": "biased"}
+    return program("envs.collect", **options)
+
+
 def test_killed_ten_times_it_ends_with_the_same_bytes(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
-    command = [
-        sys.executable,
-        "-m",
-        "envs.collect",
-        "--out",
-        str(out),
-        "--steps",
-        "1600",
-        "--num-envs",
-        "4",
-        "--shard-steps",
-        "100",
-        "--num-levels",
-        "50",
-        "--policy",
-        "biased",
-    ]
+    command = collection(out)
     rng = random.Random(0)
     kills = 0
     while kills < 10:
@@ -173,25 +163,7 @@ def test_other_settings_do_not_continue_a_dataset(small: Path) -> None:
 @pytest.mark.slow
 def test_killed_workers_do_not_spoil_the_resume(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "workers"
-    command = [
-        sys.executable,
-        "-m",
-        "envs.collect",
-        "--out",
-        str(out),
-        "--steps",
-        "1600",
-        "--num-envs",
-        "4",
-        "--shard-steps",
-        "100",
-        "--num-levels",
-        "50",
-        "--policy",
-        "biased",
-        "--workers",
-        "2",
-    ]
+    command = [*collection(out), "--workers", "2"]
     for _ in range(3):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
