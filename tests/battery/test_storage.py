@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -83,11 +85,25 @@ def test_a_path_that_cannot_be_written_is_typed(tmp_path: Path) -> None:
         assert refused.returncode == 2 and "Traceback" not in refused.stderr, refused.stderr
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes into read-only folders")
-def test_a_read_only_folder_is_typed(tmp_path: Path) -> None:
-    (tmp_path / "closed").mkdir(mode=0o500)
-    with pytest.raises(StorageError):
-        collect(CollectConfig(steps=100, num_envs=4, out=str(tmp_path / "closed" / "data")), progress=False)
+def test_a_read_only_folder_is_typed() -> None:
+    """As somebody who is not root, who may write anywhere."""
+    folder = Path(tempfile.mkdtemp())
+    (folder / "closed").mkdir()
+    for path in (folder, folder / "closed"):
+        path.chmod(0o555)
+    config = CollectConfig(steps=100, num_envs=4, out=str(folder / "closed" / "data"))
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        with pytest.raises(StorageError, match="closed"):
+            collect(config, progress=False)
+    finally:
+        os.seteuid(user)
+        for path in (folder, folder / "closed"):
+            path.chmod(0o755)
+    assert not list((folder / "closed").iterdir())
+    shutil.rmtree(folder)
 
 
 def test_without_a_home_everything_works(tmp_path: Path) -> None:
