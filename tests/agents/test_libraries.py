@@ -29,6 +29,7 @@ from dreamenv.device import keep_freed_memory
 from dreamenv.errors import PolicyError
 from dreamenv.evaluation.closed_loop import play_both
 from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, load_agent, save_agent
+from dreamenv.stages import program
 from dreamenv.vector import DreamVectorEnv
 from tests.conftest import write_toy_bundle
 
@@ -108,24 +109,8 @@ def test_the_agent_that_ships_with_a_bundle(tmp_path: Path) -> None:
     shutil.move(folder / "agent", tmp_path / "agent")
     assert list(play_both(loaded, ("random", "bundled"), 2, limit=4)) == ["random"], "left out where none ships"
     shutil.move(tmp_path / "agent", folder / "agent")
-    command = [
-        sys.executable,
-        "-m",
-        "dreamenv",
-        "play",
-        "--bundle",
-        str(folder),
-        "--player",
-        "agent",
-        "--world",
-        "dream",
-        "--steps",
-        "4",
-        "--headless",
-        str(tmp_path / "film.mp4"),
-        "--scale",
-        "2",
-    ]
+    options = {"bundle": folder, "player": "agent", "world": "dream", "steps": 4, "scale": 2}
+    command = program("dreamenv", "play", **options, headless=tmp_path / "film.mp4")
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.splitlines()[-1])["steps"] == 4
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import av
@@ -23,6 +22,7 @@ from dreamenv.play.recording import FilmRecorder
 from dreamenv.play.session import Session
 from dreamenv.play.viewer import Viewer
 from dreamenv.play.viewer import run as run_viewer
+from dreamenv.stages import program
 from tests.conftest import write_toy_bundle
 from tests.play.common import RIGHT, UP, real_frames
 
@@ -120,22 +120,8 @@ def test_without_a_display(session: Session, toy_bundle: Path, tmp_path: Path) -
     with av.open(str(tmp_path / "film.mp4")) as container:
         assert sum(1 for _ in container.decode(video=0)) == 12 == result["steps"]
     assert session.moment.step == 12
-    command = [
-        sys.executable,
-        "-m",
-        "dreamenv",
-        "play",
-        "--bundle",
-        str(toy_bundle),
-        "--headless",
-        str(tmp_path / "cli.gif"),
-        "--player",
-        "random",
-        "--steps",
-        "5",
-        "--scale",
-        "2",
-    ]
+    options = {"bundle": toy_bundle, "headless": tmp_path / "cli.gif", "player": "random", "steps": 5, "scale": 2}
+    command = program("dreamenv", "play", **options)
     environment = {k: v for k, v in os.environ.items() if k not in ("SDL_VIDEODRIVER", "DISPLAY")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.splitlines()[-1])["steps"] == 5
