@@ -12,6 +12,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices,
 
 from agents.adapter import NativeVecEnv
 from dreamenv.bundle import Bundle, Starts, load_bundle, resolve_bundle
+from dreamenv.contract.frames import NATIVE, observe
 from dreamenv.data import HELD_OUT_FROM, Dataset, Windows
 from dreamenv.errors import ConfigError, DatasetError
 from dreamenv.evaluation.clips import real_envs
@@ -22,10 +23,14 @@ TRAIN_LEVELS = (0, HELD_OUT_FROM)
 
 
 def real_world(
-    game: str, num_envs: int, levels: tuple[int, int] = TRAIN_LEVELS, distribution_mode: str = "easy"
+    game: str,
+    num_envs: int,
+    levels: tuple[int, int] = TRAIN_LEVELS,
+    distribution_mode: str = "easy",
+    frame: tuple[int, int, int] = NATIVE,
 ) -> NativeVecEnv:
-    """The real game (needs procgen)."""
-    return NativeVecEnv(real_envs(game, num_envs, levels, distribution_mode))
+    """The real game (needs procgen); `frame` is (H, W, C) of an observation."""
+    return NativeVecEnv(real_envs(game, num_envs, levels, distribution_mode, frame))
 
 
 def dream_world(
@@ -50,8 +55,10 @@ def dream_world(
     return NativeVecEnv(DreamVectorEnv(num_envs, bundle=bundle, autoreset_mode="SameStep", **options))
 
 
-def dataset_starts(folder: Path, count: int, context: int, seed: int = 0) -> Starts:
-    """`count` real contexts drawn from anywhere in a dataset's episodes.
+def dataset_starts(
+    folder: Path, count: int, context: int, seed: int = 0, frame: tuple[int, int, int] = NATIVE
+) -> Starts:
+    """`count` real contexts drawn from anywhere in a dataset's episodes, their frames as (H, W, C) `frame`.
 
     Raises:
         DatasetError: damaged, too short, or it holds held-out levels.
@@ -68,7 +75,7 @@ def dataset_starts(folder: Path, count: int, context: int, seed: int = 0) -> Sta
     frames, actions, levels = [], [], []
     for shard, start in zip(windows.shard[chosen], windows.start[chosen], strict=True):
         part, rows = dataset.shards[shard], slice(start, start + context)
-        frames.append(part.frames[rows])
+        frames.append(observe(part.frames[rows], frame))
         actions.append(part.actions[rows][:-1])
         levels.append(part.level_seeds[start])
     return Starts(np.stack(frames), np.stack(actions), np.array(levels, np.int32))
@@ -94,18 +101,17 @@ def make_world(
     if world == "real":
         return real_world(game, num_envs)
     loaded = load_bundle(resolve_bundle(bundle, game), device)
-    starts = None if data is None else dataset_starts(data, 2000, loaded.world_model.context)
+    model = loaded.world_model
+    starts = None if data is None else dataset_starts(data, 2000, model.context, frame=model.frame_shape)
     dreams = num_envs if world == "dream" else round(num_envs * share)
     if not 1 <= dreams <= num_envs or (world == "mix" and dreams == num_envs):
         raise ConfigError(f"share {share}: leaves {dreams} dreams of {num_envs} environments; a mix needs both worlds")
     dream = dream_world(loaded, dreams, starts=starts, **options)
-    return (
-        dream
-        if world == "dream"
-        else MixedVecEnv(
-            [dream, real_world(loaded.game.name, num_envs - dreams, distribution_mode=loaded.game.distribution_mode)]
-        )
-    )
+    if world == "dream":
+        return dream
+    facts, frame = loaded.game, loaded.world_model.frame_shape
+    real = real_world(facts.name, num_envs - dreams, distribution_mode=facts.distribution_mode, frame=frame)
+    return MixedVecEnv([dream, real])
 
 
 class MixedVecEnv(VecEnv):

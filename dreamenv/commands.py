@@ -17,12 +17,13 @@ from dreamenv.play.run import run as run_play
 _COMPARE, _PLAY, _SAMPLER = CompareConfig(), PlayConfig(), SamplerConfig()
 
 
-def _sampler(nfe: int, solver: str = "euler", temperature: float = 1.0, guidance: float = 1.0) -> Any:
-    from dreamenv.config import from_dict
+def _sampler(
+    nfe: int, solver: str = "euler", temperature: float = 1.0, guidance: float = 1.0, file: Path | None = None
+) -> Any:
+    from dreamenv.config import from_dict, load_yaml
 
-    return from_dict(
-        SamplerConfig, {"nfe": nfe, "solver": solver, "temperature": temperature, "guidance_scale": guidance}
-    )
+    given = {"nfe": nfe, "solver": solver, "temperature": temperature, "guidance_scale": guidance}
+    return from_dict(SamplerConfig, given if file is None else load_yaml(file), "" if file is None else str(file))
 
 
 def demo(
@@ -108,6 +109,7 @@ def compare(
     solver: Literal["euler", "heun"] = "euler",
     temperature: float = 1.0,
     guidance: float = 1.0,
+    sampler: Path | None = None,
     device: str = "auto",
     quick: bool = False,
     thorough: bool = False,
@@ -124,6 +126,7 @@ def compare(
         solver: euler or heun.
         temperature: scales the dream's noise.
         guidance: how far to push the dream towards the action; 1 is off, else each evaluation costs two.
+        sampler: a YAML file of nfe, solver, temperature and guidance_scale, instead of the four.
         device: auto, cpu, cuda ...
         quick: measure less of everything and leave out the closed loop, in under a minute.
         thorough: twice the steps, negatives and so on, four long dreams; what the embedded card is measured with.
@@ -151,7 +154,7 @@ def compare(
             seen.append(stage)
             bar.set_description(f"{stage:>24}")
 
-        result = run(loaded, settings, _sampler(nfe, solver, temperature, guidance), progress)
+        result = run(loaded, settings, _sampler(nfe, solver, temperature, guidance, sampler), progress)
         bar.update(1)
     page = save_comparison(out, loaded, settings, result)
     figures = result.figures | {"policy": settings.policy, "levels": list(settings.levels), "seed": settings.seed}
@@ -159,6 +162,62 @@ def compare(
         update_card(folder, figures)
     print(f"written to {out}/: open {page.name} in a browser", file=sys.stderr)
     print(json.dumps(figures))
+
+
+def generate(
+    out: Path = Path("out/clips"),
+    game: str = "coinrun",
+    bundle: Path | None = None,
+    form: Literal["video", "dataset", "grid", "futures"] = "video",
+    clips: int = 8,
+    steps: int = 100,
+    policy: str = "mix",
+    nfe: int = _SAMPLER.nfe,
+    solver: Literal["euler", "heun"] = "euler",
+    temperature: float = 1.0,
+    guidance: float = 1.0,
+    sampler: Path | None = None,
+    device: str = "auto",
+    seed: int = 0,
+) -> None:
+    """Dream clips of any bundle and write them as films or as a dataset, or a grid of pictures; needs no real game.
+
+    Args:
+        out: folder for clip-0000.mp4 and so on, for the dataset, for grid.png or futures.png.
+        game: which embedded bundle.
+        bundle: a bundle folder instead.
+        form: video; dataset, which every command that takes a dataset reads; grid, eight dreams from fixed starts under
+            fixed actions; or futures, four dreams of one start under the same actions.
+        clips: how many clips.
+        steps: most frames of each; a clip ends with its episode.
+        policy: who acts, see `python -m envs.collect --help`.
+        nfe: network function evaluations per step.
+        solver: euler or heun.
+        temperature: scales the dream's noise.
+        guidance: how far to push the dream towards the action; 1 is off, else each evaluation costs two.
+        sampler: a YAML file of nfe, solver, temperature and guidance_scale, instead of the four.
+        device: auto, cpu, cuda ...
+        seed: decides starts, actions and noise.
+    """
+    from dreamenv.bundle import load_bundle, resolve_bundle
+    from dreamenv.evaluation import generate as module
+
+    chosen = _sampler(nfe, solver, temperature, guidance, sampler)
+    loaded = load_bundle(resolve_bundle(bundle, game), device)
+    if form in ("grid", "futures"):
+        path = out / f"{form}.png"
+        if form == "grid":
+            module.save_qualitative_grid(path, loaded, chosen)
+        else:
+            module.save_futures(path, loaded, chosen, seed)
+        print(json.dumps({"written": str(path)}))
+        return
+    made = module.generate(loaded, clips, steps, policy, chosen, seed)
+    if form == "video":
+        module.save_films(out, made)
+    else:
+        module.save_dataset(out, made, loaded, policy, chosen, seed)
+    print(json.dumps({"written": str(out), "clips": int(made.first.sum()), "frames": len(made.first)}))
 
 
 def bench(

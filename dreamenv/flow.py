@@ -16,7 +16,7 @@ from torch import Tensor
 from dreamenv.config import check
 from dreamenv.models.interface import NULL_ACTION, Dynamics, Prediction, State
 
-Predict = Callable[[Tensor | None, float], Prediction]
+Predict = Callable[[Tensor | None, float, float], Prediction]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class SamplerConfig:
     """How a next latent is drawn."""
 
     nfe: int = 1
-    """Network function evaluations per step; 1 is the deterministic predictor (the mean), more draw a sample."""
+    """Network function evaluations per step; 1 is the deterministic predictor (the mean), more draw a sample. Of
+    dynamics that see the noise (`Dynamics.sees_noise`) one evaluation is a draw too."""
     solver: Literal["euler", "heun"] = "euler"
     """Euler, or Heun's second order (an odd nfe: two evaluations a step, one for the last)."""
     temperature: float = 1.0
@@ -50,10 +51,9 @@ class SamplerConfig:
                 f"{name} {value!r}: must be a number in 0..{limit:g}",
             )
 
-    @property
-    def stochastic(self) -> bool:
-        """Whether noise reaches the result."""
-        return self.nfe > 1 and self.temperature > 0
+    def stochastic(self, dynamics: Dynamics) -> bool:
+        """Whether noise reaches what is drawn of these dynamics."""
+        return self.temperature > 0 and not dynamics.deterministic and (self.nfe > 1 or dynamics.sees_noise)
 
 
 def interpolate(noise: Tensor, clean: Tensor, tau: Tensor) -> Tensor:
@@ -67,33 +67,36 @@ def velocity(x: Tensor, clean: Tensor, tau: float) -> Tensor:
     return (clean - x) / (1 - tau)
 
 
-def integrate(predict: Predict, noise: Tensor | None, sampler: SamplerConfig) -> Prediction:
+def integrate(predict: Predict, noise: Tensor | None, sampler: SamplerConfig, sees_noise: bool = False) -> Prediction:
     """Follow the path from noise to a clean latent.
 
     Args:
-        predict: (x_tau (B, C, H, W), or None at tau = 0, and tau) -> the predicted clean latent.
-        noise: standard normal (B, C, H, W); may be None where `sampler.stochastic` is False.
+        predict: (x_tau (B, C, H, W), or None at tau = 0, tau, and the length of the step that follows) -> the predicted
+            clean latent.
+        noise: standard normal (B, C, H, W); None is no noise.
         sampler: steps, solver and temperature.
+        sees_noise: whether the prediction at tau = 0 depends on the noise.
 
     Returns:
         The last prediction, with the log error that the first one expected.
     """
-    prediction = first = predict(None, 0.0)
+    start = None if noise is None or sampler.temperature == 0 else noise * sampler.temperature
+    steps = sampler.nfe if sampler.solver == "euler" else (sampler.nfe + 1) // 2
+    prediction = first = predict(start if sees_noise else None, 0.0, 1 / steps)
     if sampler.nfe == 1:
         return first
     clean = first.latent
-    x = torch.zeros_like(clean) if noise is None else noise.to(clean.dtype) * sampler.temperature
-    steps = sampler.nfe if sampler.solver == "euler" else (sampler.nfe + 1) // 2
+    x = torch.zeros_like(clean) if start is None else start.to(clean.dtype)
     for i in range(steps):
         tau, following = i / steps, (i + 1) / steps
         if i:
-            prediction = predict(x, tau)
+            prediction = predict(x, tau, 1 / steps)
         if i == steps - 1:
             break
         v = velocity(x, prediction.latent, tau)
         if sampler.solver == "heun":
             tried = x + (following - tau) * v
-            v = (v + velocity(tried, predict(tried, following).latent, following)) / 2
+            v = (v + velocity(tried, predict(tried, following, 1 / steps).latent, following)) / 2
         x = x + (following - tau) * v
     return replace(prediction, log_error=first.log_error)
 
@@ -107,7 +110,7 @@ def sample(
         dynamics: which.
         state: (B,) states.
         action: int64 (B,), the one taken now.
-        noise: standard normal (B, C, H, W); may be None where `sampler.stochastic` is False.
+        noise: standard normal (B, C, H, W); may be None where `sampler.stochastic(dynamics)` is False.
         sampler: how.
 
     Returns:
@@ -115,13 +118,15 @@ def sample(
     """
     zero = torch.zeros(len(action), device=action.device)
 
-    def predict(x: Tensor | None, tau: float) -> Prediction:
-        aware = dynamics.predict(state, action, x, zero + tau)
+    def predict(x: Tensor | None, tau: float, span: float) -> Prediction:
+        aware = dynamics.predict(state, action, x, zero + tau, span=zero + span)
         if sampler.guidance_scale == 1:
             return aware
         hidden = state.replace(actions=torch.full_like(state.actions, NULL_ACTION))
         unknown = torch.full_like(action, NULL_ACTION)
-        unaware = dynamics.predict(hidden, unknown, x, zero + tau, hints=aware.hints)
+        unaware = dynamics.predict(hidden, unknown, x, zero + tau, hints=aware.hints, span=zero + span)
         return dynamics.guide(aware, unaware, sampler.guidance_scale)
 
-    return integrate(predict, noise, sampler)
+    return (
+        predict(None, 0.0, 1.0) if dynamics.deterministic else integrate(predict, noise, sampler, dynamics.sees_noise)
+    )

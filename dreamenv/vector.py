@@ -15,7 +15,7 @@ from gymnasium.vector import AutoresetMode
 
 from dreamenv.branching import Branching
 from dreamenv.bundle import Bundle, load_bundle, resolve_bundle
-from dreamenv.config import check, from_dict, whole
+from dreamenv.config import check, from_dict, load_yaml, whole
 from dreamenv.contract.noise import draw_step, reset_generator
 from dreamenv.contract.resets import as_array, check_history, check_mask, check_options, check_seeds
 from dreamenv.contract.world import MAX_ENVS
@@ -44,7 +44,7 @@ class DreamVectorEnv(Branching):
         game: which embedded bundle.
         bundle: a bundle folder instead.
         device: "auto", "cpu", "cuda" ...
-        sampler: `SamplerConfig` or a mapping of its fields, e.g. {"nfe": 2, "temperature": 0.8}.
+        sampler: `SamplerConfig`, a mapping of its fields, e.g. {"nfe": 2, "temperature": 0.8}, or a YAML file of one.
         autoreset_mode: NEXT_STEP (default), SAME_STEP or DISABLED, as Gymnasium defines them.
         render_mode: None or "rgb_array".
         exact: run environment by environment, so that what one dreams depends neither on the batch nor on the number of
@@ -67,7 +67,7 @@ class DreamVectorEnv(Branching):
         game: str = "coinrun",
         bundle: str | Path | Bundle | None = None,
         device: str = "auto",
-        sampler: SamplerConfig | dict[str, Any] | None = None,
+        sampler: SamplerConfig | dict[str, Any] | str | Path | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         render_mode: str | None = None,
         exact: bool = False,
@@ -109,7 +109,9 @@ class DreamVectorEnv(Branching):
         return self._sampler
 
     @sampler.setter
-    def sampler(self, sampler: SamplerConfig | dict[str, Any] | None) -> None:
+    def sampler(self, sampler: SamplerConfig | dict[str, Any] | str | Path | None) -> None:
+        if isinstance(sampler, str | Path):
+            sampler = load_yaml(sampler)
         if not isinstance(sampler, SamplerConfig):
             sampler = from_dict(SamplerConfig, {} if sampler is None else sampler, "sampler")
         self._sampler = sampler
@@ -240,7 +242,7 @@ class DreamVectorEnv(Branching):
     def _imagine(self, actions: np.ndarray) -> tuple[Transition, np.ndarray]:
         """One model step of every environment, and the uniforms (N,) that decide the outcomes."""
         model = self.bundle.world_model
-        shape = model.latent_shape if self.sampler.stochastic else None
+        shape = model.latent_shape if self.sampler.stochastic(model.dynamics) else None
         keys = zip(self._seeds, self._streams, self._episodes, self._steps, strict=True)
         draws = [draw_step(int(s), int(b), int(e), int(t), shape) for s, b, e, t in keys]
         uniforms = np.array([u for u, _ in draws])

@@ -101,7 +101,7 @@ class WorldModel:
         Args:
             state: (B,) states.
             actions: int64 (B,) in 0..14.
-            noise: standard normal float32 (B, C, H, W); may be None where `sampler.stochastic` is False.
+            noise: standard normal float32 (B, C, H, W); may be None where `sampler.stochastic(dynamics)` is False.
             sampler: how the next latent is drawn.
         """
         action = torch.as_tensor(actions, device=self.device).long()

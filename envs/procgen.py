@@ -11,19 +11,20 @@ from gymnasium.vector import AutoresetMode
 
 from dreamenv.config import check, whole
 from dreamenv.contract.actions import NOOP
+from dreamenv.contract.frames import NATIVE, check_frame, observe
 from dreamenv.contract.games import GAMES, SEED_LIMIT, Game, check_levels, get_game
 from dreamenv.contract.resets import as_array, check_mask, check_options, check_seeds
 from dreamenv.contract.single import SingleView
 from dreamenv.contract.snapshot import check_arrays, pack, unpack
 from dreamenv.contract.world import WorldVectorEnv
 from dreamenv.errors import ResetError, SnapshotError
-from envs.making import make_procgen, procgen_version
+from envs.making import fresh_state, make_procgen, procgen_version
 
 
 class RealProcgenVectorEnv(WorldVectorEnv):
     """A batch of real Procgen games with real seeding, real resets and snapshots.
 
-    Observations are uint8 (N, 64, 64, 3), actions integers (N,) in 0..14, rewards float64 (N,) of the game's own
+    Observations are uint8 (N, *frame_shape), actions integers (N,) in 0..14, rewards float64 (N,) of the game's own
     magnitudes. Procgen never shows a terminal frame: in NEXT_STEP and DISABLED mode the step that ends an episode
     repeats its last frame; in SAME_STEP mode the observation is already the next level's and there is no `final_obs`
     (but where `max_episode_steps` ended the episode).
@@ -40,6 +41,7 @@ class RealProcgenVectorEnv(WorldVectorEnv):
         render_size: 64 for the observation's pixels, 512 for Procgen's own large rendering.
         num_threads: Procgen's worker threads; 0 steps in the calling thread, on two cores as fast.
         max_episode_steps: truncate episodes after so many steps; None leaves the game's own limit.
+        frame_shape: (H, W, C) of an observation; others than (64, 64, 3) are made by `dreamenv.contract.frames`.
 
     Raises:
         ConfigError: an argument outside its range.
@@ -64,12 +66,14 @@ class RealProcgenVectorEnv(WorldVectorEnv):
         render_size: int = 64,
         num_threads: int = 0,
         max_episode_steps: int | None = None,
+        frame_shape: Sequence[int] = NATIVE,
     ) -> None:
         self.game: Game = get_game(game)
         check_levels(self.game, start_level, num_levels, distribution_mode)
         num_threads = whole(num_threads, "num_threads", 0, 1024)
         check(type(render_size) is int and render_size in (64, 512), f"render_size {render_size!r}: must be 64 or 512")
-        super().__init__(num_envs, (64, 64, 3), autoreset_mode, tuple(AutoresetMode), render_mode, max_episode_steps)
+        frame, modes = check_frame(frame_shape), tuple(AutoresetMode)
+        super().__init__(num_envs, frame, autoreset_mode, modes, render_mode, max_episode_steps)
         self.render_size = render_size
         self._options = {
             "env_name": game,
@@ -96,7 +100,7 @@ class RealProcgenVectorEnv(WorldVectorEnv):
                 (an autoreset repeats the level, the next reset goes back to the environment's own range).
 
         Returns:
-            uint8 observations (N, 64, 64, 3) and infos.
+            uint8 observations (N, *frame_shape) and infos.
 
         Raises:
             ResetError: a seed or option of the wrong type, shape or range.
@@ -120,7 +124,7 @@ class RealProcgenVectorEnv(WorldVectorEnv):
             self._steps[i], self._finished[i], self._advanced[i] = 0, False, False
             self._pinned[i] = levels is not None
         self._started = True
-        frames = self._envs.observe()[1]["rgb"]
+        frames = self._observed(self._envs.observe()[1])
         self._frames = np.where(mask[:, None, None, None], frames, self._frames)
         self._levels = np.where(mask, self._current_levels(), self._levels)
         return self._frames.copy(), self._infos()
@@ -157,7 +161,7 @@ class RealProcgenVectorEnv(WorldVectorEnv):
         """Act where the game goes on and begin the next level where it does not.
 
         Returns:
-            Rewards float64 (N,), frames uint8 (N, 64, 64, 3), and bool (N,): whether an episode ended.
+            Rewards float64 (N,), frames uint8 (N, *frame_shape), and bool (N,): whether an episode ended.
         """
         begun = {}
         for i in np.flatnonzero(resetting):  # gym3 acts in all games or in none
@@ -168,7 +172,7 @@ class RealProcgenVectorEnv(WorldVectorEnv):
         done = np.asarray(first, bool) & ~resetting
         for i, state in begun.items():
             self._set(i, state)
-        frames = self._envs.observe()[1]["rgb"] if begun else observation["rgb"]
+        frames = self._observed(self._envs.observe()[1] if begun else observation)
         return np.where(resetting, 0.0, rewards.astype(np.float64)), frames, done
 
     def _autoreset_now(self, frames: np.ndarray, over: np.ndarray, cut: np.ndarray) -> dict[str, Any]:
@@ -177,7 +181,7 @@ class RealProcgenVectorEnv(WorldVectorEnv):
         for i in np.flatnonzero(cut):
             final[i] = frames[i].copy()
             self._set(i, self._forced_reset(self._get(i)))
-        self._frames = self._envs.observe()[1]["rgb"] if cut.any() else frames
+        self._frames = self._observed(self._envs.observe()[1]) if cut.any() else frames
         steps = self._steps.copy()
         self._steps[over] = 0
         if over.any():
@@ -186,6 +190,10 @@ class RealProcgenVectorEnv(WorldVectorEnv):
         if over.any():
             infos |= {"final_info": {"episode_step": steps, "_episode_step": over}, "_final_info": over}
         return infos | ({"final_obs": final, "_final_obs": cut} if cut.any() else {})
+
+    def _observed(self, observation: dict[str, np.ndarray]) -> np.ndarray:
+        """The games' pictures uint8 (N, *frame_shape)."""
+        return observe(observation["rgb"], self._frames.shape[1:])
 
     @property
     def backend(self) -> str:
@@ -204,9 +212,7 @@ class RealProcgenVectorEnv(WorldVectorEnv):
         if not view.camera(mode):
             return np.full((self.num_envs, 2), np.nan, np.float32)
         columns, rows = view.level[mode]
-        behind = (
-            4 + view.tail + 4 * columns * rows + 12 + 24
-        )  # a mark, the game's own, the tiles and their numbers, this
+        behind = 4 + view.tail + 4 * columns * rows + 12 + 24  # a mark, the game's own, the tiles, their numbers, this
         out = np.empty((self.num_envs, 2), np.float32)
 
         def read(k: int) -> None:
@@ -233,7 +239,7 @@ class RealProcgenVectorEnv(WorldVectorEnv):
         return pack("real", {"num_envs": self.num_envs, "options": self._options}, arrays)
 
     def restore(self, data: bytes, trust: bool = False) -> np.ndarray:
-        """Return to a snapshot and its observations, uint8 (N, 64, 64, 3).
+        """Return to a snapshot and its observations, uint8 (N, *frame_shape).
 
         Args:
             data: what `snapshot` returned.
@@ -315,11 +321,8 @@ class RealProcgenVectorEnv(WorldVectorEnv):
 
     def _fresh_state(self, rand_seed: int, level: int | None = None) -> bytes:
         """Return the state of a new game; the levels that follow it are decided by `rand_seed` (it holds the RNG)."""
-        options = self._options if level is None else {**self._options, "start_level": level, "num_levels": 1}
-        fresh = make_procgen(num=1, rand_seed=rand_seed, num_threads=0, **options)
-        state = fresh.get_state()[0]
-        fresh.close()
-        return state
+        one = {} if level is None else {"start_level": level, "num_levels": 1}
+        return fresh_state(rand_seed, **self._options | one)
 
     def _forced_reset(self, state: bytes) -> bytes:
         if self._helper is None:

@@ -55,10 +55,6 @@ class ToyCodec(Codec):
         mean = kept.get("mean", torch.zeros_like(latents))
         return self.up(latents + 0.1 * mean)
 
-    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        latents = self.encode(images)
-        return self.decode(latents + noise), latents
-
 
 @dataclass(frozen=True)
 class ToyDynamicsConfig:
@@ -80,7 +76,9 @@ class ToyDynamics(Dynamics):
         nn.init.normal_(self.push.weight, std=0.02)
         self.mix = nn.Conv2d(2 * c, c + 1, 1)
 
-    def begin(self, latents: Tensor, actions: Tensor, past: Any = None, columns: Any = None) -> State:
+    def begin(
+        self, latents: Tensor, actions: Tensor, past: Any = None, columns: Any = None, level: Any = None
+    ) -> State:
         state = super().begin(latents, actions)
         return state.replace(mean=state.latents.mean(1))
 
@@ -92,6 +90,7 @@ class ToyDynamics(Dynamics):
         tau: Tensor | None = None,
         level: Tensor | None = None,
         hints: Mapping[str, Tensor] | None = None,
+        span: Tensor | None = None,
     ) -> Prediction:
         last = state.latents[:, -1]
         seen = torch.zeros_like(last) if x is None or tau is None else x * tau[:, None, None, None]

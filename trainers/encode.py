@@ -9,6 +9,7 @@ import torch
 
 from dreamenv.artifacts import atomic_file, only_writer, read_json, readable_folder, sha256_file, write_json
 from dreamenv.console import run_command_line
+from dreamenv.contract.frames import observe
 from dreamenv.data import HELD_OUT_FROM, Dataset, Shard
 from dreamenv.device import keep_freed_memory, pick_device
 from dreamenv.errors import BundleError, DatasetError
@@ -104,7 +105,7 @@ def _encode_missing(dataset: Dataset, model: Codec, digest: str, out: Path, devi
     (out / "latents.json").unlink(missing_ok=True)
     target = pick_device(device)
     model = model.to(target, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    weights = _rarity(dataset).to(target)
+    weights = _rarity(dataset, model.frame).to(target)
     for shard, name in zip(dataset.shards, shard_names(dataset), strict=True):
         paths = [out / f"{kind}-{name}.npy" for kind in ("latents", "importance")]
         if all(p.exists() and p.name in digests for p in paths):
@@ -117,12 +118,12 @@ def _encode_missing(dataset: Dataset, model: Codec, digest: str, out: Path, devi
         print(f"encoded {shard.name}", flush=True)
 
 
-def _rarity(dataset: Dataset) -> torch.Tensor:
-    """The weight of each colour bin, (4096,), by a sample of the dataset's frames."""
+def _rarity(dataset: Dataset, frame: tuple[int, int, int]) -> torch.Tensor:
+    """The weight of each colour bin, (4096,), by a sample of the dataset's frames, shown as `frame`."""
     rng = np.random.default_rng(0)
     picked = [(s, np.sort(rng.choice(len(s), min(len(s), 256), replace=False))) for s in dataset.shards]
     sample = np.concatenate([shard.frames[rows] for shard, rows in picked])
-    return colour_weights(torch.from_numpy(colour_frequencies(sample)).float())
+    return colour_weights(torch.from_numpy(colour_frequencies(observe(sample, frame))).float())
 
 
 def _encode(shard: Shard, model: Codec, weights: torch.Tensor, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
@@ -133,7 +134,7 @@ def _encode(shard: Shard, model: Codec, weights: torch.Tensor, device: torch.dev
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=False):
         for at in range(0, len(shard), size):
             rows = slice(at, at + size)
-            frames = torch.from_numpy(np.array(shard.frames[rows])).to(device)
+            frames = torch.from_numpy(observe(np.array(shard.frames[rows]), model.frame)).to(device)
             images = to_images(frames).contiguous(memory_format=torch.channels_last)
             columns = {n: torch.from_numpy(np.array(shard.columns[n][rows])).to(device) for n in model.columns}
             encoded = model.encode(images, **columns)

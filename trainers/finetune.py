@@ -102,6 +102,8 @@ def stage_values(config: FinetuneConfig, bundle: Bundle, kind: str, latents: Pat
     """The sections model, task and loop by which a bundle's "dynamics" or "head" go on."""
     out = config.out
     recipe = load_recipe(recipe_of(config, bundle))
+    known = [name for name in recipes() if load_recipe(name).finetune]
+    check(kind in recipe.finetune, f"recipe {recipe.name}: does not go on from a bundle; these do: {', '.join(known)}")
     chosen = recipe.finetune[kind]
     made: dict[str, Any] = {stage: out / stage for stage in recipe.stages}
     values = recipe.values(chosen["stage"], made | {"dreams": dreams_for(_DREAMS, config.minutes, config.steps)})

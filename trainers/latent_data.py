@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dreamenv.artifacts import open_array, read_json, sha256_file
 from dreamenv.contract.actions import NOOP
+from dreamenv.contract.frames import observe
 from dreamenv.data import Dataset, Windows, split_levels
 from dreamenv.errors import DatasetError
 from dreamenv.models.interface import Codec
@@ -113,13 +114,14 @@ class LatentDataset:
         return indices, np.where(raw == indices, self.actions[np.minimum(indices, len(self.actions) - 1)], NOOP)
 
     def frames(self, indices: np.ndarray) -> np.ndarray:
-        """Original frames uint8 (..., 64, 64, 3) at flat indices."""
+        """The frames at flat indices as the codec is shown them, uint8 (..., h, w, c)."""
         flat = indices.reshape(-1)
         ends = np.cumsum([len(s) for s in self.dataset.shards])
         shard = np.searchsorted(ends, flat, side="right")
         out = np.stack(
             [self.dataset.shards[k].frames[i - (ends[k - 1] if k else 0)] for k, i in zip(shard, flat, strict=True)]
         )
+        out = observe(out, self.codec.frame)
         return out.reshape(*indices.shape, *out.shape[1:])
 
 

@@ -17,10 +17,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dreamenv import checkpoints
-from dreamenv.artifacts import only_writer
+from dreamenv.artifacts import only_writer, read_json
 from dreamenv.config import check
 from dreamenv.contract.noise import philox
 from dreamenv.device import pick_device, pick_precision
+from dreamenv.errors import CheckpointError
 from dreamenv.models.io import save_model
 from trainers.batch import Batch
 from trainers.checkpoint import load_checkpoint, save_checkpoint
@@ -43,12 +44,15 @@ class LoopConfig:
     """Samples a step, per process."""
     lr: float = 1e-3
     """Peak learning rate (AdamW, Loshchilov & Hutter 2019)."""
+    schedule: Literal["cosine", "one_cycle"] = "cosine"
+    """cosine: a linear warm-up, then a cosine to `final_lr` * lr. one_cycle: PyTorch's OneCycleLR with its defaults
+    (Smith & Topin 2019), which cycles the momentum too."""
     warmup: float = 0.02
-    """Fraction of the budget that warms up; a cosine to `final_lr` * lr follows."""
+    """Fraction of the budget that warms up, of the cosine."""
     final_lr: float = 0.01
     """Learning rate at the end, as a fraction of the peak."""
     weight_decay: float = 0.01
-    """Decoupled weight decay, on matrices and kernels only."""
+    """Decoupled weight decay, on matrices and kernels only; 0 makes AdamW Adam."""
     grad_clip: float = 1.0
     """Limit of the gradient norm."""
     ema: float = 0.999
@@ -71,6 +75,11 @@ class LoopConfig:
     """Steps between validations (there is always one at the end)."""
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
+    best: str = ""
+    """A figure of the validation, such as psnr: the model with the largest so far is kept in best/; -loss: the
+    smallest. Empty keeps none."""
+    keep_every: int = 0
+    """Steps between models that are kept for good, in models/; 0 keeps none."""
     wandb: str = ""
     """Weights & Biases project; empty turns it off."""
 
@@ -81,6 +90,9 @@ class LoopConfig:
         check(self.minutes is None or self.minutes > 0, f"minutes {self.minutes}: must be > 0")
         for name in ("batch_size", "log_every", "val_every", "checkpoint_every"):
             check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
+        check(self.keep_every >= 0, f"keep_every {self.keep_every}: must be >= 0")
+        known = ("cosine", "one_cycle")
+        check(self.schedule in known, f"schedule {self.schedule!r}: must be one of {', '.join(known)}")
         check(0 < self.lr <= 1, f"lr {self.lr}: must be in (0, 1]")
         check(0 <= self.warmup < 1, f"warmup {self.warmup}: must be in [0, 1)")
         check(0 <= self.final_lr <= 1, f"final_lr {self.final_lr}: must be in [0, 1]")
@@ -92,18 +104,32 @@ class LoopConfig:
 
 
 def learning_rate(config: LoopConfig, progress: float) -> float:
-    """Warm-up, then cosine to `final_lr`; `progress` is the fraction of the budget done."""
+    """The schedule's rate; `progress` is the fraction of the budget done."""
+    if config.schedule == "one_cycle":
+        return config.lr * _cycle(progress, 1 / 25, 1.0, 1 / 25e4)
     if progress < config.warmup:
         return config.lr * max(progress, 1e-4) / config.warmup
     done = (progress - config.warmup) / (1 - config.warmup)
     return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
 
+def momentum(config: LoopConfig, progress: float) -> float:
+    """AdamW's first beta: 0.9, or what one cycle makes of it."""
+    return _cycle(progress, 0.95, 0.85, 0.95) if config.schedule == "one_cycle" else 0.9
+
+
+def _cycle(progress: float, first: float, middle: float, last: float) -> float:
+    """A cosine from `first` to `middle` over three tenths of the budget, then one to `last`."""
+    rising = progress < 0.3
+    begin, end, done = (first, middle, progress / 0.3) if rising else (middle, last, (progress - 0.3) / 0.7)
+    return end + (begin - end) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
 class Loop:
     """Trains one task into a run folder.
 
     The folder gets config.yaml and run.json (what was asked, and by which code), metrics.csv, tensorboard/,
-    checkpoint/, pictures/ and model/ (averaged weights).
+    checkpoint/, pictures/ and model/ (averaged weights); best/ and models/ where they are asked for.
 
     Args:
         config: how long and how.
@@ -175,7 +201,8 @@ class Loop:
         elif self.rank == 0:  # a fresh start leaves nothing behind that a later resume could pick up
             (self.folder / "metrics.csv").unlink(missing_ok=True)
             checkpoints.discard(self.folder / "checkpoint")
-            shutil.rmtree(self.folder / "model", ignore_errors=True)
+            for stale in ("model", "best", "models"):
+                shutil.rmtree(self.folder / stale, ignore_errors=True)
         log = None
         if self.rank == 0:
             write_run(self.folder, self.settings)
@@ -210,11 +237,30 @@ class Loop:
                 validated = self._validate()
                 assert log is not None
                 log.write(self.step, {f"val_{k}": v for k, v in validated.items()})
+                self._keep_best(validated)
+            if self.rank == 0 and self.config.keep_every and self.step % self.config.keep_every == 0:
+                self._save(f"models/step-{self.step:07d}")
             if self.rank == 0 and (last or self.step % self.config.checkpoint_every == 0):
                 # the model before the checkpoint: a kill between them repeats the last steps, to the same model
-                save_model(self.folder / "model", self.model, self.task.facts() | {"step": self.step}, self.ema)
+                self._save("model")
                 save_checkpoint(self)
         return validated
+
+    def _save(self, name: str, **facts: Any) -> None:
+        """Write the averaged weights to a model folder of the run."""
+        save_model(self.folder / name, self.model, self.task.facts() | {"step": self.step} | facts, self.ema)
+
+    def _keep_best(self, validated: dict[str, float]) -> None:
+        """Keep the model in best/ if its figure is the best so far, of this and of resumed runs."""
+        name = self.config.best.removeprefix("-")
+        if not name:
+            return
+        check(name in validated, f"loop.best {self.config.best!r}: the validation has {', '.join(validated)}")
+        value, path = validated[name], self.folder / "best" / "model.json"
+        before = read_json(path, CheckpointError, "delete it")["facts"].get("best") if path.exists() else None
+        sign = -1 if self.config.best.startswith("-") else 1
+        if before is None or sign * value > sign * before:
+            self._save("best", best=value)
 
     def _agree(self, elapsed: float) -> float:
         """Rank 0's clock, so that all processes stop at the same step of a minute budget."""
@@ -236,6 +282,8 @@ class Loop:
         rate = learning_rate(self.config, self.progress)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("rate", 1.0)
+            if self.config.schedule == "one_cycle":
+                group["betas"] = (momentum(self.config, self.progress), group["betas"][1])
         self.trained.train()
         graphs = self.config.cuda_graphs and self.device.type == "cuda"
         key = self.task.graph_key(self.progress) if graphs else None

@@ -22,11 +22,13 @@ from dreamenv.artifacts import atomic_file, read_json
 from dreamenv.bundle import GameFacts, Limits, Starts, load_bundle, save_bundle
 from dreamenv.config import check, from_dict, to_dict
 from dreamenv.console import errors_in_one_line
+from dreamenv.contract.frames import NATIVE, observe
 from dreamenv.contract.games import get_game
 from dreamenv.data import Dataset
 from dreamenv.errors import BundleError, ConfigError
 from dreamenv.models.interface import Codec, Dynamics, OutcomeHead
-from dreamenv.models.io import load_model
+from dreamenv.models.io import load_model, save_model
+from dreamenv.models.registry import build
 from dreamenv.policies.simple import parse_mix
 from dreamenv.stages import begun, program, run_command, stage
 from dreamenv.world_model import WorldModel
@@ -50,6 +52,8 @@ class PipelineConfig:
     cores."""
     out: Path | None = None
     """Run folder, runs/<game> by default; the bundle is <out>/bundle."""
+    data: Path | None = None
+    """A dataset of the game to train on, in place of collecting one."""
     steps: int | None = None
     """Transitions to collect; the recipe's number by default."""
     ends: int | None = None
@@ -95,6 +99,12 @@ class PipelineConfig:
             known = ", ".join(recipe.trained)
             check(not prefixed or name in recipe.trained, f"set {item!r}: there is no stage {name!r}, only {known}")
             check("=" in (assignment if prefixed else item), f"set {item!r}: expected [stage:]section.key=value")
+        if self.data is not None:
+            facts = Dataset(self.data).facts
+            found, wanted = (facts["game"], facts["distribution_mode"]), (game.name, mode)
+            check(
+                found == wanted, f"data {self.data}: is of {found[0]} in {found[1]}, not of {wanted[0]} in {wanted[1]}"
+            )
         made = self.numbers(recipe) | {name: Path(name) for name in recipe.stages}
         for name in recipe.trained:
             try:
@@ -148,9 +158,11 @@ def _run(config: PipelineConfig, recipe: Recipe, out: Path) -> None:
         where, work = out / name, _work(config, recipe, name, settings, made)
         if work is not None:
             stage(out, name, work)
-        made[name] = "" if work is None else where / "model" if "task" in settings else where
-    data = next(name for name, settings in recipe.stages.items() if "collect" in settings)
-    stage(out, "bundle", lambda: make_bundle(out, out / data, config.starts, recipe.bundle, recipe.name))
+        made[name] = "" if work is None else where / "model" if "model" in settings else where
+        if name == recipe.data and config.data is not None:
+            made[name] = config.data
+    data = made[recipe.data]
+    stage(out, "bundle", lambda: make_bundle(out, data, config.starts, recipe.bundle, recipe.name))
 
 
 def _work(
@@ -161,11 +173,14 @@ def _work(
     out = config.out / name
     if "collect" in settings:
         wanted = filled(settings["collect"], made, name)
-        return partial(_collect, config, name, wanted, out) if wanted["steps"] else None
+        given = name == recipe.data and config.data is not None
+        return partial(_collect, config, name, wanted, out) if wanted["steps"] and not given else None
     if "encode" in settings:
         wanted = filled(settings["encode"], made, name)
         return partial(encode, wanted["data"], wanted["codec"], out) if wanted["data"] else None
-    check("task" in settings, f"recipe {recipe.name}: stage {name} says neither collect, encode nor task")
+    if "build" in settings:
+        return partial(build_model, settings["build"], settings["model"], out / "model")
+    check("task" in settings, f"recipe {recipe.name}: stage {name} says neither collect, encode, build nor task")
     return partial(train_stage, config.stage_values(recipe, name, made), out)
 
 
@@ -175,6 +190,11 @@ def _collect(config: PipelineConfig, name: str, wanted: dict[str, Any], out: Pat
     settings = {"game": config.game, "policy": config.policy, "seed": seed, "workers": config.workers}
     settings |= {"distribution_mode": config.distribution_mode, "out": out, **wanted}
     return run_command(program("envs.collect", **settings))
+
+
+def build_model(kind: str, model: dict[str, Any], folder: Path) -> None:
+    """Write the model folder of a model that needs no training."""
+    save_model(folder, build(kind, model), {"step": 0})
 
 
 def train_stage(values: dict[str, Any], out: Path) -> None:
@@ -226,13 +246,14 @@ def make_bundle(out: Path, data: Path, starts: int, stages: dict[str, str], reci
         "heads_also": facts["head"].get("also"),
     }
     world_model = WorldModel(codec, dynamics, head)
-    bundle = save_bundle(out / "bundle", world_model, game, limits, start_bank(dataset, starts), provenance)
+    bank = start_bank(dataset, starts, codec.frame)
+    bundle = save_bundle(out / "bundle", world_model, game, limits, bank, provenance)
     load_bundle(bundle, "cpu")  # what was written must be readable
     return bundle
 
 
-def start_bank(dataset: Dataset, count: int) -> Starts:
-    """First frames of `count` different levels, evenly spread over the dataset's."""
+def start_bank(dataset: Dataset, count: int, frame: tuple[int, int, int] = NATIVE) -> Starts:
+    """First frames of `count` different levels, evenly spread over the dataset's, as (H, W, C) `frame`."""
     first: dict[int, tuple[int, int]] = {}
     for k, shard in enumerate(dataset.shards):
         began = np.flatnonzero(shard.first)
@@ -243,7 +264,7 @@ def start_bank(dataset: Dataset, count: int) -> Starts:
     spread = np.linspace(0, len(levels) - 1, min(count, len(levels))).round().astype(int)
     chosen = [levels[i] for i in np.unique(spread)]
     frames = np.stack([dataset.shards[k].frames[t] for k, t in (first[level] for level in chosen)])[:, None]
-    return Starts(frames, np.zeros((len(chosen), 0), np.uint8), np.array(chosen, np.int32))
+    return Starts(observe(frames, frame), np.zeros((len(chosen), 0), np.uint8), np.array(chosen, np.int32))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,7 +1,8 @@
 """Recipes: the stages from the real game to a bundle, as data (`trainers/recipes/*.yaml`).
 
-A stage collects, encodes or trains. `{name}` in its settings is what the stage of that name made: a dataset, a folder
-of latents, or a model folder; `{steps}`, `{ends}` and `{dreams}` are numbers that the pipeline decides.
+A stage collects, encodes, builds a model that needs no training, or trains one. `{name}` in its settings is what the
+stage of that name made: a dataset, a folder of latents, or a model folder; `{steps}`, `{ends}` and `{dreams}` are
+numbers that the pipeline decides. A recipe may say which other one it `extends`.
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ class Recipe:
     extra: dict[str, dict[str, Any]]
     bundle: dict[str, str]
     finetune: dict[str, dict[str, Any]]
+
+    @property
+    def data(self) -> str:
+        """The stage that collects what is trained on."""
+        return next(name for name, settings in self.stages.items() if "collect" in settings)
 
     @property
     def trained(self) -> list[str]:
@@ -83,7 +89,7 @@ def load_recipe(name: str) -> Recipe:
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.exists():
         raise unknown(f"recipe {name!r}: unknown", name, recipes())
-    values = load_yaml(path)
+    values = _read(path)
     models = values.pop("models", {})
     further = set(values) - {f.name for f in fields(Recipe)}
     check(not further, f"{path}: {sorted(further)[:1]} is not a part of a recipe")
@@ -107,6 +113,23 @@ def load_recipe(name: str) -> Recipe:
         bundle=values["bundle"],
         finetune=values.get("finetune", {}),
     )
+
+
+def _read(path: Path, below: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A recipe's file, and what it takes over from the one that it `extends`: models and keys of stages, each whole."""
+    own = load_yaml(path)
+    base = own.pop("extends", None)
+    if base is None:
+        return own
+    check(base in recipes(), f"{path}: extends {base!r}; there are {', '.join(recipes())}")
+    check(base not in below, f"{path}: extends {base}, which extends this one")
+    values = _read(RECIPES / f"{base}.yaml", (*below, path.stem))
+    for part, settings in own.items():
+        before = values.get(part, {})
+        if part in ("stages", "extra", "finetune"):
+            settings = {name: {**before.get(name, {}), **keys} for name, keys in settings.items()}
+        values[part] = {**before, **settings} if isinstance(settings, dict) else settings
+    return values
 
 
 def filled(value: Any, made: dict[str, Any], where: str) -> Any:

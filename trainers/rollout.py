@@ -70,7 +70,7 @@ class Rollout:
         steps: U of them.
         trail: (B, K + U, C, H, W), the context with its noise and then what the rollout went on from.
         actions: int64 (B, K + U), the true ones; given: those that the dynamics saw, some hidden.
-        level: (B,), the standard deviation of the noise in the context.
+        level: (B,), or (B, K) of dynamics with `frame_levels`: the standard deviation of the noise in the context.
         copies: how many rollouts there are of each sample, one after the other along the batch.
     """
 
@@ -94,6 +94,8 @@ class RolloutConfig:
     """How far rare-coloured cells weigh more."""
     drop_actions: float
     """Share of samples whose actions are hidden, for guidance."""
+    own: float
+    """Probability that a step goes on from the model's own prediction instead of the truth."""
 
 
 class Rollouts:
@@ -157,9 +159,15 @@ class Rollouts:
         return ((predicted.float() - target).square() * self.channels).mean(1)
 
     def noised(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """The context (B, K, C, H, W) with noise, and its standard deviation (B,), drawn anew for each sample."""
-        level = self.uniform(len(context)) * self.config.context_noise
-        return self.codec.noised(context, self.normal(context.shape) * level[:, None, None, None, None]), level
+        """The context (B, K, C, H, W) with noise, and its standard deviation, drawn anew for each sample (B,).
+
+        Of dynamics with a level for each frame it is drawn for each frame, (B, K).
+        """
+        b, k = context.shape[:2]
+        many = self.dynamics.frame_levels
+        level = self.uniform(b * k).view(b, k) if many else self.uniform(b)
+        level = level * self.config.context_noise
+        return self.codec.noised(context, self.normal(context.shape) * level.view(b, -1, 1, 1, 1)), level
 
     def _roll(self, batch: DynamicsBatch, copies: int) -> Rollout:
         """Unroll from means (no copies), or that many times from draws."""
@@ -169,13 +177,15 @@ class Rollouts:
             hidden = self.uniform(len(given))[:, None] < self.config.drop_actions
             given = given.masked_fill(hidden, NULL_ACTION)
         context, level = self.noised(batch.latents[:, :k])
-        state = dynamics.begin(context, given[:, : k - 1], batch.past, batch.columns)
+        state = dynamics.begin(context, given[:, : k - 1], batch.past, batch.columns, level)
         if times > 1:
             state = state.apply(lambda value: value.repeat(times, *(1,) * (value.ndim - 1)))
-        level, actions = level.repeat(times), batch.actions.repeat(times, 1)
+        level = level.repeat(times, *(1,) * (level.ndim - 1))
+        actions = batch.actions.repeat(times, 1)
         given = given.repeat(times, 1)
         cells = 1 + self.config.importance * (batch.importance.float() / 16 - 1).clamp_min(0)
-        steps, trail, half = [], list(state.latents.unbind(1)), torch.full_like(level, 0.5)
+        steps, trail = [], list(state.latents.unbind(1))
+        half = torch.full((len(given),), 0.5, device=given.device)
         for u in range(self.config.unroll):
             action, target = given[:, k - 1 + u], batch.latents[:, k + u]
             target = target.repeat(times, 1, 1, 1)
@@ -190,6 +200,10 @@ class Rollouts:
             error = self.error(prediction.latent, target) * live
             weights = cells[:, u].repeat(times, 1, 1)
             steps.append(Step(state, action, target, hints, prediction, draw, error, live, weights))
-            state = dynamics.advance(state, action, dynamics.align(going.to(state.latents.dtype), target))
+            following = dynamics.align(going.to(state.latents.dtype), target)
+            if self.config.own < 1:
+                own = self.uniform(len(following)) < self.config.own
+                following = torch.where(own[:, None, None, None], following, target.to(following.dtype))
+            state = dynamics.advance(state, action, following)
             trail.append(state.latents[:, -1])
         return Rollout(steps, torch.stack(trail, 1), actions, given, level, times)

@@ -13,6 +13,7 @@ from gymnasium.vector.utils import batch_space
 
 from dreamenv.config import check, whole
 from dreamenv.contract.actions import NUM_ACTIONS, check_actions, keys_to_action
+from dreamenv.contract.frames import as_rgb
 from dreamenv.contract.specs import JsonSpec
 from dreamenv.errors import ClosedError, ConfigError, ResetError
 
@@ -107,11 +108,11 @@ class WorldVectorEnv(JsonSpec, VectorEnv):  # pyright: ignore[reportIncompatible
         return infos | {f"_{name}": np.ones(self.num_envs, bool) for name in infos}
 
     def render(self) -> tuple[np.ndarray, ...] | None:
-        """Return one uint8 frame per environment, or None without a render mode."""
+        """Return one uint8 frame (H, W, 3) per environment, or None without a render mode."""
         if self.render_mode is None:
             gym.logger.warn("render() without a render mode: make the env with render_mode='rgb_array'")
             return None
-        return tuple(self._frames.copy())
+        return tuple(as_rgb(self._frames).copy())
 
     def get_keys_to_action(self) -> dict[tuple[int, ...], int]:
         """Return key-code combinations -> action, as `gymnasium.utils.play` wants them."""

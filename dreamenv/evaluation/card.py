@@ -107,8 +107,18 @@ def _others(card: dict[str, Any]) -> list[Row]:
             f"{c['endless_diverged']:.0%}",
         ),
         ("uncertainty against the true error, Spearman", f"{c['uncertainty_error_spearman']:.2f}"),
+        *_samples(c),
     ]
     return [(row[0], row[1], "", "", row[2] if len(row) > 2 else "") for row in rows]
+
+
+def _samples(card: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows of several dreams of each clip, where the model draws samples."""
+    if "samples" not in card:
+        return []
+    what = f"of {card['samples']} samples by {card['samples_nfe']} evaluations, dB, {card['samples_horizon']} steps"
+    names = (("best", "samples_best_psnr"), ("average", "samples_mean_psnr"))
+    return [(f"PSNR of the {name} {what}", f"{card[key]:.2f}") for name, key in names]
 
 
 def _outcomes(card: dict[str, Any]) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ import gymnasium as gym
 import numpy as np
 
 from dreamenv.config import check
+from dreamenv.contract.frames import NATIVE
 from dreamenv.contract.noise import philox
 from dreamenv.data.windows import HELD_OUT_FROM, Windows
 from dreamenv.policies.simple import make_policy
@@ -31,8 +32,18 @@ def parse_levels(text: str) -> tuple[int, int]:
     return int(first), int(end) - int(first)
 
 
-def real_envs(game: str, num_envs: int, levels: tuple[int, int], distribution_mode: str) -> Any:
-    """The real game in SAME_STEP mode (needs procgen), on `levels`: the first one, and how many."""
+def real_envs(
+    game: str, num_envs: int, levels: tuple[int, int], distribution_mode: str, frame: tuple[int, int, int] = NATIVE
+) -> Any:
+    """The real game in SAME_STEP mode (needs procgen).
+
+    Args:
+        game: which.
+        num_envs: how many.
+        levels: the first one, and how many.
+        distribution_mode: Procgen's difficulty.
+        frame: (H, W, C) of an observation.
+    """
     return gym.make_vec(
         "envs:RealProcgen-v0",
         num_envs=num_envs,
@@ -41,6 +52,7 @@ def real_envs(game: str, num_envs: int, levels: tuple[int, int], distribution_mo
         num_levels=levels[1],
         distribution_mode=distribution_mode,
         autoreset_mode="SameStep",
+        frame_shape=frame,
     )
 
 
@@ -52,6 +64,7 @@ def play_real(
     levels: tuple[int, int] = HELD_OUT,
     distribution_mode: str = "easy",
     seed: int = 0,
+    frame: tuple[int, int, int] = NATIVE,
 ) -> Segment:
     """Play the real game for `steps` steps in each of `num_envs` environments (needs procgen).
 
@@ -60,7 +73,7 @@ def play_real(
     """
     check(steps >= 1, f"steps {steps}: must be >= 1")
     check(0 <= seed < 2**63, f"seed {seed}: must be in 0..2^63-1")
-    envs = real_envs(game, num_envs, levels, distribution_mode)
+    envs = real_envs(game, num_envs, levels, distribution_mode, frame)
     actor = make_policy(policy, np.asarray(envs.unwrapped.game.bias))
     rng = philox((seed, 0xC11B5))
     frames, infos = envs.reset(seed=rng.integers(2**31 - 1, size=num_envs).tolist())
@@ -95,5 +108,5 @@ def cut_clips(play: Segment, count: int, context: int, horizon: int, seed: int =
     chosen = np.sort(np.random.default_rng(seed).choice(len(windows), count, replace=False))
     start = windows.start[chosen]
     indices = start[:, None] + np.arange(context + horizon)
-    frames = play.frames.reshape(n * t, 64, 64, 3)[indices]
+    frames = play.frames.reshape(n * t, *play.frames.shape[2:])[indices]
     return Clips(frames, play.actions.reshape(-1)[indices[:, :-1]], play.level_seeds.reshape(-1)[start], context)

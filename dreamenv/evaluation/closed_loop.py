@@ -113,7 +113,8 @@ def play_both(
     """
     check(episodes >= 1, f"episodes {episodes}: must be >= 1")
     check(1 <= limit <= bundle.game.max_steps, f"limit {limit}: must be in 1..{bundle.game.max_steps}")
-    real = real_envs(bundle.game.name, episodes, levels, bundle.game.distribution_mode)
+    game, frame = bundle.game, bundle.world_model.frame_shape
+    real = real_envs(game.name, episodes, levels, game.distribution_mode, frame)
     dream = DreamVectorEnv(episodes, bundle=bundle, sampler=sampler, autoreset_mode="SameStep")
     bias = np.asarray(real.unwrapped.game.bias)
     chosen = levels[0] + philox((seed, 0xC105ED)).choice(levels[1], episodes, replace=episodes > levels[1])

@@ -46,7 +46,7 @@ class CompareConfig:
     steps: int = 30_000
     """Real steps played for clips and events."""
     samples: int = 3
-    """Dreams of each clip when the sampler is stochastic: for the best, the mean and the spread."""
+    """Dreams of each clip, for the best, the mean and the spread: by two evaluations if the sampler draws none."""
     branches: int = 128
     """Real moments branched under every distinct action."""
     branch_steps: int = 4
@@ -116,7 +116,8 @@ def _random_player(
 ) -> dict[str, float]:
     """Figures on clips of a player whose every action is random, so that none gives away the next."""
     seed = config.seed
-    play = play_real(game.name, 150, 32, "random", config.levels, game.distribution_mode, seed)
+    mode, frame = game.distribution_mode, model.frame_shape
+    play = play_real(game.name, 150, 32, "random", config.levels, mode, seed, frame)
     clips = cut_clips(play, config.random_clips, model.context, FRAMES, seed)
     dream, _ = open_loop(model, clips, sampler, seed)
     real, k = clips.frames[:, model.context :], model.context
@@ -152,7 +153,8 @@ def compare(
     """
     model, game, seed = CachedEncoder(bundle.world_model), bundle.game, config.seed
     progress("playing the real game")
-    play = play_real(game.name, -(-config.steps // 32), 32, config.policy, config.levels, game.distribution_mode, seed)
+    steps, mode, frame = -(-config.steps // 32), game.distribution_mode, model.frame_shape
+    play = play_real(game.name, steps, 32, config.policy, config.levels, mode, seed, frame)
     frequencies = colour_frequencies(play.frames[:, :: max(play.frames.shape[1] // 128, 1)])
     clips = cut_clips(play, config.clips, model.context, config.horizon, seed)
     progress("open loop")
@@ -175,7 +177,8 @@ def compare(
     for kind in ("action", "frame"):
         figures[f"{kind}_offset"] = max((-1, 0, 1), key=lambda s, kind=kind: figures[f"{kind}_shift_{s}"])
     progress("branches")
-    real = branch_real(game, config.branches, model.context, config.branch_steps, config.levels, config.policy, seed)
+    branches, steps = config.branches, config.branch_steps
+    real = branch_real(game, branches, model.context, steps, config.levels, config.policy, seed, frame=frame)
     dreamt = branch_dream(model, real, sampler, seed)
     result.branches = real, dreamt
     figures |= {f"branch_{k}": v for k, v in branch_accuracy(real.real[:, :, -1], dreamt[:, :, -1]).items()}

@@ -10,6 +10,7 @@ import numpy as np
 from dreamenv.bundle import GameFacts
 from dreamenv.config import check
 from dreamenv.contract.actions import COMBOS, NUM_ACTIONS
+from dreamenv.contract.frames import NATIVE
 from dreamenv.contract.noise import philox
 from dreamenv.evaluation.clips import HELD_OUT, real_envs
 from dreamenv.evaluation.imagine import imagine, open_loop
@@ -117,6 +118,7 @@ def branch_real(
     policy: str = "mix",
     seed: int = 0,
     spacing: int = 12,
+    frame: tuple[int, int, int] = NATIVE,
 ) -> Branches:
     """Play the real game and, every now and then, branch it under each distinct action (needs procgen).
 
@@ -128,7 +130,7 @@ def branch_real(
     """
     check(count >= 1 and steps >= 1, f"branches {count} of {steps} steps: must both be >= 1")
     num_envs = min(32, count)
-    envs = real_envs(game.name, num_envs, levels, game.distribution_mode)
+    envs = real_envs(game.name, num_envs, levels, game.distribution_mode, frame)
     actor = make_policy(policy, np.asarray(envs.unwrapped.game.bias))
     rng = philox((seed, 0xB2A2C4))
     actions = distinct_actions(game)

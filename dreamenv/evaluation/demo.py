@@ -45,18 +45,20 @@ def demo(
     facts = loaded.game
     envs = 32
     print(f"playing {play_steps} steps of the real {facts.name} on held-out levels ...", flush=True)
-    play = play_real(facts.name, -(-play_steps // envs), envs, distribution_mode=facts.distribution_mode, seed=seed)
+    model, mode = loaded.world_model, facts.distribution_mode
+    frame = model.frame_shape
+    play = play_real(facts.name, -(-play_steps // envs), envs, distribution_mode=mode, seed=seed, frame=frame)
     print(f"dreaming {clips} clips of {horizon} steps and scoring the heads ...", flush=True)
-    model = loaded.world_model
     frequencies = colour_frequencies(play.frames[:, :: max(play.frames.shape[1] // 128, 1)])
-    result = compare_open_loop(model, cut_clips(play, clips, model.context, horizon, seed), frequencies, sampler, seed)
+    cut = cut_clips(play, clips, model.context, horizon, seed)
+    result = compare_open_loop(model, cut, frequencies, sampler, seed, samples=1)
     scored = outcome_figures(model, outcome_scores(model, play, sampler, negatives=4000, seed=seed))
     shipped = bundled_agent(loaded.folder)
     shown = (
         play
         if shipped is None
         else play_real(
-            facts.name, 8 * film_steps, 16, f"agent:{shipped}", distribution_mode=facts.distribution_mode, seed=seed
+            facts.name, 8 * film_steps, 16, f"agent:{shipped}", distribution_mode=mode, seed=seed, frame=frame
         )
     )
     film = _liveliest(cut_clips(shown, 64, model.context, film_steps, seed + 1), 3)

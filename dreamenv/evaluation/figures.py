@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dreamenv.artifacts import atomic_file
+from dreamenv.contract.frames import as_rgb
 
 
 def enlarge(frames: np.ndarray, scale: int) -> np.ndarray:
@@ -17,19 +18,19 @@ def enlarge(frames: np.ndarray, scale: int) -> np.ndarray:
 
 
 def save_grid(path: Path, rows: list[np.ndarray], scale: int = 2) -> None:
-    """Write rows of frames, each uint8 (T, 64, 64, 3), as one PNG, enlarged by whole pixels."""
+    """Write rows of frames, each uint8 (T, h, w, 1 or 3), as one PNG, enlarged by whole pixels."""
     from PIL import Image
 
-    picture = np.concatenate([np.concatenate(list(r), 1) for r in rows], 0)
+    picture = as_rgb(np.concatenate([np.concatenate(list(r), 1) for r in rows], 0))
     with atomic_file(path) as temporary:
         Image.fromarray(enlarge(picture, scale)).save(temporary, format="png")
 
 
 def side_by_side(columns: dict[str, np.ndarray], scale: int = 4, gap: int = 8) -> np.ndarray:
-    """Compose labelled columns of equally many frames, each uint8 (T, 64, 64, 3), into one film uint8 (T, H, W, 3)."""
+    """Compose labelled columns of as many frames, each uint8 (T, h, h, 1 or 3), into one film uint8 (T, H, W, 3)."""
     from PIL import Image, ImageDraw, ImageFont
 
-    width, top = 64 * scale, 24
+    width, top = next(iter(columns.values())).shape[-2] * scale, 24
     length = min(len(f) for f in columns.values())
     film = np.full((length, top + width + gap, len(columns) * (width + gap) + gap, 3), 24, np.uint8)
     header = Image.fromarray(film[0])
@@ -40,7 +41,7 @@ def side_by_side(columns: dict[str, np.ndarray], scale: int = 4, gap: int = 8) -
     film[:] = np.asarray(header)
     for i, frames in enumerate(columns.values()):
         left = gap + i * (width + gap)
-        film[:, top : top + width, left : left + width] = enlarge(frames[:length], scale)
+        film[:, top : top + width, left : left + width] = enlarge(as_rgb(frames[:length]), scale)
     return film
 
 

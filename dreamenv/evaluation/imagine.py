@@ -45,7 +45,7 @@ def imagine(
 
     Args:
         model: the world model.
-        frames: uint8 (N, T, 64, 64, 3), real context.
+        frames: uint8 (N, T, h, w, c), real context.
         history: integers (N, T - 1), the actions between them.
         actions: integers (N, H), the actions to dream under.
         sampler: how it is drawn.
@@ -54,11 +54,11 @@ def imagine(
         keys: integers (N,), rows of one key share their noise; by default each row has its own.
 
     Returns:
-        uint8 frames (N, H, 64, 64, 3), and the uncertainty float32 (N, H).
+        uint8 frames (N, H, h, w, c), and the uncertainty float32 (N, H).
     """
     n, horizon = actions.shape
     keys = np.arange(n) if keys is None else keys
-    dream = np.empty((n, horizon, 64, 64, 3), np.uint8)
+    dream = np.empty((n, horizon, *model.frame_shape), np.uint8)
     uncertainty = np.empty((n, horizon), np.float32)
     for at in range(0, n, batch):
         rows = slice(at, min(at + batch, n))
@@ -79,7 +79,7 @@ def open_loop(model: WorldModel, clips: Clips, sampler: SamplerConfig, seed: int
 
 def step_noise(model: WorldModel, sampler: SamplerConfig, seed: int, keys: np.ndarray, step: int) -> np.ndarray | None:
     """Standard normal float32 (B, C, h, w) of the keys (B,) at one step; None if the sampler needs none."""
-    if not sampler.stochastic:
+    if not sampler.stochastic(model.dynamics):
         return None
     each = [draw_step(seed + int(i), 0, 0, step, model.latent_shape)[1] for i in keys]
     return np.stack(each)

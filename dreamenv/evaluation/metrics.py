@@ -29,7 +29,9 @@ def squared_error(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def colour_bins(frames: Any) -> Any:
-    """Frames uint8 (..., 3), an array or a tensor -> colour bin (...) in 0..4095, int16 or int64."""
+    """Frames uint8 (..., 3), an array or a tensor -> colour bin (...) in 0..4095, int16 or int64; grey: 0..255."""
+    if frames.shape[-1] == 1:
+        return frames[..., 0].long() if isinstance(frames, torch.Tensor) else frames[..., 0].astype(np.int16)
     levels = frames // (256 // COLOUR_LEVELS)
     wide = levels.long() if isinstance(levels, torch.Tensor) else levels.astype(np.int16)
     return (wide[..., 0] * COLOUR_LEVELS + wide[..., 1]) * COLOUR_LEVELS + wide[..., 2]
@@ -99,7 +101,7 @@ def confusion_matrix(
 
 
 def ssim(a: np.ndarray, b: np.ndarray, batch: int = 512) -> np.ndarray:
-    """Structural similarity of uint8 frames (..., 64, 64, 3), float64 (...,), the mean over channels.
+    """Structural similarity of uint8 frames (..., h, w, c), float64 (...,), the mean over channels.
 
     Gaussian window of 11 pixels, sigma 1.5, K1 = 0.01, K2 = 0.03, borders left out (Wang et al. 2004).
     """
@@ -125,7 +127,7 @@ def ssim(a: np.ndarray, b: np.ndarray, batch: int = 512) -> np.ndarray:
         c1, c2 = 0.01**2, 0.03**2
         value = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
         value = value / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
-        out[at : at + batch] = value.mean((1, 2, 3)).view(-1, 3).mean(1).double().numpy()
+        out[at : at + batch] = value.mean((1, 2, 3)).view(-1, a.shape[-1]).mean(1).double().numpy()
     return out.reshape(shape)
 
 

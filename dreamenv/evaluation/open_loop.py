@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -83,7 +83,7 @@ def compare_open_loop(
         frequencies: `colour_frequencies` of many real frames; they say which colours are rare.
         sampler: how the dream is drawn.
         seed: decides its noise.
-        samples: dreams of each clip, if the sampler is stochastic.
+        samples: dreams of each clip, for the best and the mean; by two evaluations where the sampler draws no samples.
         encoded: of how many of the first clips the autoencoder's ceiling is; all by default.
     """
     k = clips.context
@@ -118,8 +118,9 @@ def compare_open_loop(
     }
     for row in table:
         figures |= {_figure(row, name): v for name, v in row.items() if name not in ("what", "step")}
-    if sampler.stochastic and samples > 1:
-        figures |= _spread(model, clips, dream, sampler, seed, samples)
+    drawn = sampler if sampler.stochastic(model.dynamics) else replace(sampler, nfe=2, solver="euler", temperature=1.0)
+    if drawn.stochastic(model.dynamics) and samples > 1:
+        figures |= _spread(model, clips, drawn, seed, samples)
     return Comparison(figures, table, curves, clips, dream, rows)
 
 
@@ -152,7 +153,7 @@ def add_perceptual(result: Comparison, clips: int = 64, later: int = 10) -> None
         result.figures[_figure(row, "perceptual")] = row["perceptual"]
     steps = np.arange(later - 1, result.clips.horizon, later)
     if len(steps) * len(real) > 1:
-        worlds = (x[: 2 * clips, steps].reshape(-1, 64, 64, 3) for x in (real, result.dream))
+        worlds = (x[: 2 * clips, steps].reshape(-1, *real.shape[2:]) for x in (real, result.dream))
         result.figures["frechet"] = frechet_distance(*(features(frames)[1] for frames in worlds))
 
 
@@ -179,18 +180,17 @@ def _masked_psnr(error: np.ndarray, which: np.ndarray) -> float | None:
     return float(psnr(error[which].mean())) if which.any() else None
 
 
-def _spread(
-    model: WorldModel, clips: Clips, dream: np.ndarray, sampler: SamplerConfig, seed: int, samples: int
-) -> dict[str, float]:
+def _spread(model: WorldModel, clips: Clips, sampler: SamplerConfig, seed: int, samples: int) -> dict[str, float]:
     """Best and mean of several samples of each clip, and how far apart they are."""
     horizon = min(clips.horizon, 10)
     k = clips.context
     short = Clips(clips.frames[:, : k + horizon], clips.actions[:, : k - 1 + horizon], clips.level_seeds, k)
-    drawn = [dream[:, :horizon]]
-    drawn += [open_loop(model, short, sampler, seed + (s << 32))[0] for s in range(1, samples)]
+    drawn = [open_loop(model, short, sampler, seed + (s << 32))[0] for s in range(samples)]
     errors = np.stack([squared_error(d, short.frames[:, k:]).mean((2, 3)) for d in drawn])  # (S, N, H)
     apart = [squared_error(a, b)[:, -1].mean() for i, a in enumerate(drawn) for b in drawn[i + 1 :]]
     return {
+        "samples": samples,
+        "samples_nfe": sampler.nfe,
         "samples_horizon": horizon,
         "samples_mean_psnr": float(psnr(errors[:, :, -1].mean())),
         "samples_best_psnr": float(psnr(errors[:, :, -1].min(0).mean())),

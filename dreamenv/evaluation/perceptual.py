@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dreamenv.contract.frames import as_rgb
 from dreamenv.errors import DreamenvError
 
 _SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -111,20 +112,34 @@ def _tensors(operations: list[tuple[str, Any]]) -> list[_Stored]:
 
 @torch.inference_mode()
 def features(frames: np.ndarray, batch: int = 64) -> tuple[list[Tensor], Tensor]:
-    """Features of uint8 frames (N, 64, 64, 3): a layer's unit vectors (N, C, h, w), and the pooled last (N, 320)."""
-    network = _network()
+    """Features of uint8 frames (N, h, w, c): a layer's unit vectors (N, C, h, w), and the pooled last (N, 320)."""
     layers: list[list[Tensor]] = [[] for _ in _LAYERS]
     pooled = []
     for at in range(0, len(frames), batch):
-        x = torch.from_numpy(np.ascontiguousarray(frames[at : at + batch])).movedim(-1, 1).float()
-        x = F.interpolate((x - 127) / 128, size=(_SIZE, _SIZE), mode="bilinear", align_corners=False)
-        x = network._swish(network._bn0(network._conv_stem(x)))
-        for index, block in enumerate(network._blocks):
-            x = block(x)
-            if index in _LAYERS:
-                layers[_LAYERS.index(index)].append(F.normalize(x, dim=1, eps=1e-6))
-        pooled.append(x.mean((2, 3)))
+        images = torch.from_numpy(np.ascontiguousarray(as_rgb(frames[at : at + batch]))).movedim(-1, 1).float()
+        found, last = image_features(images)
+        for part, new in zip(layers, found, strict=True):
+            part.append(new)
+        pooled.append(last)
     return [torch.cat(parts) for parts in layers], torch.cat(pooled)
+
+
+def image_features(images: Tensor, last: bool = True) -> tuple[list[Tensor], Tensor]:
+    """Features as `features` gives, of images float (N, 3, h, w) in 0..255; gradients pass to the images.
+
+    Without `last` the network ends at the last layer that is compared, and the pooled features are those.
+    """
+    network = _network().to(images.device)
+    x = F.interpolate((images - 127) / 128, size=(_SIZE, _SIZE), mode="bilinear", align_corners=False)
+    x = network._swish(network._bn0(network._conv_stem(x)))
+    found = []
+    for index, block in enumerate(network._blocks):
+        x = block(x)
+        if index in _LAYERS:
+            found.append(F.normalize(x, dim=1, eps=1e-6))
+        if index == _LAYERS[-1] and not last:
+            break
+    return found, x.mean((2, 3))
 
 
 def feature_distance(a: list[Tensor], b: list[Tensor]) -> np.ndarray:

@@ -54,6 +54,42 @@ def sinusoidal(x: Tensor, dim: int, scale: float = 1000.0) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], 1)
 
 
+class Attention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017) of tokens (B, N, width) to others (B, M, source), or to themselves.
+
+    Args:
+        width: of the tokens, a multiple of `heads`.
+        heads: how many.
+        source: width of what is attended to; 0: the tokens themselves.
+    """
+
+    def __init__(self, width: int, heads: int, source: int = 0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(source or width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
+        """Tokens (B, N, width) -> (B, N, width)."""
+        keys, values = self.key_value(x if source is None else source).chunk(2, -1)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (self.query(x), keys, values))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Layer normalisation without weights of tokens (..., N, width), scaled and shifted by (..., width) each."""
+    x = F.layer_norm(x, x.shape[-1:])
+    return x * (1 + scale.unsqueeze(-2)) + shift.unsqueeze(-2)
+
+
+def cell_positions(height: int, width: int, channels: int, device: torch.device) -> Tensor:
+    """Sines and cosines (height * width, channels) of each cell's row and column (Vaswani et al. 2017, in 2-D)."""
+    rows, columns = (sinusoidal(torch.arange(n, device=device), channels // 2, 1.0) for n in (height, width))
+    grid = [rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)]
+    return torch.cat(grid, -1).flatten(0, 1)
+
+
 class DynamicFilters(nn.Module):
     """A bank of convolutions of the last latent, mixed per cell by predicted coefficients.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ __all__ = [
     "OutcomeHead",
     "OutcomeHeadConfig",
     "Prediction",
+    "Reconstruction",
     "State",
     "to_frames",
     "to_images",
@@ -72,6 +73,21 @@ class Prediction:
     hints: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+class Reconstruction(NamedTuple):
+    """What a codec in training makes of images.
+
+    Attributes:
+        images: (B, c, h, w), decoded.
+        latents: (B, C, H, W), before any noise.
+        divergence: a scalar, the mean divergence of the latents' distribution from a standard normal one (VAE); 0 for a
+            deterministic codec.
+    """
+
+    images: Tensor
+    latents: Tensor
+    divergence: Tensor
+
+
 class Codec(nn.Module, ABC):
     """Frames <-> latents.
 
@@ -106,6 +122,11 @@ class Codec(nn.Module, ABC):
     @abstractmethod
     def decode(self, latents: Tensor, **kept: Tensor) -> Tensor:
         """Latents (B, C, H, W) -> images (B, c, h, w), about [0, 1] and not clamped."""
+
+    def forward(self, images: Tensor, noise: Tensor) -> Reconstruction:
+        """Encode and decode images (B, c, h, w), for training; `noise` (B, C, H, W) is added to the latents."""
+        latents = self.encode(images)
+        return Reconstruction(self.decode(latents + noise), latents, torch.zeros((), device=images.device))
 
     def sequence(self, latents: Tensor, first: Tensor | None = None, **columns: Tensor) -> Tensor:
         """Fill in what only pictures in a row can tell.
@@ -147,13 +168,15 @@ class Dynamics(nn.Module, ABC):
     Attributes:
         remembers: whether `begin` makes something of pictures from before the context.
         learning_rates: parameter name -> factor, for those that learn faster and do not decay.
-        chunk: frames that one evaluation predicts.
+        deterministic: whether it knows no noise: `x` and `tau` are not looked at, and every evaluation says the same.
+        frame_levels: whether `begin` takes a noise level for each latent, instead of one for all.
     """
 
     config: Any
     remembers: ClassVar[bool] = False
     learning_rates: ClassVar[dict[str, float]] = {}
-    chunk: ClassVar[int] = 1
+    deterministic: ClassVar[bool] = False
+    frame_levels: ClassVar[bool] = False
 
     @property
     def spec(self) -> LatentSpec:
@@ -165,12 +188,22 @@ class Dynamics(nn.Module, ABC):
         """K, how many latents a state holds."""
         return self.config.context
 
+    @property
+    def sees_noise(self) -> bool:
+        """Whether it is shown the noise at tau = 0, so that one evaluation from noise is a draw and not the mean."""
+        return False
+
     def smooth(self, latents: Tensor, actions: Tensor) -> Tensor:
         """What these dynamics make of latents (B, T, C, H, W), T <= K, that were read off real pictures."""
         return latents
 
     def begin(
-        self, latents: Tensor, actions: Tensor, past: Tensor | None = None, columns: Mapping[str, Tensor] | None = None
+        self,
+        latents: Tensor,
+        actions: Tensor,
+        past: Tensor | None = None,
+        columns: Mapping[str, Tensor] | None = None,
+        level: Tensor | None = None,
     ) -> State:
         """Make a state of real history.
 
@@ -179,6 +212,8 @@ class Dynamics(nn.Module, ABC):
             actions: int64 (B, T - 1), those between them; padding is no-ops.
             past: (B, P, C, H, W), earlier latents, for dynamics that remember.
             columns: the codec's columns at the P past moments and at the context's first, each (B, P + 1, ...).
+            level: (B,), or (B, T) for dynamics with `frame_levels`: the standard deviation of noise in the latents, for
+                dynamics that keep more of them than the latents; None is 0.
         """
         missing = self.context - latents.shape[1]
         if missing:
@@ -195,6 +230,7 @@ class Dynamics(nn.Module, ABC):
         tau: Tensor | None = None,
         level: Tensor | None = None,
         hints: Mapping[str, Tensor] | None = None,
+        span: Tensor | None = None,
     ) -> Prediction:
         """Predict the next latent: one evaluation, differentiable.
 
@@ -205,6 +241,8 @@ class Dynamics(nn.Module, ABC):
             tau: (B,) in [0, 1); None is 0.
             level: (B,), the standard deviation of noise in the state's latents; None is 0.
             hints: of another prediction, or of `truth`, with which this one is to be comparable cell by cell.
+            span: (B,), how far along the path one step will go with what is predicted, for dynamics that learn long
+                steps (shortcut models); None is 0, an infinitely short one.
         """
 
     def forward(self, *args: Any, **kwargs: Any) -> Prediction:
@@ -240,13 +278,23 @@ class Dynamics(nn.Module, ABC):
 
 
 class Backbone(nn.Module, ABC):
-    """A part that mixes cells: maps (B, c_in, H, W) and a condition (B, cond) -> features (B, width, H, W)."""
+    """A part that mixes cells. Made as `cls(config, c_in, cond, tokens)`.
+
+    Args:
+        config: its shape.
+        c_in: channels of the maps it is given.
+        cond: width of the conditioning vector.
+        tokens: width of the sequence of actions it may attend to; 0 where there is none.
+
+    Attributes:
+        width: channels of its features.
+    """
 
     width: int
 
     @abstractmethod
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        """See the class."""
+    def forward(self, x: Tensor, cond: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Maps (B, c_in, H, W), conditions (B, cond), actions (B, n, tokens) -> features (B, width, H, W)."""
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,7 @@ def film(
                     target_fps=fps,
                     fps=(t + 1) / (time.perf_counter() - began),
                     uncertainty=list(uncertainty),
+                    noisy=session.noisy,
                 ),
             )
             recorder.add(pygame.surfarray.array3d(surface).swapaxes(0, 1))

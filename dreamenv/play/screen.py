@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dreamenv.contract.actions import NAMES
+from dreamenv.contract.frames import as_rgb
 from dreamenv.flow import SamplerConfig
 from dreamenv.play.moment import Moment
 from dreamenv.play.timeline import GRID
@@ -71,6 +72,7 @@ class View:
     chosen: int = 4
     menu: Sequence[tuple[str, str]] = ()
     selected: int = 0
+    noisy: bool = False
 
 
 class Lines:
@@ -170,7 +172,7 @@ class Screen:
     def _world(self, surface: Any, view: View, world: str, box: Any, header: int) -> None:
         frame = view.moment.dream if world == "dream" else view.moment.real
         if frame is None:
-            frame = np.zeros((64, 64, 3), np.uint8)
+            frame = np.zeros_like(view.moment.dream)
         self._picture(surface, frame, box)
         end = view.moment.ended[world]
         name = f"{world}: {end}" if end else "dream, following" if world == "dream" and view.following else world
@@ -194,7 +196,7 @@ class Screen:
             ("chance of the end", f"{100 * m.end_probability:.1f} %", TEXT),
             ("against the real game", "-" if m.psnr is None else f"{m.psnr:.1f} dB", TEXT),
             ("evaluations (NFE)", f"{s.nfe}", TEXT),
-            ("noise", f"{s.temperature:.1f}" + ("" if s.stochastic else " (unused)"), TEXT),
+            ("noise", f"{s.temperature:.1f}" + ("" if view.noisy else " (unused)"), TEXT),
             ("guidance", f"{s.guidance_scale:.1f}", TEXT),
             ("can rewind", f"{view.rewind:.0f} s", TEXT),
         ]
@@ -314,7 +316,7 @@ class Screen:
         self.lines.draw(surface, what, self._pygame.Rect(line.x + cut, line.y, line.width - cut, line.height), 14, TEXT)
 
     def _picture(self, surface: Any, frame: np.ndarray, box: Any) -> None:
-        picture = self._pygame.surfarray.make_surface(np.ascontiguousarray(frame.swapaxes(0, 1)))
+        picture = self._pygame.surfarray.make_surface(np.ascontiguousarray(as_rgb(frame).swapaxes(0, 1)))
         surface.blit(self._pygame.transform.scale(picture, box.size), box)
 
 

@@ -100,6 +100,7 @@ class Session(Timeline):
                 distribution_mode=mode,
                 start_level=self.levels[0],
                 num_levels=self.levels[1],
+                frame_shape=self.bundle.world_model.frame_shape,
             )
         except (ImportError, OSError, RuntimeError, gym.error.Error, ConfigError) as error:
             self.real_problem = f"no real game: {error}"
@@ -113,6 +114,11 @@ class Session(Timeline):
     def paired(self) -> bool:
         """Whether the real game is the one dreamt of."""
         return self.real is not None and self.real.vector.game.name == self.bundle.game.name
+
+    @property
+    def noisy(self) -> bool:
+        """Whether noise reaches the dream."""
+        return self.sampler.stochastic(self.bundle.world_model.dynamics)
 
     @property
     def action_meanings(self) -> tuple[str, ...]:

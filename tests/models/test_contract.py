@@ -22,7 +22,12 @@ from trainers.models import completed
 
 K = 3  # not the default of anything
 CODECS = types("codec")
-PAIRS = [(codec, dynamics) for codec in CODECS for dynamics in types("dynamics")]
+PAIRS = [
+    (codec, dynamics)
+    for codec in CODECS
+    for dynamics in types("dynamics")
+    if codec != "pixels" or dynamics == "pixel_world_model"  # so many cells take others too long
+]
 
 
 def codec_of(name: str) -> Codec:
@@ -103,7 +108,7 @@ def test_dynamics(codec: str, name: str, tmp_path: Path) -> None:
             "tau 0 is no noise"
         )
         later = model.predict(state, action, noise, torch.full((4,), 0.5)).latent
-        assert not torch.allclose(later, found.latent)
+        assert torch.allclose(later, found.latent) == model.deterministic
         other = model.predict(state, (action + 7) % 15).latent
         assert not torch.equal(other, found.latent), "the action matters"
         drawn = [sample(model, state, action, noise, SamplerConfig(nfe=2)).latent for _ in range(2)]
@@ -173,7 +178,7 @@ def test_as_an_environment(codec: str, name: str, tmp_path: Path) -> None:
     assert np.array_equal(envs.restore(snapshot), three) and np.array_equal(envs.step(np.array([1, 7, 8]))[0], after)
     branches = fan.step(np.array([7, 7]))[0]
     assert np.array_equal(branches[0], after[1])
-    assert not np.array_equal(branches[0], branches[1]), "another future"
+    assert np.array_equal(branches[0], branches[1]) == dynamics.deterministic, "another future"
 
 
 def test_a_name_is_taken_once() -> None:

@@ -39,7 +39,7 @@ def test_the_linear_path_starts_as_pca() -> None:
     patches = torch.nn.functional.pixel_unshuffle(images, 4).permute(0, 2, 3, 1).reshape(-1, 48).double().numpy()
     pca = PCA(6).fit(patches)
     assert explained == pytest.approx(pca.explained_variance_ratio_.sum(), abs=1e-4)
-    reconstruction, latents = autoencoder(images)
+    reconstruction, latents, _ = autoencoder(images, torch.zeros(1))
     theirs = torch.from_numpy(pca.inverse_transform(pca.transform(patches))).float()
     ours = torch.nn.functional.pixel_unshuffle(reconstruction, 4).permute(0, 2, 3, 1).reshape(-1, 48)
     assert torch.allclose(ours, theirs, atol=1e-4)
@@ -101,21 +101,24 @@ def test_an_untrained_model_predicts_no_change() -> None:
     ("nfe", "solver"), [(1, "euler"), (2, "euler"), (5, "euler"), (1, "heun"), (3, "heun"), (7, "heun")]
 )
 def test_a_known_target_is_reached_in_exactly_nfe_evaluations(nfe: int, solver: str) -> None:
-    target, calls = torch.randn(2, 3, 4, 4), []
+    target, calls, spans = torch.randn(2, 3, 4, 4), [], []
 
-    def predict(x: torch.Tensor | None, tau: float) -> Prediction:
+    def predict(x: torch.Tensor | None, tau: float, span: float) -> Prediction:
         calls.append(tau)
+        spans.append(span)
         return Prediction(target, torch.zeros(2, 4, 4))
 
     out = integrate(predict, torch.randn(2, 3, 4, 4), SamplerConfig(nfe=nfe, solver=solver)).latent  # type: ignore[arg-type]
     assert torch.equal(out, target) and len(calls) == nfe and calls[0] == 0 and max(calls) < 1
+    steps = nfe if solver == "euler" else (nfe + 1) // 2
+    assert set(spans) == {1 / steps}
 
 
 def test_the_sampler_transports_noise_to_a_gaussian() -> None:
     """For a Gaussian target the optimal x-prediction is known in closed form; many steps must recover its spread."""
     mean, std = 2.0, 0.5
 
-    def predict(x: torch.Tensor | None, tau: float) -> Prediction:
+    def predict(x: torch.Tensor | None, tau: float, span: float) -> Prediction:
         if x is None:
             return Prediction(torch.full((20000, 1, 1, 1), mean), torch.zeros(20000, 1, 1))
         gain = tau * std**2 / (tau**2 * std**2 + (1 - tau) ** 2)

@@ -139,7 +139,7 @@ def test_two_draws_of_one_sample_part_and_both_are_trained(latents: Path) -> Non
     loss.backward()
     assert all(p.grad is not None for p in task.model.parameters())
     task.model.zero_grad()
-    how = RolloutConfig(2, 0.3, 0.5, 0.05)
+    how = RolloutConfig(2, 0.3, 0.5, 0.05, 1.0)
     energy = task.terms["energy"]
     noise = torch.Generator().manual_seed(0)
     rollouts = Rollouts(task.model, task.model, task.codec, task.channels, batch, how, energy.draws, noise)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamenv.config import check
+from dreamenv.contract.frames import NATIVE, observe
 from dreamenv.contract.noise import philox
 from dreamenv.data import split_levels
 from dreamenv.evaluation.figures import save_grid
-from dreamenv.evaluation.metrics import RARE_FREQUENCY, colour_bins, colour_frequencies
+from dreamenv.evaluation.metrics import RARE_FREQUENCY, colour_bins, colour_frequencies, psnr, ssim
 from dreamenv.models.interface import Codec, to_frames, to_images
 from dreamenv.models.io import initialise
 from dreamenv.models.registry import build, register
@@ -33,10 +35,17 @@ class CodecTaskConfig:
     """Model folder to start from; empty starts anew."""
     val_ratio: float = 0.02
     """Share of levels kept for validation."""
+    loss: Literal["squared", "huber"] = "squared"
+    """Error of a pixel: its square, or Huber's with threshold 1, which in [0, 1] is half of that."""
     latent_noise: float = 0.02
-    """Standard deviation of the noise added to latents before decoding."""
+    """Standard deviation of the noise added to latents before decoding; a variational codec multiplies it by its own,
+    and wants 1."""
     var_reg: float = 0.01
-    """Weight of the variance regulariser (target 1 per channel)."""
+    """Weight of the variance regulariser."""
+    var_target: float = 1.0
+    """Variance of each channel that it asks for."""
+    divergence: float = 0.0
+    """Weight of the latents' divergence from a standard normal distribution, for a variational codec."""
     rare_limit: float = 12.0
     """Largest weight of a rare colour's pixels; 1 turns the weighting off."""
     motion_weight: float = 1.0
@@ -46,14 +55,17 @@ class CodecTaskConfig:
         """Validate ranges; raises `ConfigError`."""
         check(0 < self.val_ratio < 1, f"val_ratio {self.val_ratio}: must be in (0, 1)")
         check(self.latent_noise >= 0, f"latent_noise {self.latent_noise}: must be >= 0")
+        check(self.loss in ("squared", "huber"), f"loss {self.loss!r}: must be 'squared' or 'huber'")
         check(self.var_reg >= 0, f"var_reg {self.var_reg}: must be >= 0")
+        check(self.var_target > 0, f"var_target {self.var_target}: must be > 0")
+        check(self.divergence >= 0, f"divergence {self.divergence}: must be >= 0")
         check(self.rare_limit >= 1, f"rare_limit {self.rare_limit}: must be >= 1")
         check(self.motion_weight >= 0, f"motion_weight {self.motion_weight}: must be >= 0")
 
 
 @dataclass(frozen=True)
 class CodecBatch(Batch):
-    """Frames and the frames before them, uint8 (B, h, w, c)."""
+    """Frames and the frames before them, uint8 (B, h, w, c), as the codec is shown them."""
 
     frames: Tensor
     previous: Tensor
@@ -99,17 +111,24 @@ class CodecTask:
     def loss(
         self, model: nn.Module, batch: Any, generator: torch.Generator, progress: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted squared error + variance regulariser."""
+        """Weighted error of the pixels + variance regulariser + divergence."""
         weights = self.rarity(batch.frames)
         weights = weights * (1 + self.config.motion_weight * motion_mask(batch.frames, batch.previous))
         images = to_images(batch.frames).contiguous(memory_format=torch.channels_last)
         shape = (len(images), *self.model.spec.shape)
         noise = torch.randn(shape, generator=generator, device=images.device) * self.config.latent_noise
-        reconstruction, latents = model(images, noise)
-        error = (reconstruction.float() - images).square().mean(1)
-        regulariser = variance_penalty(latents)
-        total = (weights * error).sum() / weights.sum() * 100 + self.config.var_reg * regulariser
-        return total, {"psnr": -10 * error.detach().mean().log10(), "var_reg": regulariser.detach()}
+        config, made = self.config, model(images, noise)
+        error = (made.images.float() - images).square().mean(1)
+        regulariser = variance_penalty(made.latents, target=config.var_target)
+        lost = (
+            error if config.loss == "squared" else F.huber_loss(made.images.float(), images, reduction="none").mean(1)
+        )
+        total = (weights * lost).sum() / weights.sum() * 100 + config.var_reg * regulariser
+        metrics = {"psnr": -10 * error.detach().mean().log10(), "var_reg": regulariser.detach()}
+        if config.divergence:
+            total = total + config.divergence * made.divergence
+            metrics["divergence"] = made.divergence.detach()
+        return total, metrics
 
     def rarity(self, frames: Tensor) -> Tensor:
         """The weight of each pixel's colour, (B, h, w), of frames uint8 (B, h, w, c)."""
@@ -125,26 +144,29 @@ class CodecTask:
         return 0
 
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        """PSNR over validation levels, over rare colours, latent statistics; writes a picture grid."""
+        """Loss, MSE, PSNR, SSIM, PSNR of rare colours, latent statistics, on validation levels; writes a grid."""
         assert isinstance(model, Codec)
         device = next(model.parameters()).device
         rng = np.random.default_rng(0)
-        frames, _ = self.gather(self._val[np.sort(rng.choice(len(self._val), min(512, len(self._val))))])
-        errors, rare, latents, outputs = [], [], [], []
-        for chunk in frames.split(64):
+        chosen = self._val[np.sort(rng.choice(len(self._val), min(512, len(self._val))))]
+        frames, previous = self.gather(chosen)
+        generator = torch.Generator(device).manual_seed(0)
+        losses, latents, outputs = [], [], []
+        for chunk, before in zip(frames.split(64), previous.split(64), strict=True):
             z = model.encode(to_images(chunk).to(device))
-            output = to_frames(model.decode(z)).cpu()
-            error = squared(output, chunk)
-            errors.append(error.flatten())
-            rare.append(error[self.rare(chunk)])
+            outputs.append(to_frames(model.decode(z)).cpu())
             latents.append(z.float().cpu())
-            outputs.append(output)
-        grid = [frames[:16].numpy(), torch.cat(outputs)[:16].numpy()]
-        save_grid(folder / f"reconstruction-{step:07d}.png", grid)
+            loss, _ = self.loss(model, CodecBatch(chunk, before).to(device), generator, 1.0)
+            losses.append(float(loss) * len(chunk) / len(frames))
+        output = torch.cat(outputs)
+        save_grid(folder / f"reconstruction-{step:07d}.png", [frames[:16].numpy(), output[:16].numpy()])
+        rare = squared(output, frames)[self.rare(frames)]
         return {
-            "psnr": float(-10 * torch.cat(errors).mean().log10()),
-            "psnr_rare": float(-10 * torch.cat(rare).mean().log10()),
-        } | latent_statistics(torch.cat(latents)[:, : model.content_channels])
+            "loss": sum(losses),
+            **reconstruction_figures(frames, output),
+            "psnr_rare": float(-10 * rare.mean().log10()),
+            **latent_statistics(torch.cat(latents)[:, : model.content_channels]),
+        }
 
     def facts(self) -> dict[str, Any]:
         """The dataset it was trained on, and the explained variance where it began as PCA."""
@@ -152,14 +174,20 @@ class CodecTask:
 
     def gather(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """Frames at (shard, index) pairs (N, 2), and the frames before them, uint8 (N, h, w, c)."""
-        shape = self.dataset.shards[0].frames.shape[1:]
-        frames = np.empty((len(indices), *shape), np.uint8)
+        frames = np.empty((len(indices), *NATIVE), np.uint8)
         previous = np.empty_like(frames)
         for row, (k, t) in enumerate(indices):
             shard = self.dataset.shards[k]
             frames[row] = shard.frames[t]
             previous[row] = shard.frames[t if shard.first[t] else t - 1]
-        return torch.from_numpy(frames), torch.from_numpy(previous)
+        shown, before = (torch.from_numpy(observe(x, self.model.frame)) for x in (frames, previous))
+        return shown, before
+
+
+def reconstruction_figures(frames: Tensor, output: Tensor) -> dict[str, float]:
+    """MSE on the [0, 1] scale, PSNR in dB and SSIM of reconstructed frames uint8 (B, h, w, c) beside the true ones."""
+    mse = float(squared(output, frames).mean())
+    return {"mse": mse, "psnr": float(psnr(mse)), "ssim": float(ssim(output.numpy(), frames.numpy()).mean())}
 
 
 def latent_statistics(latents: Tensor) -> dict[str, float]:

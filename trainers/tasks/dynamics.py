@@ -39,6 +39,10 @@ class DynamicsTaskConfig:
     """Model folder to start from; empty starts anew."""
     unroll: int = 1
     """Steps predicted from the model's own predictions, with gradients through all of them."""
+    own_inputs: tuple[float, float] = (1.0, 1.0)
+    """Probability that an unrolled step goes on from the model's own prediction and not from the truth, at the
+    training's start and at its end, linear between: (1, 1) unrolls fully, (0, 0) is teacher forcing, (0, 1) scheduled
+    sampling (Bengio et al. 2015)."""
     context_noise: float = 0.3
     """Largest standard deviation of the noise added to the context; its level is an input."""
     importance: float = 0.5
@@ -60,6 +64,10 @@ class DynamicsTaskConfig:
         """Validate ranges; raises `ConfigError`."""
         check(1 <= self.unroll <= 64, f"unroll {self.unroll}: must be 1..64")
         check(bool(self.terms), "terms: must name one or more")
+        check(
+            all(0 <= p <= 1 for p in self.own_inputs),
+            f"own_inputs {self.own_inputs}: must be two probabilities in 0..1",
+        )
         check(0 <= self.context_noise <= 2, f"context_noise {self.context_noise}: must be in 0..2")
         check(self.importance >= 0, f"importance {self.importance}: must be >= 0")
         check(0 <= self.past <= 64, f"past {self.past}: must be in 0..64")
@@ -125,7 +133,7 @@ class DynamicsTask:
 
     def batch(self, rng: np.random.Generator, size: int, now: np.ndarray | None = None) -> DynamicsBatch:
         """Samples that begin at `now` (B,), by default at `moments`."""
-        k, u, config = self.context, self.config.unroll, self.config
+        u, config = self.config.unroll, self.config
         now = self.moments(rng, size) if now is None else now
         at_start = rng.random(size) < config.pad / 2
         if len(self._starts):
@@ -133,6 +141,11 @@ class DynamicsTask:
         last = now + u
         for term in self.terms.values():
             now, last = term.choose(rng, now, last)
+        return self._gathered(rng, now, last)
+
+    def _gathered(self, rng: np.random.Generator, now: np.ndarray, last: np.ndarray) -> DynamicsBatch:
+        """Samples that begin at `now` (B,) and of which the steps up to `last` (B,) exist."""
+        k, u, config, size = self.context, self.config.unroll, self.config, len(now)
         indices, actions = self.data.contexts(now, k, u)
         live = indices[:, k:] <= last[:, None]
         indices = np.minimum(indices, last[:, None])
@@ -174,7 +187,9 @@ class DynamicsTask:
         """The sum of the terms."""
         device, config = batch.actions.device, self.config
         self.codec, self.channels = self.codec.to(device), self.channels.to(device)
-        how = RolloutConfig(config.unroll, config.context_noise, config.importance, config.drop_actions)
+        first, last = config.own_inputs
+        own = first + (last - first) * progress
+        how = RolloutConfig(config.unroll, config.context_noise, config.importance, config.drop_actions, own)
         active = [
             term.draws for term in self.terms.values() if term.draws is not None and term.graph_key(progress) != 0
         ]
@@ -187,12 +202,14 @@ class DynamicsTask:
         return total, metrics
 
     def graph_key(self, progress: float) -> int | None:
-        """See `trainers.tasks.interface.Task`: that of all terms together."""
+        """See `trainers.tasks.interface.Task`: that of all terms together; none while a probability changes."""
+        if self.config.own_inputs[0] != self.config.own_inputs[1]:
+            return None
         keys = [term.graph_key(progress) for term in self.terms.values()]
         return None if None in keys else sum((key or 0) << i for i, key in enumerate(keys))
 
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        """Open-loop PSNR (of the mean squared error) at 1, 5, 10 steps; writes a strip and a video.
+        """The loss, and open-loop PSNR (of the mean squared error) at 1, 5, 10 steps; writes a strip and a video.
 
         Also how well the error expected of the first step ranks the true one (Spearman). With a term that draws the
         same for samples of two evaluations, and how much detail they keep (1 is all).
@@ -203,7 +220,7 @@ class DynamicsTask:
         chosen = self._val[rng.choice(len(self._val), min(128, len(self._val)), replace=False)]
         indices = chosen[:, None] + np.arange(k + _HORIZON)
         real = self.data.frames(indices[:, k:])
-        figures, shown = {}, {"real": real[:4]}
+        figures, shown = {"loss": self._validation_loss(model, chosen)}, {"real": real[:4]}
         sampled = any(term.draws is not None for term in self.terms.values())
         for nfe in (1, 2) if sampled else (1,):
             frames, latents, expected = self._dream(model, indices, SamplerConfig(nfe=nfe), device)
@@ -222,6 +239,19 @@ class DynamicsTask:
         film = side_by_side({n: rows[0] for n, rows in shown.items()})
         save_video(folder / f"rollout-{step:07d}.gif", film, fps=5)
         return figures
+
+    def _validation_loss(self, model: Dynamics, chosen: np.ndarray) -> float:
+        """The loss at the end of training of samples that begin with the windows `chosen` (N,)."""
+        device, rng, total = next(model.parameters()).device, np.random.default_rng(1), 0.0
+        generator = torch.Generator(device).manual_seed(1)
+        for part in np.array_split(chosen, -(-len(chosen) // 32)):
+            now = part + self.context - 1
+            last = now + min(self.config.unroll, _HORIZON)
+            for term in self.terms.values():
+                term.choose(rng, now, last)  # what it draws for itself; the samples stay
+            batch = self._gathered(rng, now, last).to(device)
+            total += float(self.loss(model, batch, generator, 1.0)[0]) * len(part) / len(chosen)
+        return total
 
     def _dream(
         self, model: Dynamics, indices: np.ndarray, sampler: SamplerConfig, device: torch.device

@@ -20,7 +20,7 @@ from dreamenv.models.registry import register
 from dreamenv.models.tiles.grid import phase_of
 from trainers.batch import Batch
 from trainers.pixels import motion_mask, variance_penalty
-from trainers.tasks.codec import CodecTask, CodecTaskConfig, latent_statistics, squared
+from trainers.tasks.codec import CodecTask, CodecTaskConfig, latent_statistics, reconstruction_figures, squared
 
 _PARTS = ("all", "decoder", "reader")
 _LIMIT = 0.01  # squared error from which on a pixel is taken for one that changed
@@ -143,7 +143,7 @@ class TileCodecTask(CodecTask):
         }
 
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        """PSNR over validation levels and over rare colours, the phase being read; writes a picture grid.
+        """Loss, MSE, PSNR, SSIM, PSNR of rare colours on validation levels, the phase being read; writes a grid.
 
         Also the PSNR with the true phase, that of later pictures where they had been seen, the reader's error in
         pixels, and the codes' statistics.
@@ -152,19 +152,24 @@ class TileCodecTask(CodecTask):
         device = next(model.parameters()).device
         rng = np.random.default_rng(0)
         chosen = self._val[np.sort(rng.choice(len(self._val), min(512, len(self._val))))]
-        names = ("known", "read", "rare", "carried", "phase", "latents")
+        names = ("known", "rare", "carried", "phase", "latents")
         columns: dict[str, list[Tensor]] = {name: [] for name in names}
-        grid: list[np.ndarray] = []
+        pictures: list[list[Tensor]] = []
+        generator, loss = torch.Generator(device).manual_seed(0), 0.0
         for at in range(0, len(chosen), 64):
-            found, pictures = self._measure(model, self._pairs(chosen[at : at + 64], rng).to(device))
+            batch = self._pairs(chosen[at : at + 64], rng).to(device)
+            found, drawn = self._measure(model, batch)
             for name in names:
                 columns[name].append(found[name])
-            grid = grid or pictures
-        save_grid(folder / f"reconstruction-{step:07d}.png", grid)
+            pictures.append(drawn)
+            loss += float(self.loss(model, batch, generator, 1.0)[0]) * len(batch.frames) / len(chosen)
+        frames, output, later = (torch.cat(row) for row in zip(*pictures, strict=True))
+        save_grid(folder / f"reconstruction-{step:07d}.png", [x[:16].numpy() for x in (frames, output, later)])
         all_of = {name: torch.cat(values).float().cpu() for name, values in columns.items()}
-        decibel = {name: float(-10 * all_of[name].mean().log10()) for name in ("known", "read", "rare", "carried")}
+        decibel = {name: float(-10 * all_of[name].mean().log10()) for name in ("known", "rare", "carried")}
         return {
-            "psnr": decibel["read"],
+            "loss": loss,
+            **reconstruction_figures(frames, output),
             "psnr_rare": decibel["rare"],
             "psnr_known_phase": decibel["known"],
             "psnr_later": decibel["carried"],
@@ -173,8 +178,8 @@ class TileCodecTask(CodecTask):
             "phase_misread": float((all_of["phase"] > 0.5).float().mean()),
         } | latent_statistics(all_of["latents"])
 
-    def _measure(self, model: TileAutoencoder, batch: TileCodecBatch) -> tuple[dict[str, Tensor], list]:
-        """Squared errors and the like of one batch, flat, and rows of pictures."""
+    def _measure(self, model: TileAutoencoder, batch: TileCodecBatch) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Squared errors and the like of one batch, flat; frames, those drawn of them and later ones, on the CPU."""
         frames, phase, before = batch.frames, phase_of(batch.camera), phase_of(batch.earlier_camera)
         images, earlier = to_images(frames), to_images(batch.earlier)
         read = model.encode(images)
@@ -187,13 +192,12 @@ class TileCodecTask(CodecTask):
         off = (model.read_phase(images) - phase + 0.5) % 1 - 0.5
         found = {
             "known": squared(to_frames(own), frames).flatten(),
-            "read": error.flatten(),
             "rare": error[self.rare(frames)],
             "carried": squared(to_frames(later), frames)[seen],
             "phase": off.abs().flatten() * model.config.grid.scale,
             "latents": read[:, : model.content_channels],
         }
-        return found, [x[:16].cpu().numpy() for x in (frames, output, to_frames(later))]
+        return found, [x.cpu() for x in (frames, output, to_frames(later))]
 
     def facts(self) -> dict[str, Any]:
         """The dataset it was trained on."""

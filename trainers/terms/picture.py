@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,16 +30,16 @@ class PictureConfig:
         check(self.weight >= 0, f"weight {self.weight}: must be >= 0")
 
 
-@register("term", "picture", PictureConfig)
-class Picture(Term):
-    """The mean of the pictures' PSNR, of one dreamt step of each sample.
+class Decoded(Term):
+    """Base of terms that look at pictures: of each sample one dreamt step is decoded and held against the true frame.
 
-    A squared error is decided by the pictures that nobody could have known, their mean PSNR by all alike.
+    Attributes:
+        name: by which its part of a batch goes.
     """
 
-    config: PictureConfig
+    name: ClassVar[str]
 
-    def __init__(self, config: PictureConfig, setting: Setting) -> None:
+    def __init__(self, config: Any, setting: Setting) -> None:
         super().__init__(config, setting)
         self._data = setting.data
 
@@ -48,18 +49,36 @@ class Picture(Term):
         step, row = rng.integers(1, u, size=size, endpoint=True), np.arange(size)
         frames = self._data.frames(indices[row, indices.shape[1] - u - 1 + step])
         return {
-            "picture.step": torch.from_numpy(step),
-            "picture.live": torch.from_numpy(live[row, step - 1]),
-            "picture.frames": torch.from_numpy(frames),
+            f"{self.name}.step": torch.from_numpy(step),
+            f"{self.name}.live": torch.from_numpy(live[row, step - 1]),
+            f"{self.name}.frames": torch.from_numpy(frames),
         }
+
+    def decoded(self, rollouts: Rollouts) -> tuple[Tensor, Tensor, Tensor]:
+        """Dreamt images (B, c, h, w), the true ones, and float (B,), 1 where the step exists."""
+        extra, rollout = rollouts.batch.extra, rollouts.mean
+        step, k = extra[f"{self.name}.step"], rollouts.dynamics.context
+        rows = torch.arange(len(rollout.trail), device=step.device)
+        images = rollouts.codec.decode(rollout.trail[rows, k - 1 + step].float())
+        return images.float(), to_images(extra[f"{self.name}.frames"]), extra[f"{self.name}.live"].float()
+
+
+@register("term", "picture", PictureConfig)
+class Picture(Decoded):
+    """The mean of the pictures' PSNR, of one dreamt step of each sample.
+
+    A squared error is decided by the pictures that nobody could have known, their mean PSNR by all alike.
+    """
+
+    name = "picture"
+    config: PictureConfig
+
+    def __init__(self, config: PictureConfig, setting: Setting) -> None:
+        super().__init__(config, setting)
 
     def forward(self, rollouts: Rollouts, batch: DynamicsBatch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Term.forward`."""
-        extra, rollout = rollouts.batch.extra, rollouts.mean
-        rows, context = torch.arange(len(rollout.trail), device=batch.actions.device), rollouts.dynamics.context
-        latents = rollout.trail[rows, context - 1 + extra["picture.step"]]
-        images = rollouts.codec.decode(latents.float())
-        mse = (images.float() - to_images(extra["picture.frames"])).square().mean((1, 2, 3))
-        live = extra["picture.live"].float()
+        images, real, live = self.decoded(rollouts)
+        mse = (images - real).square().mean((1, 2, 3))
         picture = ((mse + _BEST).log10() * live).sum() / live.sum().clamp_min(1)
         return self.config.weight * picture, {"picture": picture.detach()}

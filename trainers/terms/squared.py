@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dreamenv.config import check
 from dreamenv.models.registry import register
-from trainers.rollout import DynamicsBatch, Rollouts
+from trainers.rollout import DynamicsBatch, Rollouts, Step
 from trainers.terms.interface import Setting, Term
 
 _FLOOR = math.exp(-8)  # expected squared error below which an estimate need not be told from a smaller one
@@ -48,12 +49,42 @@ class Squared(Term):
         total, metrics = torch.zeros((), device=batch.actions.device), {}
         for u, step in enumerate(steps):
             known = certainty_weights(step.prediction.log_error, self.config.certainty)
-            weighted = (step.error * step.cells * known).mean()
+            weighted = (self.error(step, rollouts) * step.cells * known).mean()
             fit = fit_estimate(step.prediction.log_error, step.error, step.live)
             total = total + (self.config.weight * weighted + fit) / len(steps)
             if u in (0, len(steps) - 1):
                 metrics |= {f"error_{u + 1}": step.error.detach().mean(), f"weighted_{u + 1}": weighted.detach()}
         return total, metrics
+
+    def error(self, step: Step, rollouts: Rollouts) -> Tensor:
+        """What is made small of one step in each cell, (B, H, W)."""
+        return step.error
+
+
+@dataclass(frozen=True)
+class HuberConfig(SquaredConfig):
+    """Settings of the Huber error."""
+
+    delta: float = 1.0
+    """Difference of latents from which on it counts in proportion."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises `ConfigError`."""
+        super().__post_init__()
+        check(self.delta > 0, f"delta {self.delta}: must be > 0")
+
+
+@register("term", "huber", HuberConfig)
+class Huber(Squared):
+    """As `squared`, but large errors count in proportion (Huber 1964); doubled, so that small ones count alike."""
+
+    config: HuberConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def error(self, step: Step, rollouts: Rollouts) -> Tensor:
+        """See `Squared.error`."""
+        found, delta = step.prediction.latent.float(), self.config.delta
+        huber = F.huber_loss(found, step.target, reduction="none", delta=delta)
+        return 2 * (huber * rollouts.channels).mean(1) * step.live
 
 
 def certainty_weights(log_error: Tensor, certainty: float) -> Tensor:

@@ -37,15 +37,9 @@ class UNetConfig:
 
 @register("backbone", "unet", UNetConfig)
 class UNet(Backbone):
-    """U-Net (Ronneberger et al. 2015) of `ResBlock`s, each level half the grid before, conditioned on a vector.
+    """U-Net (Ronneberger et al. 2015) of `ResBlock`s, each level half the grid before, conditioned by a vector."""
 
-    Args:
-        config: its levels.
-        c_in: channels of the maps it is given.
-        cond: width of the conditioning vector.
-    """
-
-    def __init__(self, config: UNetConfig, c_in: int, cond: int) -> None:
+    def __init__(self, config: UNetConfig, c_in: int, cond: int, tokens: int = 0) -> None:
         super().__init__()
         self.config = config
         widths, blocks = config.channels, config.blocks
@@ -62,8 +56,8 @@ class UNet(Backbone):
         self.out_norm = group_norm(width)
         self.width = width
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        """Maps (B, c_in, H, W) and conditions (B, cond) -> features (B, channels[0], H, W)."""
+    def forward(self, x: Tensor, cond: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """See `Backbone.forward`."""
         x = self.stem(x)
         skips = []
         for level, blocks in enumerate(cast(list[nn.ModuleList], self.down)):

@@ -104,8 +104,3 @@ class PatchAutoencoder(Codec):
     def pool(self, values: Tensor, latents: Tensor) -> Tensor:
         """Means over each cell of pictures' values (B, 64, 64) -> (B, H, W)."""
         return F.avg_pool2d(values[:, None], self.config.patch)[:, 0]
-
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Images -> (reconstruction, latents); `noise` (B, C, H, W) is added before decoding."""
-        latents = self.encode(images)
-        return self.decode(latents if noise is None else latents + noise), latents

@@ -97,7 +97,12 @@ class TileFlow(Dynamics):
         self.motion = CameraMotion(c, k, config.motion)
 
     def begin(
-        self, latents: Tensor, actions: Tensor, past: Tensor | None = None, columns: Mapping[str, Tensor] | None = None
+        self,
+        latents: Tensor,
+        actions: Tensor,
+        past: Tensor | None = None,
+        columns: Mapping[str, Tensor] | None = None,
+        level: Tensor | None = None,
     ) -> State:
         """See `Dynamics.begin`; the column is `camera`, where the picture's corner lies, in tiles."""
         state = super().begin(latents, actions)
@@ -195,6 +200,7 @@ class TileFlow(Dynamics):
         tau: Tensor | None = None,
         level: Tensor | None = None,
         hints: Mapping[str, Tensor] | None = None,
+        span: Tensor | None = None,
     ) -> Prediction:
         """See `Dynamics.predict`.
 

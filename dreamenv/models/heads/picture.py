@@ -19,18 +19,20 @@ class PictureOutcomeHead(OutcomeHead):
     """Convolutions over the past latents, conditioned on the actions; it heeds no hints.
 
     Args:
-        config: its shape; latents must be square, of a multiple of 4 cells in 4..64.
+        config: its shape; latents must be square, of 4..128 cells a side, up to 32 of them a multiple of 4. Larger ones
+            are made about 16 a side first.
     """
 
     def __init__(self, config: OutcomeHeadConfig) -> None:
         super().__init__(config)
         c, size, width = config.latent.shape
+        step = size // 16 if size > 32 else 1
         check(
-            size == width and 4 <= size <= 64 and size % 4 == 0,
-            f"latent.shape {config.latent.shape}: a picture head needs a square of a multiple of 4 cells in 4..64",
+            size == width and 4 <= size <= 128 and (step > 1 or size % 4 == 0),
+            f"latent.shape {config.latent.shape}: a picture head needs a square of 4..128, up to 32 a multiple of 4",
         )
-        w, side = config.width, size // 4
-        self.stem = nn.Conv2d(c * config.context, w, 3, padding=1)
+        w, side = config.width, size // step // 4
+        self.stem = nn.Conv2d(c * config.context, w, step + 2, step, padding=1)
         self.action = nn.Embedding(NULL_ACTION + 1, 32)
         self.blocks = nn.ModuleList([ResBlock(w, w, 32 * config.context) for _ in range(3)])
         self.norm = group_norm(w)

@@ -1,0 +1,295 @@
+"""Every family from the real game to a bundle by its recipe, and the objectives against closed forms."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dreamenv.bundle import load_bundle
+from dreamenv.errors import ConfigError
+from dreamenv.models.interface import State
+from dreamenv.models.io import load_model
+from dreamenv.play.run import PlayConfig, run
+from envs.collect import CollectConfig, collect
+from tests.trainers.common import dynamics_task, settings
+from trainers.encode import encode_dataset
+from trainers.eval_autoencoder import evaluate
+from trainers.loop import LoopConfig, learning_rate, momentum
+from trainers.pipeline import PipelineConfig, run_pipeline
+from trainers.recipe import load_recipe
+from trainers.rollout import RolloutConfig, Rollouts
+from trainers.table import RECIPES, TableConfig, run_table
+from trainers.tasks.pixel import moving_mask
+from trainers.terms.flow import flow_weights
+from trainers.train import train
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+SMALL = {
+    "pixels": ("dynamics:model.width=8", "dynamics:model.embedding=4"),
+    "predictor": ("dynamics:model.backbone.channels=[16, 16, 16]", "codec:model.width=16"),
+    "flow": ("codec:model.width=16",),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("families") / "d"
+    wanted = CollectConfig(out=str(out), steps=3000, num_envs=8, shard_steps=250, policy="biased", num_levels=60)
+    return collect(wanted, progress=False)
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages run here instead of in processes of their own, each of which takes seconds to load."""
+    monkeypatch.setattr("trainers.pipeline.train_stage", lambda values, out: train(values, out, resume=True))
+    monkeypatch.setattr("trainers.pipeline.encode", encode_dataset)
+
+
+def made(name: str, data: Path, out: Path) -> Path:
+    small = ("loop.batch_size=4", "task.val_ratio=0.2", *SMALL[name.split("_")[0]])
+    return run_pipeline(PipelineConfig(recipe=name, data=data, out=out, stage_steps=2, starts=3, set=small))
+
+
+@pytest.mark.parametrize("name", [r for r in RECIPES if r != "tiles"])
+def test_a_recipe_makes_a_bundle_that_is_an_environment(name: str, data: Path, tmp_path: Path, precision: str) -> None:
+    folder = made(name, data, tmp_path / "run")
+    bundle = load_bundle(folder, "cpu")
+    model = bundle.world_model
+    assert model.precision == precision and bundle.provenance["recipe"] == name
+    env = gym.make("DreamProcgen-v0", bundle=str(folder), device="cpu", render_mode="rgb_array")
+    observation, _ = env.reset(seed=0)
+    assert observation.shape == model.frame_shape == env.observation_space.shape
+    first = [env.step(a)[0] for a in (7, 4, 1)]
+    env.reset(seed=0)
+    assert all(np.array_equal(env.step(a)[0], seen) for a, seen in zip((7, 4, 1), first, strict=True))
+    assert env.render().shape == (*model.frame_shape[:2], 3)  # type: ignore[union-attr]
+    env.close()
+    film = run(PlayConfig(bundle=folder, world="both", headless=tmp_path / "film.gif", steps=4, scale=1, device="cpu"))
+    assert film["steps"] == 4 and (tmp_path / "film.gif").stat().st_size > 1000
+
+
+def test_the_table_is_one_command_that_resumes(tmp_path: Path, in_process: None) -> None:
+    docs = tmp_path / "docs" / "t.md"
+    docs.parent.mkdir()
+    docs.write_text("before\n<!-- families -->\nold\n<!-- /families -->\nafter\n")
+    config = TableConfig(
+        steps=3000,
+        recipes=("pixels_gray", "predictor_conv"),
+        out=tmp_path / "table",
+        clips=4,
+        samples=2,
+        seconds=0.1,
+        stage_steps=2,
+        docs=docs,
+    )
+    rows = run_table(config)
+    assert set(rows) == {"pixels_gray", "predictor_conv"} and rows["pixels_gray"]["frame"] == [84, 84, 1]
+    for row in rows.values():
+        assert row["best_psnr_10"] == pytest.approx(row["average_psnr_10"]), "these have no noise"
+        assert row["psnr_10"] == pytest.approx(-10 * np.log10(row["mse_10"]), abs=1e-3)
+    grey = rows["pixels_gray"]
+    assert grey["grey_psnr_10"] == pytest.approx(grey["psnr_10"], abs=1e-3)
+    text = docs.read_text()
+    assert text.startswith("before") and text.endswith("after\n") and "| predictor_conv |" in text and "old" not in text
+    assert (docs.parent / "losses.png").stat().st_size > 1000
+    written = (tmp_path / "table" / "stages" / "pixels_gray-row.json").stat().st_mtime_ns
+    assert run_table(config) == json.loads((tmp_path / "table" / "table.json").read_text())
+    assert (tmp_path / "table" / "stages" / "pixels_gray-row.json").stat().st_mtime_ns == written
+    docs.write_text("no markers")
+    with pytest.raises(ConfigError, match="needs one"):
+        TableConfig(docs=docs)
+
+
+def test_a_codec_is_measured_alone_and_its_best_is_kept(data: Path, tmp_path: Path) -> None:
+    model = {"type": "conv_autoencoder", "width": 8, "downsample": 8, "latent_channels": 4}
+    loop = {"steps": 40, "batch_size": 8, "val_every": 10, "best": "-loss", "keep_every": 20, "precision": "fp32"}
+    task = {"type": "codec", "data": str(data), "val_ratio": 0.2, "loss": "huber", "var_target": 0.5}
+    last = train({"model": model, "task": task, "loop": loop}, tmp_path / "run")
+    assert {"loss", "mse", "psnr", "ssim", "latent_var", "latent_mean_norm"} <= set(last)
+    _, facts = load_model(tmp_path / "run" / "best", "codec")
+    text = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    losses = {int(r.split(",")[0]): float(r.split(",")[2]) for r in text if ",val_loss," in r}
+    assert facts["best"] == pytest.approx(min(losses.values()), rel=1e-4)
+    assert losses[facts["step"]] == pytest.approx(facts["best"], rel=1e-4)
+    assert sorted(p.name for p in (tmp_path / "run" / "models").iterdir()) == ["step-0000020", "step-0000040"]
+    figures = evaluate(tmp_path / "run" / "model", data, tmp_path / "out", frames=64, film=5, device="cpu")
+    assert figures["psnr"] == pytest.approx(-10 * np.log10(figures["mse"]), abs=1e-6) and figures["frames"] == 64
+    for name in ("reconstruction.png", "reconstruction.mp4", "metrics.json"):
+        assert (tmp_path / "out" / name).stat().st_size > 100
+    with pytest.raises(ConfigError, match="loop.best"):
+        train({"model": model, "task": task, "loop": loop | {"best": "beauty"}}, tmp_path / "other")
+
+
+def test_a_variational_codec_trains(data: Path, tmp_path: Path) -> None:
+    model = {"type": "conv_autoencoder", "width": 8, "latent_channels": 4, "variational": True}
+    task = {"type": "codec", "data": str(data), "val_ratio": 0.2, "latent_noise": 1.0, "divergence": 0.01}
+    loop = {"steps": 60, "batch_size": 8, "lr": 3e-3, "log_every": 1}
+    train({"model": model, "task": task, "loop": loop}, tmp_path / "run")
+    rows = [r.split(",") for r in (tmp_path / "run" / "metrics.csv").read_text().splitlines()]
+    loss = [float(r[2]) for r in rows if r[1] == "loss"]
+    assert loss[-1] < loss[0] / 2 and any(r[1] == "divergence" for r in rows)
+
+
+def test_the_pixel_model_learns(data: Path, tmp_path: Path) -> None:
+    from dreamenv.models.io import save_model
+    from dreamenv.models.registry import build
+
+    save_model(tmp_path / "codec", build("codec", {"type": "pixels"}), {"step": 0})
+    model = {"type": "pixel_world_model", "width": 8, "embedding": 4}
+    task = {"type": "pixel", "data": str(data), "codec": str(tmp_path / "codec"), "val_ratio": 0.2}
+    loop = {"steps": 60, "batch_size": 8, "lr": 3e-3, "schedule": "one_cycle", "weight_decay": 0.0, "log_every": 1}
+    figures = train({"model": model, "task": task, "loop": loop}, tmp_path / "run")
+    rows = [r.split(",") for r in (tmp_path / "run" / "metrics.csv").read_text().splitlines()]
+    found = [float(r[2]) for r in rows if r[1] == "psnr"]
+    assert np.mean(found[-5:]) > found[0] + 1 and figures["psnr_1"] > 9
+    assert list((tmp_path / "run" / "pictures").glob("rollout-*.mp4"))
+
+
+def test_moving_pixels_and_those_around_them() -> None:
+    last, future = torch.zeros(1, 1, 3, 20, 20), torch.zeros(1, 2, 3, 20, 20)
+    future[0, 1, 2, 10, 6] = 0.2
+    future[0, 1, 0, 2, 2] = 0.05  # too little
+    mask = moving_mask(future, last, 0.1, 5)
+    expected = torch.zeros(20, 20)
+    expected[8:13, 4:9] = 1
+    assert mask.shape == (1, 2, 1, 20, 20) and not mask[0, 0].any() and torch.equal(mask[0, 1, 0], expected)
+
+
+def test_one_cycle_is_pytorchs() -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.Adam([parameter], lr=0.1)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.02, total_steps=1001)
+    config = LoopConfig(steps=1000, lr=0.02, schedule="one_cycle")
+    for step in range(1000):
+        if abs(step / 1000 - 0.3) > 0.005:  # theirs turns a step earlier
+            group = optimizer.param_groups[0]
+            assert learning_rate(config, step / 1000) == pytest.approx(group["lr"], rel=0.01, abs=1e-7), step
+            assert momentum(config, step / 1000) == pytest.approx(group["betas"][0], abs=1e-3)
+        optimizer.step()
+        theirs.step()
+
+
+TERMS: dict[str, dict[str, Any]] = {
+    "huber": {"delta": 0.5},
+    "perceptual": {"weight": 1.0, "samples": 2},
+    "inverse": {"weight": 1.0, "width": 16},
+    "pixel_adversarial": {"weight": 1.0, "width": 8},
+    "flow": {"times": "logit_normal", "power": 2.0, "sigma_min": 0.01},
+}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_term_trains_the_dynamics(name: str, latents: Path, tmp_path: Path, precision: str) -> None:
+    values = settings(latents, {"squared": {}, name: TERMS[name]})
+    figures = train(values, tmp_path / "run")
+    assert np.isfinite(list(figures.values())).all()
+    task = dynamics_task(latents, {name: TERMS[name]}, unroll=2)
+    batch = task.batch(np.random.default_rng(0), 4)
+    nn.init.normal_(task.model.out.weight, std=0.05)  # type: ignore[union-attr, arg-type]
+    loss, metrics = task.loss(task.model, batch.to(torch.device("cpu")), torch.Generator().manual_seed(0), 0.5)
+    loss.backward()
+    grads = [p.grad for p in task.model.parameters() if p.grad is not None]
+    assert sum(float(g.abs().sum()) for g in grads) > 0 and all(torch.isfinite(g).all() for g in grads)
+    assert metrics and torch.isfinite(loss)
+
+
+def test_a_huber_error_is_pytorchs(latents: Path) -> None:
+    task = dynamics_task(latents, {"huber": {"delta": 0.3}}, importance=0.0, drop_actions=0.0)
+    batch = task.batch(np.random.default_rng(0), 4).to(torch.device("cpu"))
+    nn.init.normal_(task.model.out.weight, std=0.1)  # type: ignore[union-attr, arg-type]
+    _, metrics = task.loss(task.model, batch, torch.Generator().manual_seed(0), 0.0)
+    how = RolloutConfig(1, 0.3, 0.0, 0.0, 1.0)
+    generator = torch.Generator().manual_seed(0)
+    rollouts = Rollouts(task.model, task.model, task.codec, task.channels, batch, how, None, generator)
+    step = rollouts.mean.steps[0]
+    expected = 2 * nn.HuberLoss(reduction="none", delta=0.3)(step.prediction.latent, step.target)
+    expected = ((expected * task.channels).mean(1) * step.live).mean()
+    assert float(metrics["weighted_1"]) == pytest.approx(float(expected.detach()), rel=1e-4)
+
+
+def test_the_inverse_network_never_bends_the_dynamics_by_its_own_loss(latents: Path) -> None:
+    task = dynamics_task(latents, {"inverse": {"weight": 0.0, "width": 16}}, unroll=2)
+    nn.init.normal_(task.model.out.weight, std=0.05)  # type: ignore[union-attr, arg-type]
+    batch = task.batch(np.random.default_rng(0), 4).to(torch.device("cpu"))
+    loss, _ = task.loss(task.model, batch, torch.Generator().manual_seed(0), 0.5)
+    loss.backward()
+    assert all(p.grad is None or not p.grad.any() for p in task.model.parameters())
+    told = dict(task.terms["inverse"].named_parameters())
+    assert all(told[name].grad is not None and told[name].grad.any() for name in ("stem.weight", "out.weight"))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("own", "expected"), [((1.0, 1.0), 1.0), ((0.0, 0.0), 0.0), ((0.0, 1.0), 0.5)])
+def test_steps_go_on_from_the_truth_as_often_as_asked(own: tuple[float, float], expected: float, latents: Path) -> None:
+    task = dynamics_task(latents, {"squared": {}}, unroll=4, own_inputs=own, pad=0.0)
+    nn.init.normal_(task.model.out.weight, std=0.1)  # type: ignore[union-attr, arg-type]
+    batch = task.batch(np.random.default_rng(0), 64).to(torch.device("cpu"))
+    how = RolloutConfig(4, 0.0, 0.0, 0.0, own[0] + 0.5 * (own[1] - own[0]))
+    generator = torch.Generator().manual_seed(0)
+    rollouts = Rollouts(task.model, task.model, task.codec, task.channels, batch, how, None, generator)
+    k = task.context
+    true = (rollouts.mean.trail[:, k:] == batch.latents[:, k:]).flatten(2).all(2).float()
+    assert 1 - float(true.mean()) == pytest.approx(expected, abs=0.12)
+    assert (task.graph_key(0.5) is None) == (own[0] != own[1])
+
+
+def test_an_oracle_of_straight_paths_is_a_perfect_shortcut(latents: Path) -> None:
+    """Where noise and clean latent are joined by a straight line and the clean one is known, long steps are right."""
+    flow = {"type": "latent_flow", "shortcut": True, "filter_bank": 0, "embedding": 32}
+    flow["backbone"] = {"type": "unet", "channels": [16, 32], "blocks": [1, 1]}
+    from trainers.tasks.dynamics import DynamicsTask, DynamicsTaskConfig
+
+    terms = {"shortcut": {"share": 1.0}, "flow": {}}
+    task = DynamicsTask(
+        DynamicsTaskConfig(latents=str(latents), terms=terms, val_ratio=0.2, context_noise=0.0), flow, 0
+    )
+    batch = task.batch(np.random.default_rng(0), 4).to(torch.device("cpu"))
+
+    class Clean(nn.Module):
+        def forward(self, state: State, action: torch.Tensor, **told: Any) -> Any:
+            found = task.model.predict(state, action, **told)
+            target = batch.latents[:, task.context]
+            return type(found)(target + 0 * found.latent, found.log_error)
+
+    _, metrics = task.loss(Clean(), batch, torch.Generator().manual_seed(0), 0.5)
+    assert float(metrics["shortcut"]) < 1e-8 and float(metrics["flow"]) < 1e-8
+    _, metrics = task.loss(task.model, batch, torch.Generator().manual_seed(0), 0.5)
+    assert float(metrics["flow"]) > 1e-3
+    with pytest.raises(ConfigError, match="model.shortcut"):
+        dynamics_task(latents, {"shortcut": {}})
+
+
+def test_reflow_follows_its_teacher(latents: Path, tmp_path: Path) -> None:
+    train(settings(latents, {"squared": {}, "flow": {}}), tmp_path / "teacher")
+    teacher = str(tmp_path / "teacher" / "model")
+    terms = {"squared": {}, "reflow": {"teacher": teacher, "nfe": 2, "share": 0.5}}
+    train(settings(latents, terms), tmp_path / "run")
+    assert ",reflow," in (tmp_path / "run" / "metrics.csv").read_text()
+    with pytest.raises(ConfigError, match="reflow.teacher"):
+        dynamics_task(latents, {"reflow": {"teacher": str(tmp_path)}})
+
+
+def test_weights_of_the_path() -> None:
+    tau = torch.tensor([0.0, 0.5, 0.9, 1.0])
+    assert flow_weights(tau, 1.0, 5.0).tolist() == pytest.approx([1, 2, 5, 5])
+    assert flow_weights(tau, 2.0, 1e9)[:3].tolist() == pytest.approx([1, 4, 100], rel=1e-4)
+    assert flow_weights(tau, 0.0, 5.0).tolist() == [1, 1, 1, 1]
+
+
+def test_a_recipe_extends_another(tmp_path: Path) -> None:
+    base, dit = load_recipe("flow_unet"), load_recipe("flow_dit")
+    assert dit.stages["dynamics"]["model"]["backbone"]["type"] == "dit"
+    assert dit.stages["dynamics"]["task"] == base.stages["dynamics"]["task"] and dit.bundle == base.bundle
+    assert dit.stages["codec"] == load_recipe("predictor_patches").stages["codec"]
+    own = tmp_path / "mine.yaml"
+    own.write_text("extends: flow_unet\nstages: {head: {share: 0.2}}\n")
+    assert load_recipe(str(own)).stages["head"]["share"] == 0.2
+    own.write_text("extends: flow_nothing\n")
+    with pytest.raises(ConfigError, match="extends 'flow_nothing'"):
+        load_recipe(str(own))
