@@ -72,15 +72,11 @@ class RealProcgenVectorEnv(WorldVectorEnv):
         check_levels(self.game, start_level, num_levels, distribution_mode)
         num_threads = whole(num_threads, "num_threads", 0, 1024)
         check(type(render_size) is int and render_size in (64, 512), f"render_size {render_size!r}: must be 64 or 512")
-        frame, modes = check_frame(frame_shape), tuple(AutoresetMode)
-        super().__init__(num_envs, frame, autoreset_mode, modes, render_mode, max_episode_steps)
+        self._frame, modes = check_frame(frame_shape), tuple(AutoresetMode)
+        super().__init__(num_envs, self._frame, autoreset_mode, modes, render_mode, max_episode_steps)
         self.render_size = render_size
-        self._options = {
-            "env_name": game,
-            "start_level": start_level,
-            "num_levels": num_levels,
-            "distribution_mode": distribution_mode,
-        }
+        options = {"start_level": start_level, "num_levels": num_levels, "distribution_mode": distribution_mode}
+        self._options = {"env_name": game, **options}
         self._envs = make_procgen(num=self.num_envs, rand_seed=0, num_threads=num_threads, **self._options)
         self._buffers = [self._envs._ffi.new(f"char[{_STATE_BYTES}]") for _ in range(2)]
         self._steps = np.zeros(num_envs, np.int64)
@@ -193,7 +189,7 @@ class RealProcgenVectorEnv(WorldVectorEnv):
 
     def _observed(self, observation: dict[str, np.ndarray]) -> np.ndarray:
         """The games' pictures uint8 (N, *frame_shape)."""
-        return observe(observation["rgb"], self._frames.shape[1:])
+        return observe(observation["rgb"], self._frame)
 
     @property
     def backend(self) -> str:
