@@ -70,7 +70,7 @@ def save_moment(path: Path, past: Past) -> None:
     arrays = {
         "dream": np.frombuffer(past.dream, np.uint8),
         "dream_frame": m.dream,
-        "frames": np.stack(past.history[0]) if past.history[0] else np.zeros((0, 64, 64, 3), np.uint8),
+        "frames": np.stack(past.history[0]) if past.history[0] else np.zeros((0, *m.dream.shape), np.uint8),
         "actions": np.array(past.history[1], np.int64),
         "taken": np.array(past.taken, np.int64),
     }

@@ -51,7 +51,8 @@ class RealAsDream:
 
     def __init__(self, known: dict[bytes, bytes], env: Any, late: bool = False, blind: bool = False) -> None:
         self.known, self.env, self.late, self.blind = known, env, late, blind
-        self.context = CONTEXT
+        self.context, self.frame_shape = CONTEXT, (64, 64, 3)
+        self.dynamics = SimpleNamespace(deterministic=True)
 
     def start(self, frames: np.ndarray, actions: np.ndarray) -> Moment:
         snapshots = [self.known[f.tobytes()] for f in frames]
@@ -238,7 +239,7 @@ def test_drifted_contexts_are_dreamt_from_the_right_moment(toy_bundle: Path) -> 
     seen: list[tuple[int, int]] = []
 
     class Probe:
-        context, rewards = model.context, model.rewards
+        context, rewards, dynamics = model.context, model.rewards, model.dynamics
 
         def start(self, frames: np.ndarray, history: np.ndarray) -> Any:
             return SimpleNamespace(frame=frames[:, -1], actions=[])
@@ -258,6 +259,18 @@ def test_drifted_contexts_are_dreamt_from_the_right_moment(toy_bundle: Path) -> 
     scores = outcome_scores(cast(WorldModel, Probe()), play, SamplerConfig(nfe=1), drift=3, negatives=20)
     assert len(seen) == len(scores.rewards) >= 20
     assert not any(play.first[e, t + 1 : t + 4].any() for e, t in seen), "no drift across an episode's end"
+
+
+def test_the_best_of_several_samples_is_measured_though_the_sampler_draws_none(toy_bundle: Path, recorded: Any) -> None:
+    model, clips = load_bundle(toy_bundle, "cpu").world_model, recorded.clips
+    few = Clips(clips.frames[:3], clips.actions[:3], clips.level_seeds[:3], CONTEXT)
+    frequencies = colour_frequencies(few.frames)
+    found = compare_open_loop(model, few, frequencies, SamplerConfig(nfe=1), samples=3).figures
+    asked = compare_open_loop(model, few, frequencies, SamplerConfig(nfe=2), samples=3).figures
+    assert found["samples_nfe"] == 2 and found["samples"] == 3 and found["nfe"] == 1
+    names = ("samples_best_psnr", "samples_mean_psnr", "samples_diversity")
+    assert [found[n] for n in names] == [asked[n] for n in names]
+    assert found["samples_best_psnr"] > found["samples_mean_psnr"] and found["samples_diversity"] > 0
 
 
 def test_clips_never_cross_an_episode_and_too_few_are_refused() -> None:
