@@ -210,8 +210,8 @@ def encode(data: Path | str, codec: Path | str, latents: Path) -> None:
     run_command(program("trainers.encode", data, codec, latents))
 
 
-def make_bundle(out: Path, data: Path, starts: int, stages: dict[str, str], recipe: str) -> Path:
-    """Compose <out>/bundle from trained stages.
+def make_bundle(out: Path, data: Path, starts: int, stages: dict[str, str], recipe: str, name: str = "bundle") -> Path:
+    """Compose <out>/<name> from trained stages.
 
     Args:
         out: run folder.
@@ -219,6 +219,7 @@ def make_bundle(out: Path, data: Path, starts: int, stages: dict[str, str], reci
         starts: how many of these.
         stages: which are the codec, the dynamics and the head.
         recipe: by which they were trained.
+        name: of the bundle's folder.
 
     Raises:
         BundleError: a stage is missing or damaged.
@@ -247,7 +248,7 @@ def make_bundle(out: Path, data: Path, starts: int, stages: dict[str, str], reci
     }
     world_model = WorldModel(codec, dynamics, head)
     bank = start_bank(dataset, starts, codec.frame)
-    bundle = save_bundle(out / "bundle", world_model, game, limits, bank, provenance)
+    bundle = save_bundle(out / name, world_model, game, limits, bank, provenance)
     load_bundle(bundle, "cpu")  # what was written must be readable
     return bundle
 

@@ -26,7 +26,7 @@ from dreamenv.evaluation.clips import cut_clips, play_real
 from dreamenv.evaluation.controllability import DELTA_STEP, delta_psnr
 from dreamenv.evaluation.figures import save_plot
 from dreamenv.evaluation.imagine import open_loop
-from dreamenv.evaluation.metrics import psnr, squared_error
+from dreamenv.evaluation.metrics import detail, psnr, squared_error
 from dreamenv.evaluation.perceptual import feature_distance, features
 from dreamenv.flow import SamplerConfig
 from dreamenv.stages import begun, program, run_command, stage
@@ -46,10 +46,9 @@ RECIPES = (
     "tiles",
 )
 """The families, simplest first."""
-HORIZONS = (1, 5, 10, 30)
+HORIZONS = (1, 5, 10, 30, 50)
 _GREY = (84, 84, 1)
 _CONTEXT = 8  # frames before each clip; a model looks at the last of them, as many as it has context
-_BEGIN, _END = "<!-- families -->", "<!-- /families -->"
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,13 @@ class TableConfig:
             whole(getattr(self, name), name, 1)
         check(self.seconds > 0, f"seconds {self.seconds}: must be > 0")
         if self.docs is not None:
-            _parts(self.docs)
+            parts_of(self.docs, "families")
+
+
+def held_out_clips(game: str, count: int, seed: int) -> Clips:
+    """Clips of the real game (needs procgen) with eight frames of context and 50 to be predicted."""
+    play = play_real(game, -(-max(8000, 40 * count) // 16), 16, seed=seed)
+    return cut_clips(play, count, _CONTEXT, max(HORIZONS), seed)
 
 
 def measure(bundle: Bundle, clips: Clips, samples: int, seconds: float, seed: int) -> dict[str, Any]:
@@ -98,7 +103,7 @@ def measure(bundle: Bundle, clips: Clips, samples: int, seconds: float, seed: in
 
     Args:
         bundle: which model.
-        clips: real clips, frames uint8 (N, T, 64, 64, 3), with 30 steps to be predicted.
+        clips: real clips, frames uint8 (N, T, 64, 64, 3), with 50 steps to be predicted.
         samples: dreams of each clip by two evaluations, of which the best and the average are given.
         seconds: time of each measurement of speed.
         seed: decides the noise.
@@ -119,6 +124,7 @@ def measure(bundle: Bundle, clips: Clips, samples: int, seconds: float, seed: in
         squared_error(observe(dream[:, 9], _GREY), observe(real[:, 9], _GREY)) if real.shape[-1] == 3 else error[:, 9]
     )
     row["grey_psnr_10"] = float(psnr(grey.mean()))
+    row["detail_10"] = float(detail(dream[:, 9]).mean() / detail(real[:, 9]).mean())
     row["delta_psnr"] = float(delta_psnr(model, shown, dream[:, :DELTA_STEP], sampler, seed)[-1])
     row["perceptual_10"] = float(feature_distance(features(dream[:, 9])[0], features(real[:, 9])[0]).mean())
     short = Clips(shown.frames[:, : k + 10], shown.actions[:, : k + 9], shown.level_seeds, k)
@@ -136,6 +142,7 @@ _COLUMNS: dict[str, tuple[str, str]] = {
     "psnr_5": ("5", ".2f"),
     "psnr_10": ("10", ".2f"),
     "psnr_30": ("30", ".2f"),
+    "psnr_50": ("50", ".2f"),
     "mse_1": ("MSE, 1 step", ".5f"),
     "mse_5": ("5", ".5f"),
     "mse_10": ("10", ".5f"),
@@ -145,6 +152,7 @@ _COLUMNS: dict[str, tuple[str, str]] = {
     "average_psnr_10": ("average of 5", ".2f"),
     "delta_psnr": ("delta-PSNR, 4 steps", ".2f"),
     "perceptual_10": ("perceptual distance, 10 steps", ".3f"),
+    "detail_10": ("detail kept, 10 steps", ".2f"),
     "steps_per_s_1": ("steps/s, one", ".0f"),
     "steps_per_s_64": ("steps/s, 64", ".0f"),
 }
@@ -168,14 +176,26 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
 _COPIED = {f"psnr_{h}" for h in HORIZONS}
 
 
-def _parts(path: Path) -> tuple[str, str]:
-    """What stands before and after the markers of a Markdown file; raises `ConfigError` without them."""
+def parts_of(path: Path, name: str) -> tuple[str, str]:
+    """A Markdown file up to the marker `<!-- name -->` and from `<!-- /name -->` on; raises `ConfigError` without."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"docs {path}: cannot be read ({error})") from None
-    check(text.count(_BEGIN) == 1 == text.count(_END), f"docs {path}: needs one {_BEGIN} and one {_END}")
-    return text.split(_BEGIN)[0], text.split(_END)[1]
+    check(text.count(begin) == 1 == text.count(end), f"docs {path}: needs one {begin} and one {end}")
+    return f"{text.split(begin)[0]}{begin}\n", f"\n{end}{text.split(end)[1]}"
+
+
+def write_table(out: Path, name: str, rows: dict[str, dict[str, Any]], table: str, docs: Path | None) -> None:
+    """Write <out>/table.md and table.json, and the table into a Markdown file between the markers of that name."""
+    files = [(out / "table.md", table + "\n"), (out / "table.json", json.dumps(rows, indent=1) + "\n")]
+    if docs is not None:
+        before, after = parts_of(docs, name)
+        files.append((docs, f"{before}{table}{after}"))
+    for path, text in files:
+        with atomic_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def losses(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -216,7 +236,7 @@ def run_table(config: TableConfig) -> dict[str, dict[str, Any]]:
         data = out / "data"
         options = {"game": config.game, "steps": config.steps, "seed": config.seed, "out": data}
         stage(out, "data", lambda: run_command(program("envs.collect", **options)))
-        play = cut = None
+        cut = None
         for name in config.recipes:
             run = PipelineConfig(
                 game=config.game,
@@ -232,9 +252,7 @@ def run_table(config: TableConfig) -> dict[str, dict[str, Any]]:
             stage(out, name, lambda run=run: str(run_pipeline(run)))
             folders[name] = out / name / load_recipe(name).bundle["dynamics"]
             if not (out / "stages" / f"{name}-row.json").exists() and cut is None:
-                steps = -(-max(4000, 20 * config.clips) // 16)
-                play = play_real(config.game, steps, 16, seed=config.seed)
-                cut = cut_clips(play, config.clips, _CONTEXT, max(HORIZONS), config.seed)
+                cut = held_out_clips(config.game, config.clips, config.seed)
 
             def row(name: str = name, clips: Clips | None = cut) -> dict[str, Any]:
                 assert clips is not None
@@ -242,16 +260,9 @@ def run_table(config: TableConfig) -> dict[str, dict[str, Any]]:
                 return measure(bundle, clips, config.samples, config.seconds, config.seed)
 
             rows[name] = stage(out, f"{name}-row", row)
-    table = markdown(rows)
-    for path, text in ((out / "table.md", table + "\n"), (out / "table.json", json.dumps(rows, indent=1) + "\n")):
-        with atomic_file(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    _plot(out / "losses.png", folders)
-    if config.docs is not None:
-        before, after = _parts(config.docs)
-        with atomic_file(config.docs) as temporary:
-            temporary.write_text(f"{before}{_BEGIN}\n{table}\n{_END}{after}", encoding="utf-8")
-        _plot(config.docs.parent / "losses.png", folders)
+    write_table(out, "families", rows, markdown(rows), config.docs)
+    for path in (out, *(() if config.docs is None else (config.docs.parent,))):
+        _plot(path / "losses.png", folders)
     return rows
 
 

@@ -22,6 +22,7 @@ from tests.trainers.common import dynamics_task, settings
 from trainers.encode import encode_dataset
 from trainers.eval_autoencoder import evaluate
 from trainers.loop import LoopConfig, learning_rate, momentum
+from trainers.objectives import OBJECTIVES, ObjectivesConfig, run_objectives
 from trainers.pipeline import PipelineConfig, run_pipeline
 from trainers.recipe import load_recipe
 from trainers.rollout import RolloutConfig, Rollouts
@@ -48,8 +49,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages run here instead of in processes of their own, each of which takes seconds to load."""
-    monkeypatch.setattr("trainers.pipeline.train_stage", lambda values, out: train(values, out, resume=True))
-    monkeypatch.setattr("trainers.pipeline.encode", encode_dataset)
+    for module in ("pipeline", "objectives"):
+        monkeypatch.setattr(f"trainers.{module}.train_stage", lambda values, out: train(values, out, resume=True))
+        monkeypatch.setattr(f"trainers.{module}.encode", encode_dataset)
 
 
 def made(name: str, data: Path, out: Path) -> Path:
@@ -105,6 +107,28 @@ def test_the_table_is_one_command_that_resumes(tmp_path: Path, in_process: None)
     docs.write_text("no markers")
     with pytest.raises(ConfigError, match="needs one"):
         TableConfig(docs=docs)
+
+
+def test_objectives_are_compared_by_one_command(tmp_path: Path, in_process: None) -> None:
+    small = ("loop.batch_size=4", "model.backbone.channels=[16, 16, 16]", "task.val_ratio=0.2")
+    config = ObjectivesConfig(
+        steps=3000,
+        objectives=("squared, teacher forcing", "flow, velocity"),
+        out=tmp_path / "o",
+        clips=4,
+        samples=2,
+        seconds=0.1,
+        stage_steps=2,
+        set=small,
+    )
+    rows = run_objectives(config)
+    assert list(rows) == list(config.objectives) and {row["trained_steps"] for row in rows.values()} == {2}
+    assert rows["flow, velocity"]["best_psnr_10"] > rows["flow, velocity"]["average_psnr_10"]
+    assert "| flow, velocity | 2 |" in (tmp_path / "o" / "table.md").read_text()
+    for name in OBJECTIVES:
+        ObjectivesConfig(objectives=(name,))
+    with pytest.raises(ConfigError, match="did you mean 'squared'"):
+        ObjectivesConfig(objectives=("square",))
 
 
 def test_a_codec_is_measured_alone_and_its_best_is_kept(data: Path, tmp_path: Path) -> None:

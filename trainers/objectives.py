@@ -1,0 +1,165 @@
+"""What each term of the loss costs and brings: `python -m trainers.objectives --minutes 10`.
+
+One codec, one head, and for each objective dynamics that are trained for the same time from the same first weights. Run
+the same line again after a kill: what is done is skipped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from dreamenv.bundle import load_bundle
+from dreamenv.config import check, to_dict, unknown, whole
+from dreamenv.console import errors_in_one_line
+from dreamenv.contract.games import get_game
+from dreamenv.models.io import load_model
+from dreamenv.stages import begun, program, run_command, stage
+from dreamenv.types import Clips
+from trainers.pipeline import encode, make_bundle, train_stage
+from trainers.recipe import check_values, load_recipe
+from trainers.table import held_out_clips, measure, parts_of, write_table
+from trainers.train import override
+
+_SQUARED, _FLOW = "{squared: {}}", "{squared: {}, flow: {weight: 0.5}}"
+OBJECTIVES: dict[str, tuple[str, ...]] = {
+    "squared": (f"task.terms={_SQUARED}",),
+    "squared, teacher forcing": (f"task.terms={_SQUARED}", "task.own_inputs=[0, 0]"),
+    "squared, scheduled sampling": (f"task.terms={_SQUARED}", "task.own_inputs=[0, 1]"),
+    "squared, one step": (f"task.terms={_SQUARED}", "task.unroll=1"),
+    "huber": ("task.terms={huber: {delta: 0.5}}",),
+    "flow": (f"task.terms={_FLOW}",),
+    "flow, velocity": (f"task.terms={_FLOW}", "model.parameterisation=velocity"),
+    "flow, logit-normal times": ("task.terms={squared: {}, flow: {weight: 0.5, times: logit_normal}}",),
+    "flow, energy": ("task.terms={squared: {}, flow: {weight: 0.5}, energy: {}}",),
+    "flow, shortcut": ("task.terms={squared: {}, flow: {weight: 0.5}, shortcut: {}}", "model.shortcut=true"),
+    "picture": ("task.terms={squared: {}, picture: {}}",),
+    "perceptual": ("task.terms={squared: {}, perceptual: {}}",),
+    "adversarial, latents": ("task.terms={squared: {}, flow: {weight: 0.3}, adversarial: {}}",),
+    "adversarial, pictures": ("task.terms={squared: {}, pixel_adversarial: {}}",),
+    "inverse": ("task.terms={squared: {}, inverse: {}}",),
+}
+"""What is compared: settings of the recipe's dynamics stage."""
+
+
+@dataclass(frozen=True)
+class ObjectivesConfig:
+    """What is trained and measured."""
+
+    minutes: float = 10.0
+    """Training minutes of the dynamics of each objective; the codec gets as many, the head a third."""
+    game: str = "coinrun"
+    """Which game."""
+    steps: int = 150_000
+    """Transitions of the one dataset."""
+    objectives: tuple[str, ...] = tuple(OBJECTIVES)
+    """Which, in the table's order."""
+    out: Path = Path("runs/objectives")
+    """Run folder: table.md and table.json, and what was trained."""
+    clips: int = 128
+    """Held-out clips that each model continues."""
+    samples: int = 5
+    """Dreams of each clip, of which the best counts, by two evaluations a step."""
+    seconds: float = 3.0
+    """Time of each measurement of speed."""
+    stage_steps: int | None = None
+    """Steps of every training instead of minutes, for a trial."""
+    seed: int = 0
+    """Decides data, weights, clips and noise."""
+    set: tuple[str, ...] = ()
+    """Overrides for every objective's dynamics, e.g. loop.batch_size=16."""
+    docs: Path | None = None
+    """A Markdown file whose table between the markers `objectives` is replaced."""
+
+    def __post_init__(self) -> None:
+        """Validate everything, the stages' settings too; raises `ConfigError`."""
+        get_game(self.game)
+        check(self.minutes > 0, f"minutes {self.minutes}: must be > 0")
+        check(bool(self.objectives), "objectives: name one or more")
+        for name in ("steps", "clips", "samples"):
+            whole(getattr(self, name), name, 1)
+        if self.docs is not None:
+            parts_of(self.docs, "objectives")
+        for name in self.objectives:
+            if name not in OBJECTIVES:
+                raise unknown(f"objective {name!r}: unknown", name, OBJECTIVES)
+            check_values(self.values("dynamics", name))
+
+    def values(self, stage: str, objective: str = "") -> dict[str, Any]:
+        """The sections model, task and loop of the codec, the head, or an objective's dynamics."""
+        recipe = load_recipe("flow_unet")
+        made = {n: self.out / n / "model" if "model" in s else self.out / n for n, s in recipe.stages.items()}
+        values = recipe.values(stage, made)
+        minutes = self.minutes / 3 if stage == "head" else self.minutes
+        values["loop"] |= {"steps": self.stage_steps} if self.stage_steps else {"minutes": minutes}
+        values["loop"] |= {"seed": self.seed}
+        return override(values, (*OBJECTIVES[objective], *self.set)) if objective else values
+
+
+_COLUMNS: dict[str, tuple[str, str]] = {
+    "trained_steps": ("steps in that time", ",d"),
+    "psnr_1": ("PSNR, 1 step", ".2f"),
+    "psnr_10": ("10", ".2f"),
+    "psnr_30": ("30", ".2f"),
+    "psnr_50": ("50", ".2f"),
+    "best_psnr_10": ("best of 5, 10 steps", ".2f"),
+    "average_psnr_10": ("average of 5", ".2f"),
+    "delta_psnr": ("delta-PSNR, 4 steps", ".2f"),
+    "perceptual_10": ("perceptual distance, 10 steps", ".3f"),
+    "detail_10": ("detail kept, 10 steps", ".2f"),
+}
+
+
+def markdown(rows: dict[str, dict[str, Any]]) -> str:
+    """The table, a row an objective."""
+    head = ["objective", *(title for title, _ in _COLUMNS.values())]
+    body = [[name, *(format(row[key], style) for key, (_, style) in _COLUMNS.items())] for name, row in rows.items()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body))
+
+
+def run_objectives(config: ObjectivesConfig) -> dict[str, dict[str, Any]]:
+    """Collect, train and measure whatever is not done yet; returns the rows.
+
+    Raises:
+        ConfigError: bad settings, or a stage that failed.
+    """
+    out, rows, cut = config.out, {}, None
+    free = ("out", "docs", "objectives")
+    with begun(out, {k: str(v) for k, v in to_dict(config).items() if k not in free}):
+        options = {"game": config.game, "steps": config.steps, "seed": config.seed, "out": out / "data"}
+        stage(out, "data", lambda: run_command(program("envs.collect", **options)))
+        stage(out, "codec", lambda: train_stage(config.values("codec"), out / "codec"))
+        stage(out, "latents", lambda: encode(out / "data", out / "codec" / "model", out / "latents"))
+        stage(out, "head", lambda: train_stage(config.values("head"), out / "head"))
+        for number, name in enumerate(OBJECTIVES):
+            if name not in config.objectives:
+                continue
+            folder = f"dynamics-{number:02d}"
+            stage(out, folder, lambda n=name, f=folder: train_stage(config.values("dynamics", n), out / f))
+            if not (out / "stages" / f"{folder}-row.json").exists() and cut is None:
+                cut = held_out_clips(config.game, config.clips, config.seed)
+
+            def row(folder: str = folder, clips: Clips | None = cut) -> dict[str, Any]:
+                assert clips is not None
+                parts = {"codec": "codec", "dynamics": folder, "head": "head"}
+                bundle = make_bundle(out, out / "data", 20, parts, "flow_unet", f"{folder}-bundle")
+                _, facts = load_model(out / folder / "model", "dynamics")
+                found = measure(load_bundle(bundle), clips, config.samples, config.seconds, config.seed)
+                return found | {"trained_steps": facts["step"]}
+
+            rows[name] = stage(out, f"{folder}-row", row)
+    write_table(out, "objectives", rows, markdown(rows), config.docs)
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line: every field of `ObjectivesConfig` is an option."""
+    with errors_in_one_line():
+        print(markdown(run_objectives(tyro.cli(ObjectivesConfig, args=arguments, description=__doc__))))
+
+
+if __name__ == "__main__":
+    main()
