@@ -18,6 +18,7 @@ from dreamenv.bundle import bundled_agent, load_bundle, resolve_bundle
 from dreamenv.config import check
 from dreamenv.console import errors_in_one_line
 from dreamenv.contract.frames import NATIVE
+from dreamenv.contract.games import get_game
 from dreamenv.contract.noise import philox
 from dreamenv.errors import PolicyError
 from dreamenv.evaluation.clips import HELD_OUT, parse_levels, real_envs
@@ -87,16 +88,15 @@ def evaluate(
     _check(world, episodes, first, end)
     chosen = first + philox((seed, 0xE7A1)).choice(end - first, episodes, replace=episodes > end - first)
     dreamt = load_bundle(resolve_bundle(bundle, game), "cpu") if world == "dream" else None
-    frame = NATIVE if dreamt is None else dreamt.world_model.frame_shape
     if distribution_mode is None:
         distribution_mode = "easy" if dreamt is None else dreamt.game.distribution_mode
     played, films_kept = [], []
+    longest, bias = get_game(game).max_steps, np.asarray(get_game(game).bias)
+    check(limit is None or 1 <= limit <= longest, f"limit {limit}: must be in 1..{longest}")
     for at in range(0, episodes, _BATCH):
-        batch = chosen[at : at + _BATCH]
+        batch, policy = chosen[at : at + _BATCH], _policy(agent, bias, bundle, game)
+        frame = getattr(policy, "frame", NATIVE) if dreamt is None else dreamt.world_model.frame_shape
         envs = real_envs(game, len(batch), (first, end - first), distribution_mode, frame)
-        longest, bias = envs.unwrapped.game.max_steps, np.asarray(envs.unwrapped.game.bias)
-        check(limit is None or 1 <= limit <= longest, f"limit {limit}: must be in 1..{longest}")
-        policy = _policy(agent, bias, bundle, game)
         frames, _ = envs.reset(seed=seed + at, options={"level": batch})
         if world == "dream":
             envs.close()

@@ -15,7 +15,7 @@ class ImpalaExtractor(BaseFeaturesExtractor):
     """Residual conv stages 16/32/32 and a linear layer of 256 (Espeholt et al. 2018), as Procgen's PPO has them.
 
     Args:
-        observation_space: uint8 (3, 64, 64), as SB3 hands it after its channels-first wrapper.
+        observation_space: uint8 (c, h, w), as SB3 hands it after its channels-first wrapper.
         channels: width of each stage.
         features: width of the output.
         precision: "fp32", "bf16" autocast of these layers, or "auto": bf16 where the hardware has it.
@@ -29,12 +29,13 @@ class ImpalaExtractor(BaseFeaturesExtractor):
         precision: str = "auto",
     ) -> None:
         super().__init__(observation_space, features)
-        self.config = ImpalaConfig(tuple(channels), features)
+        c, h, w = observation_space.shape or (3, 64, 64)
+        self.config = ImpalaConfig(tuple(channels), features, frame=(h, w, c))
         self.precision = precision
         self.trunk = ImpalaAgent(self.config).trunk
 
     def forward(self, observations: Tensor) -> Tensor:
-        """Images float32 (B, 3, 64, 64) in [0, 1] -> features float32 (B, F)."""
+        """Images float32 (B, c, h, w) in [0, 1] -> features float32 (B, F)."""
         device = observations.device
         with torch.autocast(device.type, torch.bfloat16, enabled=pick_precision(self.precision, device) == "bf16"):
             return self.trunk(observations.contiguous(memory_format=torch.channels_last)).float()

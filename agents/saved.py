@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,20 +115,22 @@ class ForeignPolicy:
                 f"{path}: cannot be loaded as {algorithm} ({error}); name what saved it with --algorithm"
             ) from None
         spaces = self._model.observation_space, self._model.action_space
-        if sorted(spaces[0].shape or ()) != [3, 64, 64] or getattr(spaces[1], "n", None) != NUM_ACTIONS:
-            raise PolicyError(
-                f"{path}: takes {spaces[0]} and gives {spaces[1]}; expected 64x64x3 frames and 15 actions"
-            )
+        shape = spaces[0].shape or ()
+        picture = len(shape) == 3 and min(shape) in (1, 3)
+        if not picture or getattr(spaces[1], "n", None) != NUM_ACTIONS:
+            raise PolicyError(f"{path}: takes {spaces[0]} and gives {spaces[1]}; expected frames and 15 actions")
+        self._path, self._shape, self._channels_first = path, shape, shape[0] in (1, 3)
         self._state: tuple[np.ndarray, ...] | None = None
 
     def act(self, observations: np.ndarray, first: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """See `VectorPolicy.act`; draws from `rng`, so that a seed decides it."""
         with torch.random.fork_rng():
             torch.manual_seed(int(rng.integers(2**63)))
-            channels_first = self._model.observation_space.shape == (3, 64, 64)
             if self._state is not None and self._state[0].shape[1] != len(first):
                 self._state = None
-            seen = observations.transpose(0, 3, 1, 2) if channels_first else observations
+            seen = observations.transpose(0, 3, 1, 2) if self._channels_first else observations
+            if seen.shape[1:] != self._shape:
+                raise PolicyError(f"{self._path}: looks at frames {self._shape}, these are {seen.shape[1:]}")
             actions, self._state = self._model.predict(seen, self._state, first)
         return np.asarray(actions, np.int64)
 
@@ -161,7 +164,7 @@ def to_agent(model: BaseAlgorithm) -> ImpalaAgent:
         weights |= {"value.weight": torch.zeros(1, weights["policy.weight"].shape[1]), "value.bias": torch.zeros(1)}
     extractor = next(m for m in model.policy.modules() if isinstance(m, ImpalaExtractor))
     memory = weights["policy.weight"].shape[1] if name == "RecurrentPPO" else 0
-    shape = ImpalaConfig(extractor.config.channels, extractor.config.features, memory, greedy=name in _GREEDY)
+    shape = replace(extractor.config, memory=memory, greedy=name in _GREEDY)
     with torch.random.fork_rng():  # its initial weights must not take from the run's random stream
         agent = ImpalaAgent(shape, extractor.precision)
     agent.load_state_dict(weights)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dreamenv.artifacts import atomic_folder, read_json, readable_folder, sha256_file, write_json
 from dreamenv.config import check, from_dict, to_dict
 from dreamenv.contract.actions import NUM_ACTIONS
+from dreamenv.contract.frames import NATIVE, check_frame
 from dreamenv.device import own_settings, pick_precision
 from dreamenv.errors import BundleError, ConfigError, PolicyError
 from dreamenv.models.interface import to_images
@@ -32,6 +33,8 @@ class ImpalaConfig:
     """Width of the LSTMs that the policy and the value each have behind it; 0 goes without."""
     greedy: bool = False
     """Whether the best action is taken (networks trained as action values) rather than one sampled."""
+    frame: tuple[int, int, int] = NATIVE
+    """(H, W, C) of the frames that it looks at."""
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
@@ -41,6 +44,7 @@ class ImpalaConfig:
         )
         check(1 <= self.features <= 8192, f"features {self.features}: must be 1..8192")
         check(0 <= self.memory <= 8192, f"memory {self.memory}: must be 0..8192")
+        check_frame(self.frame, "frame")
 
 
 class _Residual(nn.Module):
@@ -65,7 +69,7 @@ class ImpalaAgent(nn.Module):
         super().__init__()
         self.config, self.precision = config, precision
         stages: list[nn.Module] = []
-        width, side = 3, 64
+        side, _, width = config.frame
         for channels in config.channels:
             stages += [nn.Conv2d(width, channels, 3, padding=1), nn.MaxPool2d(3, 2, 1)]
             stages += [_Residual(channels), _Residual(channels)]
@@ -83,7 +87,7 @@ class ImpalaAgent(nn.Module):
         """Look at one frame of each of B episodes.
 
         Args:
-            images: (B, 3, 64, 64) in [0, 1].
+            images: (B, c, h, w) in [0, 1].
             memory: float32 (4, B, M), what it remembers: hidden and cell state of the actor and of the critic; None is
                 nothing.
 
@@ -102,7 +106,14 @@ class ImpalaAgent(nn.Module):
 
     @torch.inference_mode()
     def probabilities(self, frames: np.ndarray, memory: Tensor | None = None) -> tuple[np.ndarray, Tensor | None]:
-        """Frames uint8 (B, 64, 64, 3) -> action probabilities float64 (B, 15), and the memory, as `forward` has it."""
+        """Frames uint8 (B, h, w, c) -> action probabilities float64 (B, 15), and the memory, as `forward` has it.
+
+        Raises:
+            PolicyError: frames of another shape than it was trained on.
+        """
+        if tuple(frames.shape[1:]) != tuple(self.config.frame):
+            found, wanted = tuple(frames.shape[1:]), tuple(self.config.frame)
+            raise PolicyError(f"frames {found}: this agent looks at {wanted}; take one that was trained on such frames")
         device = self.policy.weight.device
         with own_settings(device):
             logits, _, memory = self(to_images(torch.as_tensor(frames).to(device)), memory)

@@ -32,7 +32,7 @@ class VectorPolicy(Protocol):
     looks: bool
 
     def act(self, observations: np.ndarray, first: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Return int64 actions (N,) for uint8 observations (N, 64, 64, 3); `first` bool (N,) marks new episodes."""
+        """Return int64 actions (N,) for uint8 observations (N, h, w, c); `first` bool (N,) marks new episodes."""
         ...
 
 
@@ -70,7 +70,11 @@ class HoldPolicy:
 
 
 class AgentPolicy:
-    """A saved agent (`agent.json` + `agent.safetensors`), sampled from, epsilon-greedy towards uniform actions."""
+    """A saved agent (`agent.json` + `agent.safetensors`), sampled from, epsilon-greedy towards uniform actions.
+
+    Attributes:
+        frame: (H, W, C) of the frames that it looks at.
+    """
 
     looks = True
 
@@ -79,6 +83,7 @@ class AgentPolicy:
 
         self._agent = load_agent(agent) if isinstance(agent, str) else agent
         self.epsilon, self.remembers = epsilon, self._agent.config.memory > 0
+        self.frame = self._agent.config.frame
         self._memory: Tensor | None = None
 
     def act(self, observations: np.ndarray, first: np.ndarray, rng: np.random.Generator) -> np.ndarray:
