@@ -98,9 +98,11 @@ def make_world(
     """
     if world not in ("real", "dream", "mix"):
         raise ConfigError(f"world {world!r}: must be 'real', 'dream' or 'mix'")
-    if world == "real":
+    if world == "real" and bundle is None:
         return real_world(game, num_envs)
     loaded = load_bundle(resolve_bundle(bundle, game), device)
+    if world == "real":
+        return real_world(game, num_envs, frame=loaded.world_model.frame_shape)
     model = loaded.world_model
     starts = None if data is None else dataset_starts(data, 2000, model.context, frame=model.frame_shape)
     dreams = num_envs if world == "dream" else round(num_envs * share)

@@ -186,7 +186,7 @@ def generate(
         out: folder for clip-0000.mp4 and so on, for the dataset, for grid.png or futures.png.
         game: which embedded bundle.
         bundle: a bundle folder instead.
-        form: video; dataset, which every command that takes a dataset reads; grid, eight dreams from fixed starts under
+        form: video; dataset, which says that it is of a dream; grid, eight dreams from fixed starts under
             fixed actions; or futures, four dreams of one start under the same actions.
         clips: how many clips.
         steps: most frames of each; a clip ends with its episode.

@@ -25,7 +25,7 @@ class SamplerConfig:
 
     nfe: int = 1
     """Network function evaluations per step; 1 is the deterministic predictor (the mean), more draw a sample. Of
-    dynamics that see the noise (`Dynamics.sees_noise`) one evaluation is a draw too."""
+    dynamics that learn long steps (`Dynamics.spans`) one evaluation is a draw too."""
     solver: Literal["euler", "heun"] = "euler"
     """Euler, or Heun's second order (an odd nfe: two evaluations a step, one for the last)."""
     temperature: float = 1.0
@@ -53,7 +53,7 @@ class SamplerConfig:
 
     def stochastic(self, dynamics: Dynamics) -> bool:
         """Whether noise reaches what is drawn of these dynamics."""
-        return self.temperature > 0 and not dynamics.deterministic and (self.nfe > 1 or dynamics.sees_noise)
+        return self.temperature > 0 and not dynamics.deterministic and (self.nfe > 1 or bool(dynamics.spans))
 
 
 def interpolate(noise: Tensor, clean: Tensor, tau: Tensor) -> Tensor:
@@ -82,7 +82,8 @@ def integrate(predict: Predict, noise: Tensor | None, sampler: SamplerConfig, se
     """
     start = None if noise is None or sampler.temperature == 0 else noise * sampler.temperature
     steps = sampler.nfe if sampler.solver == "euler" else (sampler.nfe + 1) // 2
-    prediction = first = predict(start if sees_noise else None, 0.0, 1 / steps)
+    shown = start if sees_noise else None
+    prediction = first = predict(shown, 0.0, 0.0 if shown is None else 1 / steps)
     if sampler.nfe == 1:
         return first
     clean = first.latent
@@ -127,6 +128,6 @@ def sample(
         unaware = dynamics.predict(hidden, unknown, x, zero + tau, hints=aware.hints, span=zero + span)
         return dynamics.guide(aware, unaware, sampler.guidance_scale)
 
-    return (
-        predict(None, 0.0, 1.0) if dynamics.deterministic else integrate(predict, noise, sampler, dynamics.sees_noise)
-    )
+    if dynamics.deterministic:
+        return predict(None, 0.0, 1.0)
+    return integrate(predict, noise if sampler.stochastic(dynamics) else None, sampler, dynamics.sees_noise)

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from trainers.loop import Loop
 
 FORMAT_VERSION = 3
-_FREE = ("log_every", "wandb", "workers", "cuda_graphs")  # settings of the loop that change no weight
+_FREE = ("log_every", "wandb", "workers", "cuda_graphs", "best", "keep_every")  # settings that change no weight
+_LATER = {"schedule": "cosine"}  # settings that came later, and what older trainings had
 _MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # what AdamW keeps of a parameter
 
 
 def identity_of(settings: dict[str, Any]) -> str:
     """sha256 of what of a configuration decides the weights."""
-    loop = {k: v for k, v in settings.get("loop", {}).items() if k not in _FREE}
+    loop = {k: v for k, v in settings.get("loop", {}).items() if k not in _FREE and _LATER.get(k) != v}
     return checksum(settings | {"loop": loop})
 
 

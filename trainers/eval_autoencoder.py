@@ -77,6 +77,7 @@ def evaluate(
     """
     check(frames >= 1, f"frames {frames}: must be >= 1")
     check(film >= 1, f"film {film}: must be >= 1")
+    check(0 <= seed < 2**63, f"seed {seed}: must be in 0..2^63-1")
     target = pick_device(device)
     model, digest = load_codec(codec)
     model = model.to(target)

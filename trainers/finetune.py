@@ -84,11 +84,11 @@ def unpack(bundle: Bundle, out: Path) -> None:
 
 
 def recipe_of(config: FinetuneConfig, bundle: Bundle) -> str:
-    """The recipe that was asked for, the bundle's own, or the first one that trains such dynamics."""
+    """The recipe that was asked for, the bundle's own, the game's or the first one that trains such dynamics."""
     if config.recipe or bundle.provenance.get("recipe"):
         return config.recipe or bundle.provenance["recipe"]
     wanted = spec_of(bundle.world_model.dynamics)["type"]
-    for name in recipes():
+    for name in (get_game(config.game).recipe, *recipes()):
         recipe = load_recipe(name)
         if (
             "dynamics" in recipe.finetune

@@ -172,7 +172,7 @@ class Loop:
             *({"params": [named[n]], "weight_decay": 0.0, "rate": rate} for n, rate in rates.items()),
         ]
         if others:
-            groups.append({"params": others, "weight_decay": 0.0, "betas": (0.5, 0.99)})
+            groups.append({"params": others, "weight_decay": 0.0, "betas": (0.5, 0.99), "cycles": False})
         return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
 
     @property
@@ -232,18 +232,20 @@ class Loop:
                 figures = {k: float(v) for k, v in metrics.items()}
                 figures |= {"samples_per_s": speed, "progress": self.progress, "minutes": self.elapsed / 60}
                 log.write(self.step, figures)
-            last = self.progress >= 1
+            last, best = self.progress >= 1, {}
             if self.rank == 0 and (last or self.step % self.config.val_every == 0):
                 validated = self._validate()
                 assert log is not None
                 log.write(self.step, {f"val_{k}": v for k, v in validated.items()})
-                self._keep_best(validated)
+                best = validated
             if self.rank == 0 and self.config.keep_every and self.step % self.config.keep_every == 0:
                 self._save(f"models/step-{self.step:07d}")
             if self.rank == 0 and (last or self.step % self.config.checkpoint_every == 0):
                 # the model before the checkpoint: a kill between them repeats the last steps, to the same model
                 self._save("model")
                 save_checkpoint(self)
+            if best:
+                self._keep_best(best)
         return validated
 
     def _save(self, name: str, **facts: Any) -> None:
@@ -259,7 +261,7 @@ class Loop:
         value, path = validated[name], self.folder / "best" / "model.json"
         before = read_json(path, CheckpointError, "delete it")["facts"].get("best") if path.exists() else None
         sign = -1 if self.config.best.startswith("-") else 1
-        if before is None or sign * value > sign * before:
+        if not math.isnan(value) and (before is None or sign * value > sign * before):
             self._save("best", best=value)
 
     def _agree(self, elapsed: float) -> float:
@@ -282,7 +284,7 @@ class Loop:
         rate = learning_rate(self.config, self.progress)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("rate", 1.0)
-            if self.config.schedule == "one_cycle":
+            if self.config.schedule == "one_cycle" and group.get("cycles", True):
                 group["betas"] = (momentum(self.config, self.progress), group["betas"][1])
         self.trained.train()
         graphs = self.config.cuda_graphs and self.device.type == "cuda"

@@ -33,7 +33,7 @@ from dreamenv.policies.simple import parse_mix
 from dreamenv.stages import begun, program, run_command, stage
 from dreamenv.world_model import WorldModel
 from trainers.dreams import dreams_for
-from trainers.recipe import Recipe, check_values, filled, load_recipe
+from trainers.recipe import Recipe, check_build, check_values, filled, load_recipe
 from trainers.train import override
 
 _DREAMS = 8192  # at most, where a recipe says {dreams}
@@ -106,6 +106,9 @@ class PipelineConfig:
                 found == wanted, f"data {self.data}: is of {found[0]} in {found[1]}, not of {wanted[0]} in {wanted[1]}"
             )
         made = self.numbers(recipe) | {name: Path(name) for name in recipe.stages}
+        for name, settings in recipe.stages.items():
+            if "build" in settings:
+                check_build(name, settings)
         for name in recipe.trained:
             try:
                 check_values(self.stage_values(recipe, name, made))

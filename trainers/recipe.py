@@ -126,7 +126,13 @@ def _read(path: Path, below: tuple[str, ...] = ()) -> dict[str, Any]:
     values = _read(RECIPES / f"{base}.yaml", (*below, path.stem))
     for part, settings in own.items():
         before = values.get(part, {})
+        check(
+            isinstance(settings, dict) or not isinstance(before, dict) or not before,
+            f"{path}: {part}: expected settings, got {settings!r}",
+        )
         if part in ("stages", "extra", "finetune"):
+            for name, keys in settings.items():
+                check(isinstance(keys, dict), f"{path}: {part}.{name}: expected settings, got {keys!r}")
             settings = {name: {**before.get(name, {}), **keys} for name, keys in settings.items()}
         values[part] = {**before, **settings} if isinstance(settings, dict) else settings
     return values
@@ -143,6 +149,14 @@ def filled(value: Any, made: dict[str, Any], where: str) -> Any:
         found = made[value[1:-1]]
         return str(found) if isinstance(found, Path) else found
     return value
+
+
+def check_build(stage: str, settings: dict[str, Any]) -> None:
+    """Raise `ConfigError` for a misspelt name or a bad value of a model that is built and not trained."""
+    model = settings.get("model")
+    check(isinstance(model, dict), f"{stage}.model: expected the model to build, got {model!r}")
+    _, shape = lookup(str(settings["build"]), model.get("type"), f"{stage}.model")
+    from_dict(shape, {k: v for k, v in model.items() if k != "type"}, f"{stage}.model")
 
 
 def check_values(values: dict[str, Any]) -> None:

@@ -68,7 +68,8 @@ class Rollout:
 
     Attributes:
         steps: U of them.
-        trail: (B, K + U, C, H, W), the context with its noise and then what the rollout went on from.
+        trail: (B, K + U, C, H, W), the context with its noise and then what was predicted (or drawn), from which the
+            rollout goes on unless it is to go on from the truth.
         actions: int64 (B, K + U), the true ones; given: those that the dynamics saw, some hidden.
         level: (B,), or (B, K) of dynamics with `frame_levels`: the standard deviation of the noise in the context.
         copies: how many rollouts there are of each sample, one after the other along the batch.
@@ -201,9 +202,9 @@ class Rollouts:
             weights = cells[:, u].repeat(times, 1, 1)
             steps.append(Step(state, action, target, hints, prediction, draw, error, live, weights))
             following = dynamics.align(going.to(state.latents.dtype), target)
+            trail.append(following)
             if self.config.own < 1:
                 own = self.uniform(len(following)) < self.config.own
                 following = torch.where(own[:, None, None, None], following, target.to(following.dtype))
             state = dynamics.advance(state, action, following)
-            trail.append(state.latents[:, -1])
         return Rollout(steps, torch.stack(trail, 1), actions, given, level, times)

@@ -15,10 +15,10 @@ _LUMINANCE = np.array([0.2125, 0.7154, 0.0721])  # of Gymnasium's GrayscaleObser
 
 
 def check_frame(frame: Any, name: str = "frame_shape") -> tuple[int, int, int]:
-    """Return (H, W, C) as integers; raises `ConfigError` unless it is a square of 8..128 pixels, grey or RGB."""
+    """Return (H, W, C) as integers; raises `ConfigError` unless it is a square of 16..128 pixels, grey or RGB."""
     valid = isinstance(frame, Sequence) and not isinstance(frame, str) and len(frame) == 3
     check(valid, f"{name} {frame!r}: expected three integers, such as (64, 64, 3)")
-    height, width = (whole(n, name, 8, 128) for n in frame[:2])
+    height, width = (whole(n, name, 16, 128) for n in frame[:2])
     channels = whole(frame[2], name, 1, 3)
     check(height == width, f"{name} {frame!r}: must be a square, Procgen's pictures are")
     check(channels in (1, 3), f"{name} {frame!r}: must have 1 channel (grey) or 3 (RGB)")

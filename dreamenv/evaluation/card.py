@@ -117,7 +117,11 @@ def _samples(card: dict[str, Any]) -> list[tuple[str, str]]:
     if "samples" not in card:
         return []
     what = f"of {card['samples']} samples by {card['samples_nfe']} evaluations, dB, {card['samples_horizon']} steps"
-    names = (("best", "samples_best_psnr"), ("average", "samples_mean_psnr"))
+    names = (
+        ("best", "samples_best_psnr"),
+        ("average", "samples_mean_psnr"),
+        ("one the model is surest of", "samples_selected_psnr"),
+    )
     return [(f"PSNR of the {name} {what}", f"{card[key]:.2f}") for name, key in names]
 
 

@@ -62,6 +62,7 @@ def generate(
         PolicyError: an unknown policy.
     """
     check(clips >= 1, f"clips {clips}: must be >= 1")
+    check(0 <= seed < 2**63, f"seed {seed}: must be in 0..2^63-1")
     check(1 <= steps <= bundle.game.max_steps, f"steps {steps}: must be in 1..{bundle.game.max_steps}")
     bias = np.asarray(get_game(bundle.game.name).bias)
     parts: list[tuple[np.ndarray, ...]] = []
@@ -99,24 +100,28 @@ def save_films(out: Path, made: Generated, fps: float = 15) -> list[Path]:
 
 
 def save_dataset(out: Path, made: Generated, bundle: Bundle, policy: str, sampler: SamplerConfig, seed: int) -> Path:
-    """Write the clips as a dataset folder, which every command that takes one reads.
+    """Write the clips as a dataset folder; its facts say that it is of a dream.
 
     Raises:
         ConfigError: the bundle's frames are not Procgen's own, 64 x 64 RGB.
     """
     shape = made.frames.shape[1:]
     check(shape == NATIVE, f"frames {shape}: a dataset holds {NATIVE} frames; write films")
-    cut = np.zeros(len(made.first), bool)
-    cut[np.append(np.flatnonzero(made.first)[1:], len(cut)) - 1] = True
+    lowest, highest = int(made.level_seeds.min()), int(made.level_seeds.max())
     facts = {
+        "world": "dream",
         "game": bundle.game.name,
         "distribution_mode": bundle.game.distribution_mode,
         "max_steps": bundle.game.max_steps,
-        "dreamt_by": bundle.identity,
+        "action_meanings": list(bundle.game.action_meanings),
+        "start_level": lowest,
+        "num_levels": highest - lowest + 1,
         "policy": policy,
+        "policy_mix": [[policy, 1.0]],
+        "backend": f"bundle {bundle.identity[:12]}",
         "sampler": to_dict(sampler),
         "seed": seed,
-        "clips": int(made.first.sum()),
+        "num_envs": int(made.first.sum()),
         "num_shards": 1,
     }
     writer = DatasetWriter(out, facts)
@@ -136,7 +141,7 @@ def save_dataset(out: Path, made: Generated, bundle: Bundle, policy: str, sample
 
 
 def save_qualitative_grid(path: Path, bundle: Bundle, sampler: SamplerConfig) -> None:
-    """Write a PNG of eight dreams, a row each: the same starts, actions and noise for every bundle of a game.
+    """Write a PNG of eight dreams, a row each, under actions that are the same for every bundle.
 
     Each begins at a start context of the bundle's bank, evenly spread over it, and holds each of a few random actions
     for four steps; a picture is shown after each four.
@@ -172,6 +177,7 @@ def save_futures(path: Path, bundle: Bundle, sampler: SamplerConfig, seed: int =
         sampler.stochastic(model.dynamics),
         f"nfe {sampler.nfe}, temperature {sampler.temperature:g}: no noise reaches these dreams; give nfe 2 or more",
     )
+    check(0 <= seed < 2**63, f"seed {seed}: must be in 0..2^63-1")
     rng = philox((seed, 0xF07))
     actions = rng.integers(0, 15, (len(bank.frames), steps // 4)).repeat(4, 1)
     history = bank.actions.astype(np.int64)

@@ -94,7 +94,7 @@ def compare_open_loop(
     ceiling = np.stack([model.decode(model.encode(frames)).numpy() for frames in truth[:encoded]])
     whole = {"dream": dream, "copy last frame": np.broadcast_to(last, real.shape)}
     if sampler.nfe > 1:
-        whole["deterministic predictor"] = open_loop(model, clips, SamplerConfig(nfe=1), seed)[0]
+        whole["deterministic predictor"] = open_loop(model, clips, SamplerConfig(nfe=1, temperature=0.0), seed)[0]
     error = squared_error(dream, real)
     floor = squared_error(ceiling, truth[:encoded])
     curves = {name: np.asarray(psnr(squared_error(frames, real).mean((0, 2, 3)))) for name, frames in whole.items()}
@@ -181,11 +181,12 @@ def _masked_psnr(error: np.ndarray, which: np.ndarray) -> float | None:
 
 
 def _spread(model: WorldModel, clips: Clips, sampler: SamplerConfig, seed: int, samples: int) -> dict[str, float]:
-    """Best and mean of several samples of each clip, and how far apart they are."""
+    """Best and mean of several samples of each clip, the one that the model is surest of, and how far they are apart."""
     horizon = min(clips.horizon, 10)
     k = clips.context
     short = Clips(clips.frames[:, : k + horizon], clips.actions[:, : k - 1 + horizon], clips.level_seeds, k)
-    drawn = [open_loop(model, short, sampler, seed + (s << 32))[0] for s in range(samples)]
+    dreams = [open_loop(model, short, sampler, seed + (s << 32)) for s in range(samples)]
+    drawn, doubts = [frames for frames, _ in dreams], np.stack([doubt.mean(1) for _, doubt in dreams])  # (S, N)
     errors = np.stack([squared_error(d, short.frames[:, k:]).mean((2, 3)) for d in drawn])  # (S, N, H)
     apart = [squared_error(a, b)[:, -1].mean() for i, a in enumerate(drawn) for b in drawn[i + 1 :]]
     return {
@@ -194,5 +195,6 @@ def _spread(model: WorldModel, clips: Clips, sampler: SamplerConfig, seed: int, 
         "samples_horizon": horizon,
         "samples_mean_psnr": float(psnr(errors[:, :, -1].mean())),
         "samples_best_psnr": float(psnr(errors[:, :, -1].min(0).mean())),
+        "samples_selected_psnr": float(psnr(errors[doubts.argmin(0), np.arange(len(short.frames)), -1].mean())),
         "samples_diversity": float(np.mean(apart)),
     }

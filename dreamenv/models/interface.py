@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dreamenv.config import check, to_dict
 from dreamenv.contract.actions import NOOP, NUM_ACTIONS
+from dreamenv.models.latents import LatentSpec, Prediction, Reconstruction, to_frames, to_images
 from dreamenv.models.state import State
 
 __all__ = [
@@ -36,56 +37,6 @@ __all__ = [
 
 NULL_ACTION = NUM_ACTIONS
 """An extra action, "not known": for classifier-free guidance and for actions hidden in training."""
-
-
-@dataclass(frozen=True)
-class LatentSpec:
-    """What one latent is. A codec and the dynamics and head that work on its latents have equal ones."""
-
-    shape: tuple[int, int, int]
-    """(C, H, W)."""
-    layout: str = "patches"
-    """What a cell means, in the codec's own word, such as "patches" of the picture."""
-    known: int = 0
-    """How many of the last channels hold known quantities instead of learnt content."""
-
-    def __post_init__(self) -> None:
-        """Validate ranges; raises `ConfigError`."""
-        c, h, w = self.shape
-        check(1 <= c <= 256, f"shape {self.shape}: must have 1..256 channels")
-        check(1 <= h <= 128 and 1 <= w <= 128, f"shape {self.shape}: must have 1..128 rows and columns")
-        check(0 <= self.known < c, f"known {self.known}: must be fewer than the {c} channels")
-        check(0 < len(self.layout) <= 64, f"layout {self.layout!r}: must be a word")
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One evaluation of dynamics.
-
-    Attributes:
-        latent: float32 (B, C, H, W), the clean next latent.
-        log_error: float32 (B, H, W), the log of the squared error that the dynamics expect of it in each cell.
-        hints: what a head, or another evaluation of the same step, may be told of it, each (B, ...); usually nothing.
-    """
-
-    latent: Tensor
-    log_error: Tensor
-    hints: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-class Reconstruction(NamedTuple):
-    """What a codec in training makes of images.
-
-    Attributes:
-        images: (B, c, h, w), decoded.
-        latents: (B, C, H, W), before any noise.
-        divergence: a scalar, the mean divergence of the latents' distribution from a standard normal one (VAE); 0 for a
-            deterministic codec.
-    """
-
-    images: Tensor
-    latents: Tensor
-    divergence: Tensor
 
 
 class Codec(nn.Module, ABC):
@@ -190,8 +141,13 @@ class Dynamics(nn.Module, ABC):
 
     @property
     def sees_noise(self) -> bool:
-        """Whether it is shown the noise at tau = 0, so that one evaluation from noise is a draw and not the mean."""
+        """Whether what it says at tau = 0 depends on the noise `x`."""
         return False
+
+    @property
+    def spans(self) -> tuple[float, ...]:
+        """Lengths of long steps along the path that it learns, 1 first: one evaluation from noise is a draw then."""
+        return ()
 
     def smooth(self, latents: Tensor, actions: Tensor) -> Tensor:
         """What these dynamics make of latents (B, T, C, H, W), T <= K, that were read off real pictures."""
@@ -241,8 +197,8 @@ class Dynamics(nn.Module, ABC):
             tau: (B,) in [0, 1); None is 0.
             level: (B,), the standard deviation of noise in the state's latents; None is 0.
             hints: of another prediction, or of `truth`, with which this one is to be comparable cell by cell.
-            span: (B,), how far along the path one step will go with what is predicted, for dynamics that learn long
-                steps (shortcut models); None is 0, an infinitely short one.
+            span: (B,), how far along the path one step will go with what is predicted, for dynamics with `spans`; None
+                is 0, an infinitely short one.
         """
 
     def forward(self, *args: Any, **kwargs: Any) -> Prediction:
@@ -271,6 +227,10 @@ class Dynamics(nn.Module, ABC):
     def guide(self, aware: Prediction, unaware: Prediction, scale: float) -> Prediction:
         """Classifier-free guidance (Ho & Salimans 2022): what the action changed, `scale` times."""
         return replace(aware, latent=unaware.latent + scale * (aware.latent - unaware.latent))
+
+    def goes_on_from(self, other: Dynamics) -> bool:
+        """Whether weights of others of its class mean in it what they meant there; shapes are checked apart."""
+        return True
 
     def grown(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights of an older or smaller configuration, made to fit this one where that changes nothing."""
@@ -367,13 +327,3 @@ class OutcomeHead(nn.Module, ABC):
     def grown(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `Dynamics.grown`."""
         return weights
-
-
-def to_images(frames: Tensor) -> Tensor:
-    """Frames uint8 (..., h, w, c) -> images float32 (..., c, h, w) in [0, 1]."""
-    return frames.movedim(-1, -3).float().div_(255)
-
-
-def to_frames(images: Tensor) -> Tensor:
-    """Images (..., c, h, w) -> frames uint8 (..., h, w, c), rounded and clamped."""
-    return images.float().mul(255).round_().clamp_(0, 255).to(torch.uint8).movedim(-3, -1)

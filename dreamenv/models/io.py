@@ -148,7 +148,9 @@ def initialise(model: nn.Module, folder: str, option: str = "init_from") -> dict
     """
     other, facts = load_model(folder, locate(model)[0])
     weights = other.state_dict()
-    grown = getattr(model, "grown", None)
+    grown, same = getattr(model, "grown", None), getattr(model, "goes_on_from", None)
+    if same is not None and type(other) is type(model) and not same(other):
+        raise ConfigError(f"{option} {folder}: its weights mean something else in this configuration; start anew")
     try:
         model.load_state_dict(weights if grown is None else grown(weights))
     except RuntimeError as error:

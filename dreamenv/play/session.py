@@ -14,6 +14,7 @@ import numpy as np
 from dreamenv.bundle import Bundle
 from dreamenv.config import check
 from dreamenv.contract.actions import NOOP
+from dreamenv.contract.frames import NATIVE
 from dreamenv.contract.noise import philox
 from dreamenv.env import DreamEnv
 from dreamenv.errors import ConfigError
@@ -42,7 +43,7 @@ class Session(Timeline):
         agent: a saved agent's folder; None leaves a person and the random policy.
         levels: first level and number of levels of the real game.
         seed: decides levels, noise and the random policy.
-        memory: steps that can be taken back; a step takes about 0.13 MB.
+        memory: steps that can be taken back; a step takes about 0.13 MB, and more of dynamics whose state is large.
 
     Raises:
         ConfigError: an argument outside its range.
@@ -292,6 +293,8 @@ class Session(Timeline):
         """Record the first world on show, step by step, until `stop_recording`."""
         self._take_real_in()
         world, facts = self.shown[0], self.bundle.game
+        shape = self.bundle.world_model.frame_shape
+        check(shape == NATIVE, f"frames {shape}: a dataset holds {NATIVE} frames, so these cannot be recorded")
         own = world == "dream" or self.paired
         self.recorder = EpisodeRecorder(
             folder,

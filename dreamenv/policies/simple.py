@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from dreamenv.contract.actions import NAMES, NUM_ACTIONS
+from dreamenv.contract.frames import NATIVE
 from dreamenv.errors import PolicyError
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class MixturePolicy:
 
     Attributes:
         component: int64 (N,), the index of the policy now playing each environment.
+        frame: (H, W, C) of the frames that its agent, if any, looks at.
     """
 
     remembers = True
@@ -110,6 +112,7 @@ class MixturePolicy:
         self.policies = policies
         self.weights = np.asarray(weights, float) / np.sum(weights)
         self.looks = any(policy.looks for policy in policies)
+        self.frame = next((policy.frame for policy in policies if isinstance(policy, AgentPolicy)), NATIVE)
         self.component: np.ndarray | None = None
 
     def act(self, observations: np.ndarray, first: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -268,9 +268,10 @@ def test_the_best_of_several_samples_is_measured_though_the_sampler_draws_none(t
     found = compare_open_loop(model, few, frequencies, SamplerConfig(nfe=1), samples=3).figures
     asked = compare_open_loop(model, few, frequencies, SamplerConfig(nfe=2), samples=3).figures
     assert found["samples_nfe"] == 2 and found["samples"] == 3 and found["nfe"] == 1
-    names = ("samples_best_psnr", "samples_mean_psnr", "samples_diversity")
+    names = ("samples_best_psnr", "samples_mean_psnr", "samples_selected_psnr", "samples_diversity")
     assert [found[n] for n in names] == [asked[n] for n in names]
     assert found["samples_best_psnr"] > found["samples_mean_psnr"] and found["samples_diversity"] > 0
+    assert found["samples_best_psnr"] >= found["samples_selected_psnr"]
 
 
 def test_clips_never_cross_an_episode_and_too_few_are_refused() -> None:

@@ -141,9 +141,14 @@ def test_a_velocity_is_followed_to_the_clean_latent() -> None:
     nn.init.constant_(model.out.bias[:5], 0.5)  # a constant velocity leads from x to x + 0.5, whatever the steps
     if model.filters is not None:
         assert not model.filters.mix.weight.any()
-    for nfe in (1, 2, 5):
+    for nfe in (2, 5):
         found = sample(model, state, action, x, SamplerConfig(nfe=nfe)).latent
         assert torch.allclose(found, x + 0.5, atol=1e-5), nfe
+    one = SamplerConfig(nfe=1)
+    assert torch.allclose(sample(model, state, action, x, one).latent, torch.full_like(x, 0.5)), "without noise"
+    assert not one.stochastic(model)
+    clean = LatentFlow(LatentFlowConfig(LatentSpec((5, 8, 8)), backbone=SMALL, embedding=32))
+    assert not clean.goes_on_from(model) and clean.goes_on_from(clean)
     with pytest.raises(ConfigError, match="parameterisation"):
         LatentFlowConfig(parameterisation="noise")  # type: ignore[arg-type]
 
@@ -151,7 +156,7 @@ def test_a_velocity_is_followed_to_the_clean_latent() -> None:
 @torch.no_grad()
 def test_one_evaluation_of_a_shortcut_model_is_a_draw() -> None:
     torch.manual_seed(0)
-    model = shaken(LatentFlow(LatentFlowConfig(LatentSpec((5, 8, 8)), backbone=SMALL, embedding=32, shortcut=True)))
+    model = shaken(LatentFlow(LatentFlowConfig(LatentSpec((5, 8, 8)), backbone=SMALL, embedding=32, shortcut=4)))
     assert isinstance(model, LatentFlow)
     state = model.begin(torch.randn(2, 4, 5, 8, 8), torch.zeros(2, 3, dtype=torch.int64))
     action, noise = torch.zeros(2, dtype=torch.int64), torch.randn(2, 5, 8, 8)
@@ -163,7 +168,14 @@ def test_one_evaluation_of_a_shortcut_model_is_a_draw() -> None:
     assert torch.equal(told, drawn[0]), "it is told that the one step goes all the way"
     assert not torch.allclose(told, model.predict(state, action, noise, torch.zeros(2)).latent)
     mean = sample(model, state, action, noise, SamplerConfig(nfe=1, temperature=0)).latent
-    assert torch.equal(mean, model.predict(state, action, span=torch.ones(2)).latent)
+    assert torch.equal(mean, model.predict(state, action).latent)
+    assert model.spans == (1, 0.5, 0.25, 0.125)
+
+    def said(span: float) -> torch.Tensor:
+        return model.predict(state, action, noise, torch.full((2,), 0.25), span=torch.full((2,), span)).latent
+
+    assert torch.equal(said(1 / 3), said(0.25)) and torch.equal(said(0.7), said(0.5)), "only what it has learnt"
+    assert torch.equal(said(1 / 16), said(0.0)) and not torch.equal(said(0.125), said(0.0))
     plain = LatentFlow(LatentFlowConfig(LatentSpec((5, 8, 8)), backbone=SMALL, embedding=32))
     assert not one.stochastic(plain) and SamplerConfig(nfe=2).stochastic(plain)
     predictor = LatentPredictor(LatentPredictorConfig(LatentSpec((5, 8, 8)), backbone=SMALL, embedding=32))

@@ -83,6 +83,8 @@ class CodecTask:
         self.dataset = training_data(config.data)
         torch.manual_seed(seed)
         self.model: Codec = build("codec", self.complete(model), where="model")
+        trainable = any(p.numel() for p in self.model.parameters())
+        check(trainable, f"model.type {model['type']!r}: has nothing to train; a recipe builds it instead")
         check_columns(self.dataset, self.model)
         validation = [split_levels(s.level_seeds, config.val_ratio, 0) for s in self.dataset.shards]
         self._train = _indices([~v for v in validation])

@@ -117,7 +117,7 @@ class DynamicsTask:
         """Where samples may begin."""
         config, data = self.config, self.data
         self.train = data.windows(self.context + config.unroll, validation=False) + self.context - 1
-        self._val = data.windows(self.context + _HORIZON, validation=True)
+        self._val = data.windows(self.context + max(config.unroll, _HORIZON), validation=True)
         check(
             len(self.train) > 0 and len(self._val) > 0,
             f"latents {config.latents}: too few steps for windows of {self.context} + {max(config.unroll, _HORIZON)} "
@@ -244,13 +244,17 @@ class DynamicsTask:
         """The loss at the end of training of samples that begin with the windows `chosen` (N,)."""
         device, rng, total = next(model.parameters()).device, np.random.default_rng(1), 0.0
         generator = torch.Generator(device).manual_seed(1)
+        for term in self.terms.values():
+            term.eval()
         for part in np.array_split(chosen, -(-len(chosen) // 32)):
             now = part + self.context - 1
-            last = now + min(self.config.unroll, _HORIZON)
+            last = now + self.config.unroll
             for term in self.terms.values():
                 term.choose(rng, now, last)  # what it draws for itself; the samples stay
             batch = self._gathered(rng, now, last).to(device)
             total += float(self.loss(model, batch, generator, 1.0)[0]) * len(part) / len(chosen)
+        for term in self.terms.values():
+            term.train()
         return total
 
     def _dream(

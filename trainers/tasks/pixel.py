@@ -144,7 +144,10 @@ class PixelTask:
             dream.append(to_frames(prediction.latent).cpu().numpy())
         frames, real = np.stack(dream, 1), to_frames(clips.future).cpu().numpy()
         errors = squared_error(frames, real)
-        save_grid(folder / f"prediction-{step:07d}.png", [row for i in range(4) for row in (real[i], frames[i])])
+        save_grid(
+            folder / f"prediction-{step:07d}.png",
+            [row for pair in zip(real[:4], frames[:4], strict=True) for row in pair],
+        )
         save_video(folder / f"rollout-{step:07d}.mp4", side_by_side({"real": real[0], "dream": frames[0]}), fps=5)
         figures = {"loss": float(np.mean(losses))}
         for h in (1, 5, 10):

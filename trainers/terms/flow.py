@@ -36,7 +36,7 @@ class FlowConfig:
     """Its standard deviation."""
     sigma_min: float = 0.0
     """Standard deviation of the noise that is left at tau = 1: 0 is rectified flow's straight path (Liu et al. 2023),
-    more is flow matching's (Lipman et al. 2023)."""
+    more is flow matching's (Lipman et al. 2023). The sampler follows the path of 0, so it must stay small."""
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
@@ -45,7 +45,7 @@ class FlowConfig:
         check(0 <= self.power <= 4, f"power {self.power}: must be in 0..4")
         check(self.max_weight >= 1, f"max_weight {self.max_weight}: must be >= 1")
         check(self.times_std > 0, f"times_std {self.times_std}: must be > 0")
-        check(0 <= self.sigma_min < 1, f"sigma_min {self.sigma_min}: must be in [0, 1)")
+        check(0 <= self.sigma_min <= 0.1, f"sigma_min {self.sigma_min}: must be in 0..0.1")
 
 
 @register("term", "flow", FlowConfig)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dreamenv.config import check
 from dreamenv.contract.actions import NUM_ACTIONS
 from dreamenv.models.blocks import ResBlock, group_norm
+from dreamenv.models.interface import NULL_ACTION
 from dreamenv.models.registry import register
 from trainers.rollout import DynamicsBatch, Rollouts
 from trainers.terms.interface import Setting, Term
@@ -72,7 +73,9 @@ class Inverse(Term):
             self.requires_grad_(False)
             guess = self.tell(dreamt[:, at - 2 : at + 1])
             self.requires_grad_(True)
-            told = told + (F.cross_entropy(guess, taken, reduction="none") * live).sum() / count / self.unroll
+            known = live * (rollout.given[:, at - 1] != NULL_ACTION)
+            lost = (F.cross_entropy(guess, taken, reduction="none") * known).sum() / known.sum().clamp_min(1)
+            told = told + lost / self.unroll
             right.append(((logits.argmax(1) == taken).float() * live).sum() / count)
         metrics = {"inverse": told.detach(), "inverse_real": own.detach(), "inverse_right": torch.stack(right).mean()}
         return self.config.weight * told + own, metrics

@@ -63,6 +63,7 @@ class Reflow(Term):
         assert isinstance(teacher, Dynamics)
         same = teacher.spec == setting.dynamics.spec and teacher.context == setting.dynamics.context
         check(same, f"reflow.teacher {config.teacher}: is of other latents, or another context, than the dynamics")
+        check(not teacher.deterministic, f"reflow.teacher {config.teacher}: draws no samples; give a trained flow")
         self._teacher = [teacher.requires_grad_(False)]  # in a list: its weights are none of this term's
 
     def forward(self, rollouts: Rollouts, batch: DynamicsBatch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -73,11 +74,13 @@ class Reflow(Term):
         state, action, level = step.state.rows(slice(0, n)), step.action[:n], rollout.level[:n]
         teacher = self._teacher[0].to(action.device)
         noise = rollouts.normal(step.target[:n].shape)
-        with torch.no_grad():
-            begun = teacher.begin(state.latents, state.actions)
-            clean = sample(teacher, begun, action, noise, SamplerConfig(nfe=config.nfe)).latent
-        tau = rollouts.uniform(n)
-        found = rollouts.model(state, action, x=interpolate(noise, clean, tau), tau=tau, level=level)
+        part, k = rollouts.batch.rows(slice(0, n)), rollouts.dynamics.context
+        with torch.no_grad():  # the teacher sees the context without noise
+            begun = teacher.begin(part.latents[:, :k], state.actions, part.past, part.columns)
+            drawn = sample(teacher, begun, action, noise, SamplerConfig(nfe=config.nfe))
+        clean, tau = drawn.latent, rollouts.uniform(n)
+        x = interpolate(noise, clean, tau)
+        found = rollouts.model(state, action, x=x, tau=tau, level=level, hints=drawn.hints)
         weight = flow_weights(tau, config.power, config.max_weight)
         error = rollouts.error(found.latent, clean) * step.live[:n] * step.cells[:n]
         loss = (error * weight[:, None, None]).mean()

@@ -58,6 +58,12 @@ class UNet(Backbone):
 
     def forward(self, x: Tensor, cond: Tensor, tokens: Tensor | None = None) -> Tensor:
         """See `Backbone.forward`."""
+        halvings = 2 ** (len(self.config.channels) - 1)
+        check(
+            x.shape[2] % halvings == 0 and x.shape[3] % halvings == 0,
+            f"channels {self.config.channels}: so many levels need a grid of a multiple of {halvings} cells, not "
+            f"{x.shape[2]} x {x.shape[3]}",
+        )
         x = self.stem(x)
         skips = []
         for level, blocks in enumerate(cast(list[nn.ModuleList], self.down)):

@@ -44,8 +44,6 @@ class CausalFlowConfig:
             f"heads {self.heads}: must be 1..64 and divide width {self.width}",
         )
         check(1 <= self.patch <= 16, f"patch {self.patch}: must be 1..16")
-        divides = all(size % self.patch == 0 for size in self.latent.shape[1:])
-        check(divides, f"patch {self.patch}: must divide the grid of {self.latent.shape[1:]} cells")
 
 
 @register("dynamics", "causal_flow", CausalFlowConfig)
@@ -56,6 +54,8 @@ class CausalFlow(Dynamics):
     are attended to with, keys and values of every block, is kept in the state (`keys`, a KV cache) and grows by one
     frame a step while the oldest leaves. So a step costs one frame's tokens, however long the context, and the state
     carries more than K frames: each of them was computed while it still saw the K before itself.
+
+    Guidance hides the action taken now; those before it are in the keys.
 
     Source: diffusion forcing (Chen et al. 2024) for levels by frame; attention factorised over space and time (ViViT,
     Arnab et al. 2021); relative positions in time (Shaw et al. 2018).
@@ -68,6 +68,8 @@ class CausalFlow(Dynamics):
         super().__init__()
         self.config = config
         c, w, p = config.latent.shape[0], config.width, config.patch
+        divides = all(size % p == 0 for size in config.latent.shape[1:])
+        check(divides, f"patch {p}: must divide the grid of {config.latent.shape[1:]} cells")
         self.stem = nn.Conv2d(c, w, p, p)
         self.action_embedding = nn.Embedding(NULL_ACTION + 1, w)
         self.condition = nn.Sequential(nn.Linear(3 * w, 2 * w), nn.SiLU(), nn.Linear(2 * w, w), nn.SiLU())
@@ -87,7 +89,8 @@ class CausalFlow(Dynamics):
         b, k = state.latents.shape[:2]
         before = F.pad(state.actions, (1, 0), value=NULL_ACTION)
         tau = torch.ones(b, k, device=latents.device)
-        levels = torch.zeros_like(tau) if level is None else level.view(b, -1).expand(b, k)
+        levels = torch.zeros_like(tau) if level is None else level.view(b, -1)
+        levels = torch.cat([levels[:, :1].expand(b, k - levels.shape[1]), levels], 1)
         _, keys = self.frames(state.latents, before, tau, levels)
         return state.replace(keys=keys)
 

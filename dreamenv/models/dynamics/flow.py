@@ -13,7 +13,7 @@ from torch import Tensor
 from dreamenv.config import check
 from dreamenv.models.blocks import alternating
 from dreamenv.models.dynamics.predictor import LatentPredictor, LatentPredictorConfig
-from dreamenv.models.interface import Prediction, State
+from dreamenv.models.interface import Dynamics, Prediction, State
 from dreamenv.models.registry import register
 
 
@@ -25,14 +25,15 @@ class LatentFlowConfig(LatentPredictorConfig):
     """Whether the conditioning of all cells sees the noise too, so that a draw can commit to one future everywhere."""
     parameterisation: Literal["clean", "velocity"] = "clean"
     """What the network says: the change of the last latent, or the velocity of the path."""
-    shortcut: bool = False
-    """Whether it is told how long a step its prediction is for; see the term `shortcut`."""
+    shortcut: int = 0
+    """How many lengths of long steps it is told apart, 1, 1/2, 1/4 ...; see the term `shortcut`. 0 for none."""
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
         super().__post_init__()
         known = ("clean", "velocity")
         check(self.parameterisation in known, f"parameterisation {self.parameterisation!r}: must be one of {known}")
+        check(0 <= self.shortcut <= 8, f"shortcut {self.shortcut}: must be 0..8")
 
 
 @register("dynamics", "latent_flow", LatentFlowConfig)
@@ -53,12 +54,17 @@ class LatentFlow(LatentPredictor):
 
     def __init__(self, config: LatentFlowConfig) -> None:
         c = config.latent.shape[0]
-        super().__init__(config, c, 2 + config.shortcut, c * config.global_noise)
+        super().__init__(config, c, 2 + (config.shortcut > 0), c * config.global_noise)
 
     @property
     def sees_noise(self) -> bool:
         """See `Dynamics.sees_noise`."""
-        return self.config.shortcut or self.config.parameterisation == "velocity"
+        return self.config.shortcut > 0 or self.config.parameterisation == "velocity"
+
+    @property
+    def spans(self) -> tuple[float, ...]:
+        """See `Dynamics.spans`."""
+        return tuple(0.5**i for i in range(self.config.shortcut))
 
     def predict(
         self,
@@ -79,18 +85,29 @@ class LatentFlow(LatentPredictor):
         if self.config.global_noise:
             told.append(4 * alternating(noisy))  # of unit variance half-way, where tau (1 - tau) is a quarter
         if self.config.shortcut:
-            told.append(self.embedded(span, last))
+            told.append(self.embedded(None if span is None else self._learnt(span), last))
         change, log_error = self.evaluate(state, action, [noisy], told)
         clean = last + change if self.config.parameterisation == "clean" else noisy + (1 - at) * change
         return Prediction(clean.float(), log_error)
 
-    def grown(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights without a gate, global noise or the step's length, which then begin without effect.
+    def _learnt(self, span: Tensor) -> Tensor:
+        """The nearest length that it is told apart, by their ratio; 0 for what is shorter than all of them."""
+        halvings = (-span.clamp_min(1e-6).log2()).round()
+        return torch.where(halvings < self.config.shortcut, 0.5**halvings, torch.zeros_like(span))
 
-        The weights of the length are the last inputs of `condition`, those of the noise the ones before.
+    def goes_on_from(self, other: Dynamics) -> bool:
+        """See `Dynamics.goes_on_from`: what it predicts, and whether it sees the noise, must be the same."""
+        said = self.config.parameterisation, self.sees_noise
+        return said == (other.config.parameterisation, other.sees_noise)
+
+    def grown(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights without a gate or global noise, for a model that has them: an open gate, noise without effect.
+
+        The weights of the noise are the last inputs of `condition`.
         """
         own, weights = self.state_dict(), super().grown(weights)
-        name = "condition.0.weight"
-        if name in weights and (more := own[name].shape[1] - weights[name].shape[1]) > 0:
-            weights[name] = F.pad(weights[name], (0, more))
+        name, noise = "condition.0.weight", self.config.latent.shape[0]
+        plain = self.config.global_noise and not self.config.shortcut
+        if plain and name in weights and own[name].shape[1] - weights[name].shape[1] == noise:
+            weights[name] = F.pad(weights[name], (0, noise))
         return weights
