@@ -181,7 +181,7 @@ def _masked_psnr(error: np.ndarray, which: np.ndarray) -> float | None:
 
 
 def _spread(model: WorldModel, clips: Clips, sampler: SamplerConfig, seed: int, samples: int) -> dict[str, float]:
-    """Best and mean of several samples of each clip, the one that the model is surest of, and how far they are apart."""
+    """Best and mean of several samples of each clip, the one the model is surest of, and how far they are apart."""
     horizon = min(clips.horizon, 10)
     k = clips.context
     short = Clips(clips.frames[:, : k + horizon], clips.actions[:, : k - 1 + horizon], clips.level_seeds, k)
