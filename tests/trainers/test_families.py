@@ -14,6 +14,7 @@ from torch import nn
 
 from dreamenv.bundle import load_bundle
 from dreamenv.errors import ConfigError
+from dreamenv.flow import SamplerConfig, sample
 from dreamenv.models.interface import State
 from dreamenv.models.io import load_model
 from dreamenv.play.run import PlayConfig, run
@@ -250,7 +251,9 @@ def test_the_inverse_network_never_bends_the_dynamics_by_its_own_loss(latents: P
 
 
 @pytest.mark.parametrize(("own", "expected"), [((1.0, 1.0), 1.0), ((0.0, 0.0), 0.0), ((0.0, 1.0), 0.5)])
-def test_steps_go_on_from_the_truth_as_often_as_asked(own: tuple[float, float], expected: float, latents: Path) -> None:
+def test_steps_go_on_from_the_truth_as_often_as_asked(
+    own: tuple[float, float], expected: float, latents: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = dynamics_task(latents, {"squared": {}}, unroll=4, own_inputs=own, pad=0.0)
     nn.init.normal_(task.model.out.weight, std=0.1)  # type: ignore[union-attr, arg-type]
     batch = task.batch(np.random.default_rng(0), 64).to(torch.device("cpu"))
@@ -258,14 +261,22 @@ def test_steps_go_on_from_the_truth_as_often_as_asked(own: tuple[float, float], 
     generator = torch.Generator().manual_seed(0)
     rollouts = Rollouts(task.model, task.model, task.codec, task.channels, batch, how, None, generator)
     k = task.context
-    true = (rollouts.mean.trail[:, k:] == batch.latents[:, k:]).flatten(2).all(2).float()
+    seen = torch.stack([step.state.latents[:, -1] for step in rollouts.mean.steps[1:]], 1)
+    true = (seen == batch.latents[:, k : k + 3]).flatten(2).all(2).float()
     assert 1 - float(true.mean()) == pytest.approx(expected, abs=0.12)
+    assert not (rollouts.mean.trail[:, k:] == batch.latents[:, k:]).flatten(2).all(2).any(), "terms see predictions"
+    asked: list[float] = []
+    monkeypatch.setattr(
+        "trainers.tasks.dynamics.RolloutConfig", lambda *values: asked.append(values[-1]) or RolloutConfig(*values)
+    )
+    task.loss(task.model, batch, torch.Generator().manual_seed(0), 0.5)
+    assert asked == [how.own], "the task says so too"
     assert (task.graph_key(0.5) is None) == (own[0] != own[1])
 
 
 def test_an_oracle_of_straight_paths_is_a_perfect_shortcut(latents: Path) -> None:
     """Where noise and clean latent are joined by a straight line and the clean one is known, long steps are right."""
-    flow = {"type": "latent_flow", "shortcut": True, "filter_bank": 0, "embedding": 32}
+    flow = {"type": "latent_flow", "shortcut": 4, "filter_bank": 0, "embedding": 32}
     flow["backbone"] = {"type": "unet", "channels": [16, 32], "blocks": [1, 1]}
     from trainers.tasks.dynamics import DynamicsTask, DynamicsTaskConfig
 
@@ -297,6 +308,29 @@ def test_reflow_follows_its_teacher(latents: Path, tmp_path: Path) -> None:
     assert ",reflow," in (tmp_path / "run" / "metrics.csv").read_text()
     with pytest.raises(ConfigError, match="reflow.teacher"):
         dynamics_task(latents, {"reflow": {"teacher": str(tmp_path)}})
+    task = dynamics_task(latents, {"reflow": {"teacher": teacher, "nfe": 2, "share": 1.0}}, drop_actions=0.0)
+    batch = task.batch(np.random.default_rng(0), 4).to(torch.device("cpu"))
+    model, _ = load_model(teacher, "dynamics")
+    asked: list[tuple[Any, ...]] = []
+
+    class Student(nn.Module):
+        """Remembers what it is shown, and says what the teacher makes of that noise by the same two evaluations."""
+
+        def forward(self, state: State, action: torch.Tensor, **told: Any) -> Any:
+            asked.append((action, told))
+            return task.model.predict(state, action, **told)
+
+    task.loss(Student(), batch, torch.Generator().manual_seed(0), 0.5)
+    action, told = asked[-1]
+    k = task.context
+    state = model.begin(batch.latents[:, :k], batch.actions[:, : k - 1])  # type: ignore[operator]
+    tau = told["tau"][:, None, None, None]
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((4,), (4,), (4, k, 8, 16, 16)):  # hidden actions, levels, the context's noise
+        (torch.rand if len(shape) == 1 else torch.randn)(shape, generator=generator)
+    noise = torch.randn((4, 8, 16, 16), generator=generator)
+    clean = sample(model, state, action, noise, SamplerConfig(nfe=2)).latent  # type: ignore[arg-type]
+    assert torch.allclose(told["x"], (1 - tau) * noise + tau * clean, atol=1e-5), "on the line of the teacher's pair"
 
 
 def test_weights_of_the_path() -> None:
