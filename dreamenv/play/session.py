@@ -63,6 +63,7 @@ class Session(Timeline):
         check(mode in MODES, f"mode {mode!r}: must be one of {', '.join(MODES)}")
         check(memory >= 1, f"memory {memory}: must be >= 1")
         self.bundle, self.mode, self.levels, self.seed = bundle, mode, levels, seed
+        self._frame_shape = bundle.world_model.frame_shape
         self.players: dict[str, VectorPolicy | None] = {"human": None}
         if agent is not None:
             self.players["agent"] = AgentPolicy(agent)
@@ -93,16 +94,14 @@ class Session(Timeline):
         """
         facts = self.bundle.game
         mode = facts.distribution_mode if game in (None, facts.name) else "easy"
+        options: dict[str, Any] = {
+            "game": game or facts.name,
+            "distribution_mode": mode,
+            "frame_shape": self._frame_shape,
+        }
+        options |= {"start_level": self.levels[0], "num_levels": self.levels[1]}
         try:
-            env = gym.make(
-                "envs:RealProcgen-v0",
-                disable_env_checker=True,
-                game=game or facts.name,
-                distribution_mode=mode,
-                start_level=self.levels[0],
-                num_levels=self.levels[1],
-                frame_shape=self.bundle.world_model.frame_shape,
-            )
+            env = gym.make("envs:RealProcgen-v0", disable_env_checker=True, **options)
         except (ImportError, OSError, RuntimeError, gym.error.Error, ConfigError) as error:
             self.real_problem = f"no real game: {error}"
             return
@@ -293,7 +292,7 @@ class Session(Timeline):
         """Record the first world on show, step by step, until `stop_recording`."""
         self._take_real_in()
         world, facts = self.shown[0], self.bundle.game
-        shape = self.bundle.world_model.frame_shape
+        shape = self._frame_shape
         check(shape == NATIVE, f"frames {shape}: a dataset holds {NATIVE} frames, so these cannot be recorded")
         own = world == "dream" or self.paired
         self.recorder = EpisodeRecorder(

@@ -268,6 +268,7 @@ class Window(Input):
             self._chosen,
             [(n, w) for n, w, _ in self._menu],
             self._selected,
+            session.noisy,
         )
         self._screen.draw(self._surface, view)
         self._pygame.display.flip()

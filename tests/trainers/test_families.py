@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from stable_baselines3 import PPO
+from stable_baselines3.common.vec_env import VecTransposeImage
 
+from agents.adapter import NativeVecEnv
 from dreamenv.bundle import load_bundle
 from dreamenv.errors import ConfigError
-from dreamenv.flow import SamplerConfig, sample
-from dreamenv.models.interface import State
+from dreamenv.evaluation.compare import CompareConfig, compare
+from dreamenv.evaluation.report import save_comparison
+from dreamenv.flow import SamplerConfig
 from dreamenv.models.io import load_model
 from dreamenv.play.run import PlayConfig, run
+from dreamenv.play.session import Session
 from envs.collect import CollectConfig, collect
-from tests.trainers.common import dynamics_task, settings
-from trainers.encode import encode_dataset
+from envs.wrappers import grayscale_stack
 from trainers.eval_autoencoder import evaluate
-from trainers.loop import LoopConfig, learning_rate, momentum
-from trainers.objectives import OBJECTIVES, ObjectivesConfig, run_objectives
 from trainers.pipeline import PipelineConfig, run_pipeline
 from trainers.recipe import load_recipe
-from trainers.rollout import RolloutConfig, Rollouts
 from trainers.table import RECIPES, TableConfig, run_table
 from trainers.tasks.pixel import moving_mask
-from trainers.terms.flow import flow_weights
 from trainers.train import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -45,14 +43,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("families") / "d"
     wanted = CollectConfig(out=str(out), steps=3000, num_envs=8, shard_steps=250, policy="biased", num_levels=60)
     return collect(wanted, progress=False)
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stages run here instead of in processes of their own, each of which takes seconds to load."""
-    for module in ("pipeline", "objectives"):
-        monkeypatch.setattr(f"trainers.{module}.train_stage", lambda values, out: train(values, out, resume=True))
-        monkeypatch.setattr(f"trainers.{module}.encode", encode_dataset)
 
 
 def made(name: str, data: Path, out: Path) -> Path:
@@ -76,6 +66,35 @@ def test_a_recipe_makes_a_bundle_that_is_an_environment(name: str, data: Path, t
     env.close()
     film = run(PlayConfig(bundle=folder, world="both", headless=tmp_path / "film.gif", steps=4, scale=1, device="cpu"))
     assert film["steps"] == 4 and (tmp_path / "film.gif").stat().st_size > 1000
+
+
+def test_a_grey_bundle_is_measured_played_and_learnt_in(data: Path, tmp_path: Path, in_process: None) -> None:
+    bundle = load_bundle(made("pixels_gray", data, tmp_path / "run"), "cpu")
+    config = CompareConfig(
+        clips=4, random_clips=4, examined=4, steps=2000, horizon=8, negatives=20, branches=2, policies=("random",),
+        episodes=2, limit=4, endless_steps=10, drift=2, samples=2,
+    )  # fmt: skip
+    result = compare(bundle, config, SamplerConfig())
+    assert 0 < result.figures["psnr_1"] < 60 and "samples" not in result.figures, "no noise reaches it"
+    assert save_comparison(tmp_path / "report", bundle, config, result).exists()
+    envs = gym.make_vec(
+        "DreamProcgen-v0", num_envs=2, bundle=str(bundle.folder), autoreset_mode="SameStep", device="cpu"
+    )
+    agent = PPO("CnnPolicy", VecTransposeImage(NativeVecEnv(envs)), n_steps=8, batch_size=8, device="cpu")
+    assert agent.learn(32).num_timesteps == 32 and agent.observation_space.shape == (1, 84, 84)
+    session = Session(bundle)
+    with pytest.raises(ConfigError, match="cannot be recorded"):
+        session.record(tmp_path / "x")
+    session.close()
+
+
+def test_the_wrapper_stack_sees_what_a_grey_model_is_shown() -> None:
+    grey = gym.make("envs:RealProcgen-v0", game="maze", frame_shape=(84, 84, 1))
+    stacked = grayscale_stack(gym.make("envs:RealProcgen-v0", game="maze"))
+    frame, stack = grey.reset(seed=3)[0], stacked.reset(seed=3)[0]
+    for action in (7, 1, 5, 3):
+        assert stack.shape == (4, 84, 84) and np.array_equal(stack[-1], frame[..., 0].astype(np.float32) / 255)
+        frame, stack = grey.step(action)[0], stacked.step(action)[0]
 
 
 def test_the_table_is_one_command_that_resumes(tmp_path: Path, in_process: None) -> None:
@@ -108,28 +127,6 @@ def test_the_table_is_one_command_that_resumes(tmp_path: Path, in_process: None)
     docs.write_text("no markers")
     with pytest.raises(ConfigError, match="needs one"):
         TableConfig(docs=docs)
-
-
-def test_objectives_are_compared_by_one_command(tmp_path: Path, in_process: None) -> None:
-    small = ("loop.batch_size=4", "model.backbone.channels=[16, 16, 16]", "task.val_ratio=0.2")
-    config = ObjectivesConfig(
-        steps=3000,
-        objectives=("squared, teacher forcing", "flow, velocity"),
-        out=tmp_path / "o",
-        clips=4,
-        samples=2,
-        seconds=0.1,
-        stage_steps=2,
-        set=small,
-    )
-    rows = run_objectives(config)
-    assert list(rows) == list(config.objectives) and {row["trained_steps"] for row in rows.values()} == {2}
-    assert rows["flow, velocity"]["best_psnr_10"] > rows["flow, velocity"]["average_psnr_10"]
-    assert "| flow, velocity | 2 |" in (tmp_path / "o" / "table.md").read_text()
-    for name in OBJECTIVES:
-        ObjectivesConfig(objectives=(name,))
-    with pytest.raises(ConfigError, match="did you mean 'squared'"):
-        ObjectivesConfig(objectives=("square",))
 
 
 def test_a_codec_is_measured_alone_and_its_best_is_kept(data: Path, tmp_path: Path) -> None:
@@ -185,159 +182,6 @@ def test_moving_pixels_and_those_around_them() -> None:
     expected = torch.zeros(20, 20)
     expected[8:13, 4:9] = 1
     assert mask.shape == (1, 2, 1, 20, 20) and not mask[0, 0].any() and torch.equal(mask[0, 1, 0], expected)
-
-
-def test_one_cycle_is_pytorchs() -> None:
-    parameter = nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.Adam([parameter], lr=0.1)
-    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.02, total_steps=1001)
-    config = LoopConfig(steps=1000, lr=0.02, schedule="one_cycle")
-    for step in range(1000):
-        if abs(step / 1000 - 0.3) > 0.005:  # theirs turns a step earlier
-            group = optimizer.param_groups[0]
-            assert learning_rate(config, step / 1000) == pytest.approx(group["lr"], rel=0.01, abs=1e-7), step
-            assert momentum(config, step / 1000) == pytest.approx(group["betas"][0], abs=1e-3)
-        optimizer.step()
-        theirs.step()
-
-
-TERMS: dict[str, dict[str, Any]] = {
-    "huber": {"delta": 0.5},
-    "perceptual": {"weight": 1.0, "samples": 2},
-    "inverse": {"weight": 1.0, "width": 16},
-    "pixel_adversarial": {"weight": 1.0, "width": 8},
-    "flow": {"times": "logit_normal", "power": 2.0, "sigma_min": 0.01},
-}
-
-
-@pytest.mark.parametrize("name", TERMS)
-def test_a_term_trains_the_dynamics(name: str, latents: Path, tmp_path: Path, precision: str) -> None:
-    values = settings(latents, {"squared": {}, name: TERMS[name]})
-    figures = train(values, tmp_path / "run")
-    assert np.isfinite(list(figures.values())).all()
-    task = dynamics_task(latents, {name: TERMS[name]}, unroll=2)
-    batch = task.batch(np.random.default_rng(0), 4)
-    nn.init.normal_(task.model.out.weight, std=0.05)  # type: ignore[union-attr, arg-type]
-    loss, metrics = task.loss(task.model, batch.to(torch.device("cpu")), torch.Generator().manual_seed(0), 0.5)
-    loss.backward()
-    grads = [p.grad for p in task.model.parameters() if p.grad is not None]
-    assert sum(float(g.abs().sum()) for g in grads) > 0 and all(torch.isfinite(g).all() for g in grads)
-    assert metrics and torch.isfinite(loss)
-
-
-def test_a_huber_error_is_pytorchs(latents: Path) -> None:
-    task = dynamics_task(latents, {"huber": {"delta": 0.3}}, importance=0.0, drop_actions=0.0)
-    batch = task.batch(np.random.default_rng(0), 4).to(torch.device("cpu"))
-    nn.init.normal_(task.model.out.weight, std=0.1)  # type: ignore[union-attr, arg-type]
-    _, metrics = task.loss(task.model, batch, torch.Generator().manual_seed(0), 0.0)
-    how = RolloutConfig(1, 0.3, 0.0, 0.0, 1.0)
-    generator = torch.Generator().manual_seed(0)
-    rollouts = Rollouts(task.model, task.model, task.codec, task.channels, batch, how, None, generator)
-    step = rollouts.mean.steps[0]
-    expected = 2 * nn.HuberLoss(reduction="none", delta=0.3)(step.prediction.latent, step.target)
-    expected = ((expected * task.channels).mean(1) * step.live).mean()
-    assert float(metrics["weighted_1"]) == pytest.approx(float(expected.detach()), rel=1e-4)
-
-
-def test_the_inverse_network_never_bends_the_dynamics_by_its_own_loss(latents: Path) -> None:
-    task = dynamics_task(latents, {"inverse": {"weight": 0.0, "width": 16}}, unroll=2)
-    nn.init.normal_(task.model.out.weight, std=0.05)  # type: ignore[union-attr, arg-type]
-    batch = task.batch(np.random.default_rng(0), 4).to(torch.device("cpu"))
-    loss, _ = task.loss(task.model, batch, torch.Generator().manual_seed(0), 0.5)
-    loss.backward()
-    assert all(p.grad is None or not p.grad.any() for p in task.model.parameters())
-    told = dict(task.terms["inverse"].named_parameters())
-    assert all(told[name].grad is not None and told[name].grad.any() for name in ("stem.weight", "out.weight"))  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize(("own", "expected"), [((1.0, 1.0), 1.0), ((0.0, 0.0), 0.0), ((0.0, 1.0), 0.5)])
-def test_steps_go_on_from_the_truth_as_often_as_asked(
-    own: tuple[float, float], expected: float, latents: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    task = dynamics_task(latents, {"squared": {}}, unroll=4, own_inputs=own, pad=0.0)
-    nn.init.normal_(task.model.out.weight, std=0.1)  # type: ignore[union-attr, arg-type]
-    batch = task.batch(np.random.default_rng(0), 64).to(torch.device("cpu"))
-    how = RolloutConfig(4, 0.0, 0.0, 0.0, own[0] + 0.5 * (own[1] - own[0]))
-    generator = torch.Generator().manual_seed(0)
-    rollouts = Rollouts(task.model, task.model, task.codec, task.channels, batch, how, None, generator)
-    k = task.context
-    seen = torch.stack([step.state.latents[:, -1] for step in rollouts.mean.steps[1:]], 1)
-    true = (seen == batch.latents[:, k : k + 3]).flatten(2).all(2).float()
-    assert 1 - float(true.mean()) == pytest.approx(expected, abs=0.12)
-    assert not (rollouts.mean.trail[:, k:] == batch.latents[:, k:]).flatten(2).all(2).any(), "terms see predictions"
-    asked: list[float] = []
-    monkeypatch.setattr(
-        "trainers.tasks.dynamics.RolloutConfig", lambda *values: asked.append(values[-1]) or RolloutConfig(*values)
-    )
-    task.loss(task.model, batch, torch.Generator().manual_seed(0), 0.5)
-    assert asked == [how.own], "the task says so too"
-    assert (task.graph_key(0.5) is None) == (own[0] != own[1])
-
-
-def test_an_oracle_of_straight_paths_is_a_perfect_shortcut(latents: Path) -> None:
-    """Where noise and clean latent are joined by a straight line and the clean one is known, long steps are right."""
-    flow = {"type": "latent_flow", "shortcut": 4, "filter_bank": 0, "embedding": 32}
-    flow["backbone"] = {"type": "unet", "channels": [16, 32], "blocks": [1, 1]}
-    from trainers.tasks.dynamics import DynamicsTask, DynamicsTaskConfig
-
-    terms = {"shortcut": {"share": 1.0}, "flow": {}}
-    task = DynamicsTask(
-        DynamicsTaskConfig(latents=str(latents), terms=terms, val_ratio=0.2, context_noise=0.0), flow, 0
-    )
-    batch = task.batch(np.random.default_rng(0), 4).to(torch.device("cpu"))
-
-    class Clean(nn.Module):
-        def forward(self, state: State, action: torch.Tensor, **told: Any) -> Any:
-            found = task.model.predict(state, action, **told)
-            target = batch.latents[:, task.context]
-            return type(found)(target + 0 * found.latent, found.log_error)
-
-    _, metrics = task.loss(Clean(), batch, torch.Generator().manual_seed(0), 0.5)
-    assert float(metrics["shortcut"]) < 1e-8 and float(metrics["flow"]) < 1e-8
-    _, metrics = task.loss(task.model, batch, torch.Generator().manual_seed(0), 0.5)
-    assert float(metrics["flow"]) > 1e-3
-    with pytest.raises(ConfigError, match="model.shortcut"):
-        dynamics_task(latents, {"shortcut": {}})
-
-
-def test_reflow_follows_its_teacher(latents: Path, tmp_path: Path) -> None:
-    train(settings(latents, {"squared": {}, "flow": {}}), tmp_path / "teacher")
-    teacher = str(tmp_path / "teacher" / "model")
-    terms = {"squared": {}, "reflow": {"teacher": teacher, "nfe": 2, "share": 0.5}}
-    train(settings(latents, terms), tmp_path / "run")
-    assert ",reflow," in (tmp_path / "run" / "metrics.csv").read_text()
-    with pytest.raises(ConfigError, match="reflow.teacher"):
-        dynamics_task(latents, {"reflow": {"teacher": str(tmp_path)}})
-    task = dynamics_task(latents, {"reflow": {"teacher": teacher, "nfe": 2, "share": 1.0}}, drop_actions=0.0)
-    batch = task.batch(np.random.default_rng(0), 4).to(torch.device("cpu"))
-    model, _ = load_model(teacher, "dynamics")
-    asked: list[tuple[Any, ...]] = []
-
-    class Student(nn.Module):
-        """Remembers what it is shown, and says what the teacher makes of that noise by the same two evaluations."""
-
-        def forward(self, state: State, action: torch.Tensor, **told: Any) -> Any:
-            asked.append((action, told))
-            return task.model.predict(state, action, **told)
-
-    task.loss(Student(), batch, torch.Generator().manual_seed(0), 0.5)
-    action, told = asked[-1]
-    k = task.context
-    state = model.begin(batch.latents[:, :k], batch.actions[:, : k - 1])  # type: ignore[operator]
-    tau = told["tau"][:, None, None, None]
-    generator = torch.Generator().manual_seed(0)
-    for shape in ((4,), (4,), (4, k, 8, 16, 16)):  # hidden actions, levels, the context's noise
-        (torch.rand if len(shape) == 1 else torch.randn)(shape, generator=generator)
-    noise = torch.randn((4, 8, 16, 16), generator=generator)
-    clean = sample(model, state, action, noise, SamplerConfig(nfe=2)).latent  # type: ignore[arg-type]
-    assert torch.allclose(told["x"], (1 - tau) * noise + tau * clean, atol=1e-5), "on the line of the teacher's pair"
-
-
-def test_weights_of_the_path() -> None:
-    tau = torch.tensor([0.0, 0.5, 0.9, 1.0])
-    assert flow_weights(tau, 1.0, 5.0).tolist() == pytest.approx([1, 2, 5, 5])
-    assert flow_weights(tau, 2.0, 1e9)[:3].tolist() == pytest.approx([1, 4, 100], rel=1e-4)
-    assert flow_weights(tau, 0.0, 5.0).tolist() == [1, 1, 1, 1]
 
 
 def test_a_recipe_extends_another(tmp_path: Path) -> None:
