@@ -89,7 +89,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if hint is Any:
         return value
     if origin is typing.Literal:
-        if value not in args:
+        if not isinstance(value, str | int) or value not in args:
             raise ConfigError(f"{path}: {value!r} is not one of {', '.join(map(repr, args))}")
         return value
     if origin in (types.UnionType, typing.Union):

@@ -87,7 +87,7 @@ def pick_device(device: str | torch.device) -> torch.device:
     try:
         picked = torch.device(device)
         torch.zeros(1, device=picked).cpu()
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError, ImportError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device {device!r}: not usable here ({reason}); use 'auto' or 'cpu'") from None
     return picked

@@ -48,7 +48,9 @@ CASES = [
 def test_a_bad_argument_is_refused_by_its_name(world: type, name: str, calm_bundle: Bundle) -> None:
     refused = 0
     for what, value in BAD.items():
-        options = {"bundle": calm_bundle} if world is DreamVectorEnv and name != "bundle" else {}
+        options: dict[str, Any] = {}
+        if world is DreamVectorEnv and name not in ("bundle", "game"):  # a folder, for what decides how it is loaded
+            options["bundle"] = calm_bundle.folder if name in ("device", "precision") else calm_bundle
         try:
             world(**options, **{name: value}).close()
         except DreamenvError as error:

@@ -154,7 +154,8 @@ def filled(value: Any, made: dict[str, Any], where: str) -> Any:
 def check_build(stage: str, settings: dict[str, Any]) -> None:
     """Raise `ConfigError` for a misspelt name or a bad value of a model that is built and not trained."""
     model = settings.get("model")
-    check(isinstance(model, dict), f"{stage}.model: expected the model to build, got {model!r}")
+    if not isinstance(model, dict):
+        raise ConfigError(f"{stage}.model: expected the model to build, got {model!r}")
     _, shape = lookup(str(settings["build"]), model.get("type"), f"{stage}.model")
     from_dict(shape, {k: v for k, v in model.items() if k != "type"}, f"{stage}.model")
 

@@ -108,7 +108,7 @@ def check_levels(game: Game, start_level: int, num_levels: int, distribution_mod
         f"start_level {start_level} is ignored by Procgen when num_levels is 0: give num_levels >= 1",
     )
     check(
-        distribution_mode in game.distribution_modes,
+        isinstance(distribution_mode, str) and distribution_mode in game.distribution_modes,
         f"distribution_mode {distribution_mode!r}: {game.name} has {', '.join(game.distribution_modes)}",
     )
 
