@@ -50,8 +50,15 @@ def made(name: str, data: Path, out: Path) -> Path:
     return run_pipeline(PipelineConfig(recipe=name, data=data, out=out, stage_steps=2, starts=3, set=small))
 
 
-@pytest.mark.parametrize("name", [r for r in RECIPES if r != "tiles"])
-def test_a_recipe_makes_a_bundle_that_is_an_environment(name: str, data: Path, tmp_path: Path, precision: str) -> None:
+CASES = [(name, "fp32") for name in RECIPES if name != "tiles"]
+CASES += [(name, "bf16") for name in ("pixels_gray", "predictor_conv", "flow_causal", "flow_shortcut")]
+
+
+@pytest.mark.parametrize(("name", "precision"), CASES)
+def test_a_recipe_makes_a_bundle_that_is_an_environment(
+    name: str, precision: str, data: Path, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DREAMENV_PRECISION", precision)
     folder = made(name, data, tmp_path / "run")
     bundle = load_bundle(folder, "cpu")
     model = bundle.world_model
