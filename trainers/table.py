@@ -99,7 +99,7 @@ class TableConfig:
 
 def held_out_clips(game: str, count: int, seed: int) -> Clips:
     """Clips of the real game (needs procgen) with eight frames of context and 50 to be predicted."""
-    play = play_real(game, -(-max(8000, 40 * count) // 16), 16, seed=seed)
+    play = play_real(game, -(-max(2000, 100 * count) // 16), 16, seed=seed)
     return cut_clips(play, count, _CONTEXT, max(HORIZONS), seed)
 
 
