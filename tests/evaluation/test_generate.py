@@ -45,7 +45,8 @@ def test_they_are_written_as_films_and_as_a_dataset(calm_bundle: Bundle, tmp_pat
     folder = save_dataset(tmp_path / "data", made, calm_bundle, "biased", SamplerConfig(), 0)
     data = Dataset(folder, verify="sha256")
     assert len(data) == 18 and np.array_equal(data.shards[0].frames, made.frames)
-    assert data.facts["dreamt_by"] == calm_bundle.identity and data.shards[0].first.sum() == 2
+    assert data.facts["world"] == "dream" and data.facts["backend"] == f"bundle {calm_bundle.identity[:12]}"
+    assert data.shards[0].first.sum() == 2
 
 
 def test_the_command_takes_the_sampler_from_a_file(
