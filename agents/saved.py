@@ -115,7 +115,7 @@ class ForeignPolicy:
                 f"{path}: cannot be loaded as {algorithm} ({error}); name what saved it with --algorithm"
             ) from None
         spaces = self._model.observation_space, self._model.action_space
-        shape: tuple[int, ...] = spaces[0].shape or ()
+        shape = tuple(int(n) for n in spaces[0].shape or ())
         picture = len(shape) == 3 and min(shape) in (1, 3)
         if not picture or getattr(spaces[1], "n", None) != NUM_ACTIONS:
             raise PolicyError(f"{path}: takes {spaces[0]} and gives {spaces[1]}; expected frames and 15 actions")
