@@ -77,6 +77,8 @@ def test_a_recipe_makes_a_bundle_that_is_an_environment(
     assert all(np.array_equal(env.step(a)[0], seen) for a, seen in zip((7, 4, 1), first, strict=True))
     assert env.render().shape == (*model.frame_shape[:2], 3)  # type: ignore[union-attr]
     env.close()
+    if name != "pixels_gray":
+        return
     film = run(PlayConfig(bundle=folder, world="both", headless=tmp_path / "film.gif", steps=4, scale=1, device="cpu"))
     assert film["steps"] == 4 and (tmp_path / "film.gif").stat().st_size > 1000
 
@@ -148,7 +150,7 @@ def test_the_table_is_one_command_that_resumes(
 
 def test_a_codec_is_measured_alone_and_its_best_is_kept(data: Path, tmp_path: Path) -> None:
     model = {"type": "conv_autoencoder", "width": 8, "downsample": 8, "latent_channels": 4}
-    loop = {"steps": 40, "batch_size": 8, "val_every": 10, "best": "-loss", "keep_every": 20, "precision": "fp32"}
+    loop = {"steps": 20, "batch_size": 8, "val_every": 10, "best": "-loss", "keep_every": 10, "precision": "fp32"}
     task = {"type": "codec", "data": str(data), "val_ratio": 0.2, "loss": "huber", "var_target": 0.5}
     last = train({"model": model, "task": task, "loop": loop}, tmp_path / "run")
     assert {"loss", "mse", "psnr", "ssim", "latent_var", "latent_mean_norm"} <= set(last)
@@ -157,7 +159,7 @@ def test_a_codec_is_measured_alone_and_its_best_is_kept(data: Path, tmp_path: Pa
     losses = {int(r.split(",")[0]): float(r.split(",")[2]) for r in text if ",val_loss," in r}
     assert facts["best"] == pytest.approx(min(losses.values()), rel=1e-4)
     assert losses[facts["step"]] == pytest.approx(facts["best"], rel=1e-4)
-    assert sorted(p.name for p in (tmp_path / "run" / "models").iterdir()) == ["step-0000020", "step-0000040"]
+    assert sorted(p.name for p in (tmp_path / "run" / "models").iterdir()) == ["step-0000010", "step-0000020"]
     figures = evaluate(tmp_path / "run" / "model", data, tmp_path / "out", frames=64, film=5, device="cpu")
     assert figures["psnr"] == pytest.approx(-10 * np.log10(figures["mse"]), abs=1e-6) and figures["frames"] == 64
     for name in ("reconstruction.png", "reconstruction.mp4", "metrics.json"):
