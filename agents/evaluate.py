@@ -110,8 +110,7 @@ def evaluate(
     every = Episodes(*(np.concatenate([getattr(p, n) for p in played]) for n in ("returns", "lengths", "ended")))
     name = agent if isinstance(agent, str) else "network"
     figures = {"world": world, "game": game, "levels": [first, end], "seed": seed, "agent": name}
-    figures = _figures(every, seed) | figures
-    return Evaluation(figures, every, chosen, films_kept)
+    return Evaluation(_figures(every, seed) | figures, every, chosen, films_kept)
 
 
 def _check(world: str, episodes: int, first: int, end: int) -> None:

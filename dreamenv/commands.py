@@ -141,10 +141,8 @@ def compare(
     from dreamenv.rewrite import update_card
 
     check(not (quick and thorough), "quick and thorough exclude each other: give one")
-    if quick or thorough:
-        settings = settings.quick() if quick else settings.thorough()
-    folder = resolve_bundle(bundle, game)
-    loaded = load_bundle(folder, device)
+    settings = settings.quick() if quick else settings.thorough() if thorough else settings
+    loaded = load_bundle(folder := resolve_bundle(bundle, game), device)
     stages = 6 + bool(settings.drift) + bool(settings.policies) + bool(settings.endless_steps)
     with tqdm(total=stages, unit="stage", bar_format="{l_bar}{bar}| {n}/{total} [{elapsed}]") as bar:
         seen: list[str] = []

@@ -45,8 +45,7 @@ def demo(
     facts = loaded.game
     envs = 32
     print(f"playing {play_steps} steps of the real {facts.name} on held-out levels ...", flush=True)
-    model, mode = loaded.world_model, facts.distribution_mode
-    frame = model.frame_shape
+    model, mode, frame = loaded.world_model, facts.distribution_mode, loaded.world_model.frame_shape
     play = play_real(facts.name, -(-play_steps // envs), envs, distribution_mode=mode, seed=seed, frame=frame)
     print(f"dreaming {clips} clips of {horizon} steps and scoring the heads ...", flush=True)
     frequencies = colour_frequencies(play.frames[:, :: max(play.frames.shape[1] // 128, 1)])

@@ -20,7 +20,14 @@ from dreamenv.models.registry import register
 from dreamenv.models.tiles.grid import phase_of
 from trainers.batch import Batch
 from trainers.pixels import motion_mask, variance_penalty
-from trainers.tasks.codec import CodecTask, CodecTaskConfig, latent_statistics, reconstruction_figures, squared
+from trainers.tasks.codec import (
+    EXAMINED,
+    CodecTask,
+    CodecTaskConfig,
+    latent_statistics,
+    reconstruction_figures,
+    squared,
+)
 
 _PARTS = ("all", "decoder", "reader")
 _LIMIT = 0.01  # squared error from which on a pixel is taken for one that changed
@@ -155,21 +162,22 @@ class TileCodecTask(CodecTask):
         names = ("known", "rare", "carried", "phase", "latents")
         columns: dict[str, list[Tensor]] = {name: [] for name in names}
         pictures: list[list[Tensor]] = []
-        generator, loss = torch.Generator(device).manual_seed(0), 0.0
+        generator, losses = torch.Generator(device).manual_seed(0), []
         for at in range(0, len(chosen), 64):
             batch = self._pairs(chosen[at : at + 64], rng).to(device)
             found, drawn = self._measure(model, batch)
             for name in names:
                 columns[name].append(found[name])
             pictures.append(drawn)
-            loss += float(self.loss(model, batch, generator, 1.0)[0]) * len(batch.frames) / len(chosen)
+            if at < EXAMINED:
+                losses.append(float(self.loss(model, batch, generator, 1.0)[0]))
         frames, output, later = (torch.cat(row) for row in zip(*pictures, strict=True))
         save_grid(folder / f"reconstruction-{step:07d}.png", [x[:16].numpy() for x in (frames, output, later)])
         all_of = {name: torch.cat(values).float().cpu() for name, values in columns.items()}
         decibel = {name: float(-10 * all_of[name].mean().log10()) for name in ("known", "rare", "carried")}
         return {
-            "loss": loss,
-            **reconstruction_figures(frames, output),
+            "loss": float(np.mean(losses)),
+            **reconstruction_figures(frames, output, EXAMINED),
             "psnr_rare": decibel["rare"],
             "psnr_known_phase": decibel["known"],
             "psnr_later": decibel["carried"],
