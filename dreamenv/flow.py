@@ -120,12 +120,13 @@ def sample(
     zero = torch.zeros(len(action), device=action.device)
 
     def predict(x: Tensor | None, tau: float, span: float) -> Prediction:
-        aware = dynamics.predict(state, action, x, zero + tau, span=zero + span)
+        told = zero + span if dynamics.spans else None
+        aware = dynamics.predict(state, action, x, zero + tau, span=told)
         if sampler.guidance_scale == 1:
             return aware
         hidden = state.replace(actions=torch.full_like(state.actions, NULL_ACTION))
         unknown = torch.full_like(action, NULL_ACTION)
-        unaware = dynamics.predict(hidden, unknown, x, zero + tau, hints=aware.hints, span=zero + span)
+        unaware = dynamics.predict(hidden, unknown, x, zero + tau, hints=aware.hints, span=told)
         return dynamics.guide(aware, unaware, sampler.guidance_scale)
 
     if dynamics.deterministic:

@@ -111,22 +111,5 @@ def evaluate(
     return figures
 
 
-def main(
-    codec: Path, data: Path, out: Path, frames: int = 1024, film: int = 100, device: str = "auto", seed: int = 0
-) -> None:
-    """See `evaluate`; the last line printed is JSON.
-
-    Args:
-        codec: a codec's model folder, of any type.
-        data: a dataset folder.
-        out: folder for metrics.json, reconstruction.png and reconstruction.mp4.
-        frames: how many frames are measured, drawn from all shards.
-        film: frames of the film, successive ones.
-        device: auto, cpu, cuda ...
-        seed: decides which frames.
-    """
-    print(json.dumps(evaluate(codec, data, out, frames, film, device, seed)))
-
-
 if __name__ == "__main__":
-    run_command_line(main, positional=True)
+    print(json.dumps(run_command_line(evaluate, positional=True)))

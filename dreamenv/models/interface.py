@@ -248,9 +248,11 @@ class Backbone(nn.Module, ABC):
 
     Attributes:
         width: channels of its features.
+        attends: whether it looks at the sequence of actions.
     """
 
     width: int
+    attends: bool = False
 
     @abstractmethod
     def forward(self, x: Tensor, cond: Tensor, tokens: Tensor | None = None) -> Tensor:

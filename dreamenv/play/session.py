@@ -94,11 +94,8 @@ class Session(Timeline):
         """
         facts = self.bundle.game
         mode = facts.distribution_mode if game in (None, facts.name) else "easy"
-        options: dict[str, Any] = {
-            "game": game or facts.name,
-            "distribution_mode": mode,
-            "frame_shape": self._frame_shape,
-        }
+        wanted, frame = game or facts.name, self._frame_shape
+        options: dict[str, Any] = {"game": wanted, "distribution_mode": mode, "frame_shape": frame}
         options |= {"start_level": self.levels[0], "num_levels": self.levels[1]}
         try:
             env = gym.make("envs:RealProcgen-v0", disable_env_checker=True, **options)

@@ -56,7 +56,7 @@ class DiT(Backbone):
             tokens > 0 or not config.cross_attention,
             "cross_attention True: these dynamics hand their backbone no sequence of actions; set it to false",
         )
-        self.config, self.width = config, config.features
+        self.config, self.width, self.attends = config, config.features, config.cross_attention
         w, p = config.width, config.patch
         self.stem = nn.Conv2d(c_in, w, p, p)
         source = tokens if config.cross_attention else 0

@@ -113,8 +113,10 @@ class LatentPredictor(Dynamics):
         context, c = state.latents, self.config.latent.shape[0]
         actions = self.action_embedding(torch.cat([state.actions, action[:, None]], 1))
         cond = self.condition(torch.cat([actions.flatten(1), *told], 1))
-        order = torch.linspace(0, 1, actions.shape[1], device=actions.device)
-        tokens = actions + sinusoidal(order, actions.shape[2]).to(actions.dtype)
+        tokens = None
+        if self.backbone.attends:
+            order = torch.linspace(0, 1, actions.shape[1], device=actions.device)
+            tokens = actions + sinusoidal(order, actions.shape[2]).to(actions.dtype)
         features = self.backbone(torch.cat([*maps, context.flatten(1, 2)], 1), cond, tokens)
         out = self.out(features)
         change = out[:, :c]
