@@ -12,7 +12,7 @@ from gymnasium.envs.registration import register
 __version__ = "0.1.0"
 
 if "torch" not in sys.modules:
-    # Torch's OpenMP threads spin while they wait, 300,000 times by default: two processes on the same cores then slow
+    # Torch's OpenMP threads spin while they wait, 300,000 times by default: two trainings on the same cores then slow
     # each other tenfold. It is read when torch is loaded, and children inherit it.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 

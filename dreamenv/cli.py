@@ -10,7 +10,7 @@ COMMANDS = {
     "play": "Play the dream and the real game side by side; H in the window shows the keys.",
     "view": "Look through a dataset's episodes: arrows, SPACE plays, HOME and END jump, the mouse scrubs.",
     "compare": "Measure a bundle against the real game on held-out levels; the last line printed is JSON.",
-    "generate": "Dream clips of any bundle and write them as films or as a dataset, or a grid of pictures.",
+    "generate": "Dream clips of any bundle and write them as films, a dataset or a picture; needs no real game.",
     "bench": "Measure frames/s of one dream and of many, and peak memory; the last line printed is JSON.",
     "info": "Verify a bundle and print what it is, where it comes from and how faithful it was measured to be.",
 }

@@ -178,7 +178,7 @@ def generate(
     device: str = "auto",
     seed: int = 0,
 ) -> None:
-    """Dream clips of any bundle and write them as films or as a dataset, or a grid of pictures; needs no real game.
+    """Dream clips of any bundle and write them as films, a dataset or a picture; needs no real game.
 
     Args:
         out: folder for clip-0000.mp4 and so on, for the dataset, for grid.png or futures.png.

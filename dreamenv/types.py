@@ -32,6 +32,8 @@ class Transition:
     @staticmethod
     def cat(transitions: list[Transition]) -> Transition:
         """Concatenate along the batch."""
+        if len(transitions) == 1:
+            return transitions[0]
         return Transition(
             State.cat([t.state for t in transitions]),
             torch.cat([t.log_probabilities for t in transitions]),

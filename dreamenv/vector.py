@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,15 +20,18 @@ from dreamenv.config import check, from_dict, load_yaml, whole
 from dreamenv.contract.noise import draw_step, reset_generator
 from dreamenv.contract.resets import as_array, check_history, check_mask, check_options, check_seeds
 from dreamenv.contract.world import MAX_ENVS
-from dreamenv.device import own_settings
+from dreamenv.device import own_settings, side_by_side
 from dreamenv.errors import ResetError
 from dreamenv.flow import SamplerConfig
 from dreamenv.models.interface import State
 from dreamenv.types import Transition
 
+T = TypeVar("T")
 SEED_LIMIT = 2**64
 _KEPT_STARTS = 64
 """So many starts stay encoded."""
+_PART = 8
+"""A batch is shared out among cores by so many environments: fewer are not worth a core."""
 _RESET_OPTIONS = ("start", "frames", "actions", "reset_mask")
 
 
@@ -48,7 +52,7 @@ class DreamVectorEnv(Branching):
         autoreset_mode: NEXT_STEP (default), SAME_STEP or DISABLED, as Gymnasium defines them.
         render_mode: None or "rgb_array".
         exact: run environment by environment, so that what one dreams depends neither on the batch nor on the number of
-            torch's threads; the default differs by rounding between them.
+            torch's threads; the default may differ by rounding between them.
         truncate_above: end an episode as truncated once `uncertainty` exceeds this.
         precision: "fp32", "bf16", or "auto": bf16 where the hardware has it, see `dreamenv.device.pick_precision`.
         max_episode_steps: truncate episodes after so many steps; None leaves the game's own limit.
@@ -89,6 +93,7 @@ class DreamVectorEnv(Branching):
         self.bundle, self.exact = bundle, exact
         self.sampler = sampler
         self.seconds = {"imagine": 0.0, "decode": 0.0}
+        self._threads = 1
         self.truncate_above = truncate_above
         limit = bundle.game.max_steps
         self._max_steps = limit if self.max_episode_steps is None else min(limit, self.max_episode_steps)
@@ -171,6 +176,7 @@ class DreamVectorEnv(Branching):
             ResetError: before the first reset, or (DISABLED mode) a finished environment was not reset.
         """
         actions = self._check_step(actions)
+        self._threads = torch.get_num_threads()
         with self._settings():
             return self._step(actions)
 
@@ -204,8 +210,13 @@ class DreamVectorEnv(Branching):
         return self._frames.copy(), rewards, terminated, truncated, infos
 
     def _settings(self) -> AbstractContextManager[None]:
-        """Torch as this class wants it: one thread for one environment at a time, which gains nothing from more."""
-        return own_settings(self.bundle.world_model.device, 1 if self.num_envs == 1 or self.exact else None)
+        """Torch as this class wants it: one thread for one environment, which gains nothing from more."""
+        alone = self.num_envs == 1 or self.exact or self._split()
+        return own_settings(self.bundle.world_model.device, 1 if alone else None)
+
+    def _split(self) -> bool:
+        """Whether cores get their own parts of the batch."""
+        return self.num_envs >= 2 * _PART and self.bundle.world_model.device.type == "cpu"
 
     def _outcomes(
         self, imagined: Transition, uniforms: np.ndarray
@@ -247,19 +258,25 @@ class DreamVectorEnv(Branching):
         draws = [draw_step(int(s), int(b), int(e), int(t), shape) for s, b, e, t in keys]
         uniforms = np.array([u for u, _ in draws])
         noise = None if shape is None else np.stack([x for _, x in draws])
-        if not self.exact:
-            return model.step(self._state, actions, noise, self.sampler), uniforms
-        each = [slice(i, i + 1) for i in range(self.num_envs)]
-        steps = [
-            model.step(self._state.rows(s), actions[s], None if noise is None else noise[s], self.sampler) for s in each
-        ]
-        return Transition.cat(steps), uniforms
+
+        def imagine(part: slice) -> Transition:
+            own = None if noise is None else noise[part]
+            return model.step(self._state.rows(part), actions[part], own, self.sampler)
+
+        return Transition.cat(self._each(imagine)), uniforms
 
     def _render(self, state: State) -> np.ndarray:
         model = self.bundle.world_model
-        if not self.exact:
-            return model.render(state).numpy()
-        return torch.cat([model.render(state.rows(slice(i, i + 1))) for i in range(self.num_envs)]).numpy()
+        return torch.cat(self._each(lambda part: model.render(state.rows(part)))).numpy()
+
+    def _each(self, work: Callable[[slice], T]) -> list[T]:
+        """`work` on what is stepped as one batch: each environment if `exact`, else a part for each core."""
+        n, threads = self.num_envs, self._threads
+        if self.exact:
+            return side_by_side(work, [slice(i, i + 1) for i in range(n)], min(n, threads), 1)
+        count = min(threads, n // _PART) if self._split() else 1
+        ends = [n // _PART * k // count * _PART for k in range(count)]
+        return side_by_side(work, [slice(a, b) for a, b in itertools.pairwise([*ends, n])], count, threads // count)
 
     def _begin(self, i: int, start: int | None) -> None:
         """Put environment i at a start of the bank, drawn from its seed and episode if not given."""

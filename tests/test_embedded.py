@@ -52,7 +52,7 @@ def test_it_is_faithful_on_held_out_levels(bundle: Bundle, play: Segment) -> Non
     assert play.level_seeds.min() >= 10000
     model, clips = bundle.world_model, cut_clips(play, 48, bundle.world_model.context, 10)
     figures = compare_open_loop(model, clips, colour_frequencies(play.frames[:, ::7]), SamplerConfig(nfe=1)).figures
-    figures |= outcome_figures(model, outcome_scores(model, play, SamplerConfig(nfe=1), negatives=3000))
+    figures |= outcome_figures(model, outcome_scores(model, play, SamplerConfig(nfe=1), negatives=1500))
     assert figures["autoencoder_psnr"] > 42 and figures["autoencoder_psnr_rare"] > 30
     assert figures["psnr_frames"] > 35.5
     assert figures["psnr_1"] > max(30, figures["copy_psnr_1"] + 5)
@@ -79,7 +79,7 @@ def test_phases_are_read_to_a_part_of_a_pixel(bundle: Bundle) -> None:
 
 def test_coins_and_deaths_outlive_eight_dreamt_steps(bundle: Bundle, play: Segment) -> None:
     model = bundle.world_model
-    figures = outcome_figures(model, outcome_scores(model, play, SamplerConfig(nfe=1), drift=8, negatives=600))
+    figures = outcome_figures(model, outcome_scores(model, play, SamplerConfig(nfe=1), drift=8, negatives=400))
     assert (
         figures["reward_10_ap"] > 0.9 and figures["death_ap"] > 0.6
     )  # an earlier model without the outcome term: 0.75, 0.04

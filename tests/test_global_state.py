@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dreamenv import bundle as bundles
 from dreamenv.bundle import load_bundle
 from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, load_agent, save_agent
 from dreamenv.vector import DreamVectorEnv
+from tests.conftest import same_bytes
 
 
 @contextlib.contextmanager
@@ -166,23 +168,77 @@ def test_torchs_threads_do_not_spin_for_long() -> None:
         assert run(early).stdout.strip() == "1000", module
 
 
-def test_one_environment_uses_one_thread(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Of every step of a world model: how many environments, and torch's threads."""
     from dreamenv.world_model import WorldModel
 
-    seen: list[int] = []
+    seen: list[tuple[int, int]] = []
     step = WorldModel.step
 
-    def noted(self: WorldModel, *arguments: Any) -> Any:
-        seen.append(torch.get_num_threads())
-        return step(self, *arguments)
+    def noted(self: WorldModel, state: Any, *arguments: Any) -> Any:
+        seen.append((len(state.latents), torch.get_num_threads()))
+        return step(self, state, *arguments)
 
     monkeypatch.setattr(WorldModel, "step", noted)
+    return seen
+
+
+def dreamt(bundle: Path, n: int, seed: int, exact: bool = False) -> list[np.ndarray]:
+    envs = DreamVectorEnv(n, bundle=bundle, device="cpu", exact=exact)
+    envs.reset(seed=seed)
+    return [np.concatenate([np.asarray(x).reshape(n, -1) for x in envs.step(np.full(n, a))[:4]], 1) for a in (7, 1)]
+
+
+def test_one_environment_uses_one_thread_and_a_few_use_torchs(toy_bundle: Path, steps: list[tuple[int, int]]) -> None:
     with switched(torch.get_num_threads, torch.set_num_threads, 2):
-        for n in (1, 4):
-            envs = DreamVectorEnv(n, bundle=toy_bundle)
-            envs.reset(seed=0)
-            envs.step(np.zeros(n, int))
-    assert seen == [1, 2]
+        dreamt(toy_bundle, 1, 0)
+        dreamt(toy_bundle, 4, 0)
+    assert steps == [(1, 1)] * 2 + [(4, 2)] * 2
+
+
+def test_each_core_steps_its_own_part_of_a_batch(toy_bundle: Path, steps: list[tuple[int, int]]) -> None:
+    with switched(torch.get_num_threads, torch.set_num_threads, 1):
+        parts = [dreamt(toy_bundle, 8, 0), dreamt(toy_bundle, 12, 8)]
+        single = dreamt(toy_bundle, 3, 0, exact=True)
+    steps.clear()
+    with switched(torch.get_num_threads, torch.set_num_threads, 2):
+        whole = dreamt(toy_bundle, 20, 0)
+        assert sorted(steps) == [(8, 1)] * 2 + [(12, 1)] * 2
+        for together, first, second in zip(whole, *parts, strict=True):
+            assert np.array_equal(together, np.concatenate([first, second]))
+        assert all(np.array_equal(a, b) for a, b in zip(dreamt(toy_bundle, 3, 0, exact=True), single, strict=True))
+        assert steps[4:] == [(1, 1)] * 6
+        found: list[int] = []
+        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert found == [torch.get_num_threads()] == [2]
+    steps.clear()
+    with switched(torch.get_num_threads, torch.set_num_threads, 5):
+        dreamt(toy_bundle, 20, 0)
+    assert sorted(steps) == [(8, 2)] * 2 + [(12, 2)] * 2, "cores without a part of their own help the others"
+
+
+def test_an_error_in_one_part_is_raised(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dreamenv.world_model import WorldModel
+
+    envs = DreamVectorEnv(16, bundle=toy_bundle, device="cpu")
+    envs.reset(seed=0)
+    before = envs.snapshot()
+    step = WorldModel.step
+
+    def broken(self: WorldModel, state: Any, actions: Any, *rest: Any) -> Any:
+        if actions[0] == 7:
+            raise MemoryError("no room")
+        return step(self, state, actions, *rest)
+
+    with switched(torch.get_num_threads, torch.set_num_threads, 2), monkeypatch.context() as patch:
+        patch.setattr(WorldModel, "step", broken)
+        with pytest.raises(MemoryError):
+            envs.step([0] * 8 + [7] * 8)
+        assert torch.get_num_threads() == 2
+    assert same_bytes(envs.snapshot(), before)
 
 
 @pytest.mark.slow

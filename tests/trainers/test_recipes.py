@@ -15,7 +15,7 @@ from trainers.pipeline import PipelineConfig, run_pipeline
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def test_a_recipe_makes_a_bundle_of_tiles(tmp_path: Path, precision: str) -> None:
+def test_a_recipe_makes_a_bundle_of_tiles(tmp_path: Path, precision: str, in_process: None) -> None:
     small = (
         *(
             f"{name}:model.backbone.channels=[16, 16, 16]"

@@ -45,7 +45,7 @@ def config(data: Path, **loop: object) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_killed_ten_times_training_ends_with_the_same_bytes(data: Path, tmp_path: Path) -> None:
+def test_killed_six_times_training_ends_with_the_same_bytes(data: Path, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(config(data)))
 
@@ -56,7 +56,7 @@ def test_killed_ten_times_training_ends_with_the_same_bytes(data: Path, tmp_path
     subprocess.run(command("whole"), check=True, **quiet)
     rng = random.Random(1)
     resumed_from = []
-    for _ in range(10):
+    for _ in range(6):
         state = tmp_path / "killed" / "checkpoint" / "state.json"
         begun = json.loads(state.read_text())["step"] if state.exists() else 0
         process = subprocess.Popen(command("killed"), **quiet)
@@ -73,7 +73,7 @@ def test_killed_ten_times_training_ends_with_the_same_bytes(data: Path, tmp_path
         process.wait()
         resumed_from.append(begun)
     subprocess.run(command("killed"), check=True, **quiet)
-    assert len(set(resumed_from)) >= 8, "the kills must fall at different moments"
+    assert len(set(resumed_from)) >= 5, "the kills must fall at different moments"
     for name in ("model/model.safetensors", "checkpoint/optimizer.safetensors", "checkpoint/model.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
