@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
+from dreamenv.artifacts import present
 from dreamenv.bundle import bundled_agent, load_bundle, resolve_bundle
 from dreamenv.config import check
 from dreamenv.console import errors_in_one_line
@@ -142,7 +143,7 @@ def _policy(agent: str | ImpalaAgent | VectorPolicy, bias: np.ndarray, bundle: P
         if (found := bundled_agent(folder)) is None:
             raise PolicyError(f"agent 'bundled': {folder} ships none; train one with python -m agents.train")
         return AgentPolicy(str(found))
-    if (Path(agent) / "agent.json").exists():
+    if present(Path(agent) / "agent.json"):
         return AgentPolicy(agent)
     return make_policy(agent, bias)
 

@@ -18,7 +18,7 @@ import tyro
 
 from agents.evaluate import evaluate
 from agents.saved import agent_facts
-from dreamenv.artifacts import atomic_file, write_json
+from dreamenv.artifacts import atomic_file, present, write_json
 from dreamenv.bundle import bundled_agent, resolve_bundle
 from dreamenv.config import check
 from dreamenv.console import errors_in_one_line
@@ -143,7 +143,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
     shipped = bundled_agent(resolve_bundle(config.bundle, config.game)) if config.agent == "bundled" else None
     folder = shipped or Path(config.agent)
     figures["imagined_steps"], figures["real_steps"] = learnt_from(
-        agent_facts(folder) if (folder / "agent.json").exists() else {}
+        agent_facts(folder) if present(folder / "agent.json") else {}
     )
     out = config.out
 

@@ -29,7 +29,7 @@ from agents.evaluate import evaluate
 from agents.saved import agent_facts, go_on_from, make_algorithm, save_algorithm, to_agent
 from agents.worlds import TRAIN_LEVELS, MixedVecEnv, make_world
 from dreamenv import checkpoints
-from dreamenv.artifacts import checksum, only_writer
+from dreamenv.artifacts import checksum, only_writer, present
 from dreamenv.config import check, from_dict, load_yaml, to_dict
 from dreamenv.console import errors_in_one_line
 from dreamenv.device import keep_freed_memory
@@ -128,7 +128,7 @@ class _Keeper(BaseCallback):
     def resume(self, steps: int) -> None:
         """Go on after `steps`: remember the best so far, and do not make up for evaluations of before."""
         self.evaluated = steps
-        if (self.config.out / "best" / "agent.json").exists():
+        if present(self.config.out / "best" / "agent.json"):
             self.best = float(agent_facts(self.config.out / "best").get(f"{self.other}_return", "-inf"))
 
     def _on_rollout_start(self) -> None:

@@ -275,6 +275,11 @@ def _refuse(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+def present(path: Path) -> bool:
+    """Whether anything is at `path`, be it a broken link: what is optional is missing only where nothing is."""
+    return os.path.lexists(path)
+
+
 def read_json(path: Path, error: type[Exception], remedy: str) -> dict[str, Any]:
     """Read a JSON object; raises `error`, which names the file and the remedy, where there is none."""
     return parse_json(read_file(path, error, remedy, JSON_LIMIT), path, error, remedy)

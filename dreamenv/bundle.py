@@ -27,6 +27,7 @@ from dreamenv.artifacts import (
     atomic_folder,
     parse_json,
     parse_tensors,
+    present,
     read_json,
     readable_folder,
     sha256_file,
@@ -197,7 +198,7 @@ def resolve_bundle(bundle: str | Path | None, game: str) -> Path:
 def bundled_agent(folder: Path) -> Path | None:
     """Folder of the agent that ships with a bundle, for `dreamenv.policies.agent.load_agent`; None if there is none."""
     agent = folder / "agent"
-    return agent if (agent / "agent.json").exists() else None
+    return agent if present(agent / "agent.json") else None
 
 
 _loaded: OrderedDict[tuple[str, ...], Bundle] = OrderedDict()

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dreamenv.artifacts import check_same, only_writer, read_json, write_json
+from dreamenv.artifacts import check_same, only_writer, present, read_json, write_json
 from dreamenv.errors import ConfigError
 
 
@@ -25,7 +25,7 @@ def begun(out: Path, settings: dict[str, str]) -> Iterator[None]:
         StorageError: it cannot be written.
     """
     with only_writer(out):
-        if (out / "pipeline.json").exists():
+        if present(out / "pipeline.json"):
             before = read_json(out / "pipeline.json", ConfigError, "delete the run folder")
             check_same(out, before, settings, ConfigError)
         write_json(out / "pipeline.json", settings)
@@ -44,7 +44,7 @@ def stage(out: Path, name: str, work: Callable[[], Any]) -> Any:
         ConfigError: the record of an earlier run is damaged.
     """
     marker = out / "stages" / f"{name}.json"
-    if marker.exists():
+    if present(marker):
         print(f"[{name}] done before", flush=True)
         return read_json(marker, ConfigError, "delete it to run the stage again").get("result")
     print(f"[{name}]", flush=True)

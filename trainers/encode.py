@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dreamenv.artifacts import atomic_file, only_writer, read_json, readable_folder, sha256_file, write_json
+from dreamenv.artifacts import atomic_file, only_writer, present, read_json, readable_folder, sha256_file, write_json
 from dreamenv.console import run_command_line
 from dreamenv.contract.frames import observe
 from dreamenv.data import HELD_OUT_FROM, Dataset, Shard
@@ -96,12 +96,12 @@ def _encode_missing(dataset: Dataset, model: Codec, digest: str, out: Path, devi
     out.mkdir(parents=True, exist_ok=True)
     marker = out / "identity.json"
     identity = {"format_version": FORMAT_VERSION, "codec": digest}
-    if not marker.exists() or read_json(marker, DatasetError, _REMEDY) != identity:
+    if not present(marker) or read_json(marker, DatasetError, _REMEDY) != identity:
         for stale in out.glob("*.npy"):
             stale.unlink()
         (out / "files.json").unlink(missing_ok=True)
         write_json(marker, identity)
-    digests = read_json(out / "files.json", DatasetError, _REMEDY) if (out / "files.json").exists() else {}
+    digests = read_json(out / "files.json", DatasetError, _REMEDY) if present(out / "files.json") else {}
     (out / "latents.json").unlink(missing_ok=True)
     target = pick_device(device)
     model = model.to(target, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

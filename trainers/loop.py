@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dreamenv import checkpoints
-from dreamenv.artifacts import only_writer, read_json
+from dreamenv.artifacts import only_writer, present, read_json
 from dreamenv.config import check
 from dreamenv.contract.noise import philox
 from dreamenv.device import pick_device, pick_precision
@@ -259,7 +259,7 @@ class Loop:
             return
         check(name in validated, f"loop.best {self.config.best!r}: the validation has {', '.join(validated)}")
         value, path = validated[name], self.folder / "best" / "model.json"
-        before = read_json(path, CheckpointError, "delete it")["facts"].get("best") if path.exists() else None
+        before = read_json(path, CheckpointError, "delete it")["facts"].get("best") if present(path) else None
         sign = -1 if self.config.best.startswith("-") else 1
         if not math.isnan(value) and (before is None or sign * value > sign * before):
             self._save("best", best=value)

@@ -21,7 +21,7 @@ from dreamenv.stages import begun, program, run_command, stage
 from dreamenv.types import Clips
 from trainers.pipeline import encode, make_bundle, train_stage
 from trainers.recipe import check_values, load_recipe
-from trainers.table import held_out_clips, measure, parts_of, write_table
+from trainers.table import held_out_clips, markdown, measure, parts_of, write_table
 from trainers.train import override
 
 _SQUARED, _FLOW = "{squared: {}}", "{squared: {}, flow: {weight: 0.5}}"
@@ -113,13 +113,6 @@ _COLUMNS: dict[str, tuple[str, str]] = {
 }
 
 
-def markdown(rows: dict[str, dict[str, Any]]) -> str:
-    """The table, a row an objective."""
-    head = ["objective", *(title for title, _ in _COLUMNS.values())]
-    body = [[name, *(format(row[key], style) for key, (_, style) in _COLUMNS.items())] for name, row in rows.items()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body))
-
-
 def run_objectives(config: ObjectivesConfig) -> dict[str, dict[str, Any]]:
     """Collect, train and measure whatever is not done yet; returns the rows.
 
@@ -151,14 +144,16 @@ def run_objectives(config: ObjectivesConfig) -> dict[str, dict[str, Any]]:
                 return found | {"trained_steps": facts["step"]}
 
             rows[name] = stage(out, f"{folder}-row", row)
-    write_table(out, "objectives", rows, markdown(rows), config.docs)
+    write_table(out, "objectives", rows, config.docs, markdown("objective", rows, _COLUMNS))
     return rows
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line: every field of `ObjectivesConfig` is an option."""
     with errors_in_one_line():
-        print(markdown(run_objectives(tyro.cli(ObjectivesConfig, args=arguments, description=__doc__))))
+        config = tyro.cli(ObjectivesConfig, args=arguments, description=__doc__)
+        run_objectives(config)
+        print((config.out / "table.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

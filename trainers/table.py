@@ -38,6 +38,7 @@ RECIPES = (
     "pixels_gray",
     "pixels_rgb",
     "predictor_conv",
+    "predictor_vae",
     "predictor_patches",
     "flow_unet",
     "flow_dit",
@@ -118,10 +119,9 @@ def measure(bundle: Bundle, clips: Clips, samples: int, seconds: float, seed: in
     real, sampler = shown.frames[:, k:], SamplerConfig(temperature=0.0)  # each model's mean
     dream, _ = open_loop(model, shown, sampler, seed)
     error, copied = squared_error(dream, real), squared_error(shown.frames[:, k - 1 : k], real)
-    row: dict[str, Any] = {
-        "frame": list(model.frame_shape),
-        "parameters": {n: sum(p.numel() for p in getattr(model, n).parameters()) for n in NETWORKS},
-    }
+    parameters = {n: sum(p.numel() for p in getattr(model, n).parameters()) for n in NETWORKS}
+    row: dict[str, Any] = {"frame": list(model.frame_shape), "parameters": parameters}
+    row["millions"] = sum(parameters.values()) / 1e6
     for h in HORIZONS:
         mse = float(error[:, h - 1].mean())
         row |= {f"mse_{h}": mse, f"psnr_{h}": float(psnr(mse)), f"copy_psnr_{h}": float(psnr(copied[:, h - 1].mean()))}
@@ -143,6 +143,7 @@ def measure(bundle: Bundle, clips: Clips, samples: int, seconds: float, seed: in
 
 
 _COLUMNS: dict[str, tuple[str, str]] = {
+    "millions": ("parameters, millions", ".2f"),
     "psnr_1": ("PSNR, 1 step", ".2f"),
     "psnr_5": ("5", ".2f"),
     "psnr_10": ("10", ".2f"),
@@ -163,22 +164,29 @@ _COLUMNS: dict[str, tuple[str, str]] = {
 }
 
 
-def markdown(rows: dict[str, dict[str, Any]]) -> str:
-    """The table: a row a recipe, and copying the last frame for both kinds of frames."""
-    head = ["recipe", "parameters", *(title for title, _ in _COLUMNS.values())]
-    lines = [head, ["---"] * len(head)]
+def markdown(first: str, rows: dict[str, dict[str, Any]], columns: dict[str, tuple[str, str]]) -> str:
+    """A table in Markdown, a line a row, with nothing where a row lacks a figure.
+
+    Args:
+        first: title of the column of names.
+        rows: figures by name.
+        columns: of each figure, its title and how it is formatted.
+    """
+    lines = [[first, *(title for title, _ in columns.values())], ["---"] * (1 + len(columns))]
     for name, row in rows.items():
-        size = sum(row["parameters"].values()) / 1e6
-        lines.append([name, f"{size:.2f} M", *(format(row[key], style) for key, (_, style) in _COLUMNS.items())])
-    for kind, channels in (("RGB", 3), ("grey", 1)):
-        found = next((row for row in rows.values() if row["frame"][2] == channels), None)
-        if found is not None:
-            values = [format(found[f"copy_{key}"], ".2f") if key in _COPIED else "" for key in _COLUMNS]
-            lines.append([f"copy the last frame, {kind}", "0", *values])
+        lines.append([name, *(format(row[key], style) if key in row else "" for key, (_, style) in columns.items())])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-_COPIED = {f"psnr_{h}" for h in HORIZONS}
+def _with_copies(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The rows, and copying the last frame for both kinds of frames."""
+    copies = {}
+    for kind, channels in (("RGB", 3), ("grey", 1)):
+        found = next((row for row in rows.values() if row["frame"][2] == channels), None)
+        if found is not None:
+            copied = {f"psnr_{h}": found[f"copy_psnr_{h}"] for h in HORIZONS}
+            copies[f"copying the last frame, {kind}"] = {"millions": 0.0, **copied}
+    return rows | copies
 
 
 def parts_of(path: Path, name: str) -> tuple[str, str]:
@@ -192,7 +200,7 @@ def parts_of(path: Path, name: str) -> tuple[str, str]:
     return f"{text.split(begin)[0]}{begin}\n", f"\n{end}{text.split(end)[1]}"
 
 
-def write_table(out: Path, name: str, rows: dict[str, dict[str, Any]], table: str, docs: Path | None) -> None:
+def write_table(out: Path, name: str, rows: dict[str, dict[str, Any]], docs: Path | None, table: str) -> None:
     """Write <out>/table.md and table.json, and the table into a Markdown file between the markers of that name."""
     files = [(out / "table.md", table + "\n"), (out / "table.json", json.dumps(rows, indent=1) + "\n")]
     if docs is not None:
@@ -255,7 +263,7 @@ def run_table(config: TableConfig) -> dict[str, dict[str, Any]]:
                 return measure(bundle, clips, config.samples, config.seconds, config.seed)
 
             rows[name] = stage(out, f"{name}-row", row)
-    write_table(out, "families", rows, markdown(rows), config.docs)
+    write_table(out, "families", rows, config.docs, markdown("recipe", _with_copies(rows), _COLUMNS))
     for path in (out, *(() if config.docs is None else (config.docs.parent,))):
         _plot(path / "losses.png", folders)
     return rows
@@ -264,8 +272,9 @@ def run_table(config: TableConfig) -> dict[str, dict[str, Any]]:
 def main(arguments: list[str] | None = None) -> None:
     """Command line: every field of `TableConfig` is an option."""
     with errors_in_one_line():
-        rows = run_table(tyro.cli(TableConfig, args=arguments, description=__doc__))
-        print(markdown(rows))
+        config = tyro.cli(TableConfig, args=arguments, description=__doc__)
+        run_table(config)
+        print((config.out / "table.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dreamenv.artifacts import checksum, open_array, read_json, sha256_file
+from dreamenv.artifacts import checksum, open_array, present, read_json, sha256_file
 from dreamenv.data.manifest import read_manifest
 from dreamenv.data.writer import COLUMNS, OPTIONAL
 from dreamenv.errors import DatasetError
@@ -86,7 +86,7 @@ class Dataset:
 
     def _open(self, entry: dict[str, Any]) -> Shard:
         settings = self.folder / entry["name"] / "shard.json"
-        if settings.exists():  # not in older or merged ones
+        if present(settings):  # not in older or merged ones
             made = read_json(settings, DatasetError, "collect the dataset again").get("settings")
             if made != checksum(self.facts):
                 raise DatasetError(f"{settings.parent}: was collected with other settings; collect the dataset again")

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from dreamenv.artifacts import atomic_folder, check_same, checksum, recover_folder, sha256_file, write_json
+from dreamenv.artifacts import atomic_folder, check_same, checksum, present, recover_folder, sha256_file, write_json
 from dreamenv.data.manifest import FORMAT_VERSION, read_manifest, shard_name
 from dreamenv.errors import DatasetError
 
@@ -65,7 +65,7 @@ class DatasetWriter:
         self.columns = COLUMNS | {name: OPTIONAL[name] for name in columns}
         self._optional = list(columns)
         self._shards: dict[int, dict[str, Any]] = {}
-        if (self.folder / "manifest.json").exists():
+        if present(self.folder / "manifest.json"):
             old = read_manifest(self.folder)
             check_same(self.folder, old["facts"], self.facts, DatasetError)
             self._shards = {s["index"]: s for s in old["shards"]}

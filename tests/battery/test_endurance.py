@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from gymnasium.vector import AutoresetMode
 
 from dreamenv.bundle import EMBEDDED, embedded_games
@@ -57,15 +58,20 @@ def watch(envs: Any, steps: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode), ids=lambda m: m.value)
-@pytest.mark.parametrize("world", ["dream", "real"])
+@pytest.mark.parametrize("world", ["dream", "dream on two cores", "real"])
 def test_nothing_grows(world: str, mode: AutoresetMode, toy_bundle: Path) -> None:
-    if world == "dream":
-        envs: Any = DreamVectorEnv(64, bundle=toy_bundle, autoreset_mode=mode)
+    if world == "real":
+        envs: Any = RealProcgenVectorEnv(64, num_levels=0, autoreset_mode=mode)
     else:
-        envs = RealProcgenVectorEnv(64, num_levels=0, autoreset_mode=mode)
-    figures = watch(envs, many(15_625, 60))
+        envs = DreamVectorEnv(64, bundle=toy_bundle, autoreset_mode=mode)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 + (world == "dream on two cores"))
+    try:
+        figures = watch(envs, many(15_625, 60))
+    finally:
+        torch.set_num_threads(before)
     envs.close()
-    record(f"endurance-{world}-{mode.value}", **figures)
+    record(f"endurance-{world}-{mode.value}".replace(" ", "-"), **figures)
     assert figures["descriptors"][0] == figures["descriptors"][1]
     assert figures["threads"][0] == figures["threads"][1]
     limit = 1.0 if many(1, 0) else 200.0  # few steps say little of a slope

@@ -302,7 +302,7 @@ def test_a_malicious_file_runs_nothing(name: str, what: str, good: dict[str, Any
     folder, read = good[name]
     files = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
     flag = tmp_path / "ran"
-    for file in files if many(1, 0) else files[:2]:
+    for file in files if many(1, 0) else sorted(files, key=lambda f: f.suffix != ".json")[:2]:
         shutil.rmtree(tmp_path / "x", ignore_errors=True)
         shutil.copytree(folder, tmp_path / "x")
         MALICIOUS[what](tmp_path / "x" / file, flag)

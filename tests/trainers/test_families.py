@@ -53,7 +53,7 @@ def made(name: str, data: Path, out: Path) -> Path:
     return run_pipeline(PipelineConfig(recipe=name, data=data, out=out, stage_steps=2, starts=3, set=small))
 
 
-CASES = [(n, "fp32") for n in ("pixels_gray", "predictor_conv", "flow_dit", "flow_causal", "flow_shortcut")]
+CASES = [(n, "fp32") for n in ("pixels_gray", "predictor_vae", "flow_dit", "flow_causal", "flow_shortcut")]
 CASES += [
     ("pixels_gray", "bf16"),
     ("flow_causal", "bf16"),
