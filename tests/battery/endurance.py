@@ -13,6 +13,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from dreamenv.vector import DreamVectorEnv
+from envs.making import make_procgen
 from envs.procgen import RealProcgenVectorEnv
 
 
@@ -52,10 +53,40 @@ def watch(envs: Any, steps: int) -> dict[str, Any]:
     }
 
 
+class Procgen:
+    """The game without anything of ours, to be watched beside it."""
+
+    num_envs, autoreset_mode = 64, AutoresetMode.NEXT_STEP
+
+    def __init__(self) -> None:
+        self._games = make_procgen(
+            num=64,
+            rand_seed=0,
+            num_threads=0,
+            env_name="coinrun",
+            num_levels=0,
+            start_level=0,
+            distribution_mode="easy",
+        )
+
+    def reset(self, seed: int) -> None:
+        """It begins by itself."""
+
+    def step(self, actions: np.ndarray) -> tuple[Any, ...]:
+        self._games.act(actions.astype(np.int32))
+        rewards, observations, first = self._games.observe()
+        return observations["rgb"], rewards, first, np.zeros_like(first), {}
+
+    def close(self) -> None:
+        self._games.close()
+
+
 def endure(world: str, mode: str, steps: int, cores: int, bundle: str) -> dict[str, Any]:
     """`watch` 64 environments of a world on so many of torch's threads."""
-    if world == "real":
-        envs: Any = RealProcgenVectorEnv(64, num_levels=0, autoreset_mode=mode)
+    if world == "procgen":
+        envs: Any = Procgen()
+    elif world == "real":
+        envs = RealProcgenVectorEnv(64, num_levels=0, autoreset_mode=mode)
     else:
         envs = DreamVectorEnv(64, bundle=bundle, device="cpu", autoreset_mode=mode)
     before = torch.get_num_threads()
