@@ -83,6 +83,9 @@ def side_by_side(work: Callable[[slice], T], parts: list[slice], workers: int, t
 
     Returns:
         What `work` returned, in the order of the parts.
+
+    Raises:
+        What `work` raises; of several, that of the first part.
     """
     if workers == 1:
         return [work(part) for part in parts]
