@@ -143,7 +143,7 @@ def compare(
     check(not (quick and thorough), "quick and thorough exclude each other: give one")
     settings = settings.quick() if quick else settings.thorough() if thorough else settings
     loaded = load_bundle(folder := resolve_bundle(bundle, game), device)
-    stages = 6 + bool(settings.drift) + bool(settings.policies) + bool(settings.endless_steps)
+    stages = 6 + bool(settings.drift) + settings.closed_loop + bool(settings.endless_steps)
     with tqdm(total=stages, unit="stage", bar_format="{l_bar}{bar}| {n}/{total} [{elapsed}]") as bar:
         seen: list[str] = []
 

@@ -72,6 +72,8 @@ class Game:
         bias: unnormalised weights of actions for the game-biased exploration policy.
         view: what a picture shows of a level.
         recipe: by which `trainers.pipeline` makes its bundle, see `trainers/recipes`.
+        death: whether an episode that ends without a reward has ended in the player's death. In heist and maze only the
+            goal ends one, in plunder the time does.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Game:
     bias: tuple[float, ...]
     view: View
     recipe: str
+    death: bool
 
     @property
     def distribution_modes(self) -> tuple[str, ...]:
@@ -138,6 +141,7 @@ _VIEWS: dict[str, View] = {
                      {"easy": (10, 60), "hard": (20, 60)}, 12),
 }
 _RECIPES: dict[str, str] = {}  # of those whose best is not patches
+_NO_DEATH = ("heist", "maze", "plunder")
 _RIGHTWARD = {"right": 4.0, "right+up": 5.0, "up": 1.0, "left": 0.6, "left+up": 0.6, "noop": 0.3}
 _FIRE = {"d": "fire"}
 _ACTIONS: dict[str, tuple[dict[str, str], dict[str, float]]] = {  # what they do, and the biased player's weights
@@ -188,7 +192,9 @@ def _row(
     main = {meaning: action for action, meaning in reversed(acts.items())}  # the first action of each meaning
     weights = tuple(bias.get(n, 1.0 if n in main.values() else 0.1) for n in NAMES)
     recipe = _RECIPES.get(name, "patches")
-    return Game(name, max_steps, rewards, easy, hard, meanings, weights, _VIEWS[name], recipe)
+    return Game(
+        name, max_steps, rewards, easy, hard, meanings, weights, _VIEWS[name], recipe, death=name not in _NO_DEATH
+    )
 
 
 GAMES: dict[str, Game] = {row[0]: _row(*row) for row in _TABLE}

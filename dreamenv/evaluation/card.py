@@ -9,19 +9,21 @@ from dreamenv.artifacts import atomic_file
 from dreamenv.bundle import load_bundle, resolve_bundle
 from dreamenv.console import run_command_line
 from dreamenv.errors import ConfigError
+from dreamenv.evaluation.published import PUBLISHED
 
 _BEGIN, _END = "<!-- fidelity -->", "<!-- /fidelity -->"
 
 
-def fidelity_table(card: dict[str, Any]) -> str:
-    """Markdown of the main figures of a card, as `dreamenv compare --card` stores them, beside published ones.
+def fidelity_table(card: dict[str, Any], game: str) -> str:
+    """Markdown of the main figures of a game's card, as `dreamenv compare --card` stores them, beside published ones.
 
     Raises:
         ConfigError: the card lacks a figure: it is empty, or an older release measured it.
     """
     sampled = card.get("nfe", 1) > 1
     try:
-        rows = [*_open_loop(card, sampled), *_others(card)]
+        published = PUBLISHED.get(game, {})
+        rows = [*_open_loop(card, sampled), *_others(card, published)]
         levels = card["levels"]
         head = (
             f"{card['clips']} clips, levels {levels[0]}-{sum(levels) - 1}",
@@ -34,7 +36,7 @@ def fidelity_table(card: dict[str, Any]) -> str:
         raise ConfigError(
             f"card: has no figure {error}; measure it anew with dreamenv compare --thorough --card"
         ) from None
-    columns = [0, 1, 2, 3, 4] if sampled else [0, 1, 3, 4]  # one evaluation is the mean
+    columns = [0, 1, *([2] if sampled else []), 3, *([4] if published else [])]  # one evaluation is the mean
     return "\n".join("| " + " | ".join(row[c] for c in columns) + " |" for row in (head, ("---",) * 5, *rows))
 
 
@@ -64,7 +66,7 @@ def _open_loop(card: dict[str, Any], sampled: bool) -> list[Row]:
     ]
 
 
-def _others(card: dict[str, Any]) -> list[Row]:
+def _others(card: dict[str, Any], published: dict[str, str]) -> list[Row]:
     """Rows of one figure each, or of two of a kind, beside published ones."""
     c = card
 
@@ -76,15 +78,15 @@ def _others(card: dict[str, Any]) -> list[Row]:
         (
             "random player: mean PSNR of all frames up to the 10th, dB (the mix of players)",
             two("random_psnr_frames", "psnr_frames"),
-            "GenieRedux, guided: 38.31; Jafar: 12.66",
+            "random_psnr_frames",
         ),
-        ("the same from one frame of context", f"{c['random_one_frame_psnr_frames']:.2f}", "GenieRedux, guided: 34.44"),
         (
-            "autoencoder alone, dB (rare colours)",
-            two("autoencoder_psnr", "autoencoder_psnr_rare"),
-            "GenieRedux tokenizer: 38.25",
+            "the same from one frame of context",
+            f"{c['random_one_frame_psnr_frames']:.2f}",
+            "random_one_frame_psnr_frames",
         ),
-        ("delta-PSNR, 4 steps, dB (random player)", two("delta_psnr_4", "random_delta_psnr_4"), "GenieRedux: 1.89"),
+        ("autoencoder alone, dB (rare colours)", two("autoencoder_psnr", "autoencoder_psnr_rare"), "autoencoder_psnr"),
+        ("delta-PSNR, 4 steps, dB (random player)", two("delta_psnr_4", "random_delta_psnr_4"), "delta_psnr_4"),
         (
             f"futures matched to the real future of the same action, {c['branch_steps']} steps",
             f"{c['branch_accuracy']:.1%} (guessing: {c['branch_chance']:.1%})",
@@ -98,7 +100,7 @@ def _others(card: dict[str, Any]) -> list[Row]:
         (
             f"value of {len(c['closed_loop_policies'])} policies, dream against real: Pearson",
             f"{c['closed_loop_pearson']:.2f} ({_interval(c['closed_loop_pearson_ci'])})",
-            "WorldGym: 0.78",
+            "closed_loop_pearson",
         ),
         ("the same: Spearman", f"{c['closed_loop_spearman']:.2f} ({_interval(c['closed_loop_spearman_ci'])})"),
         ("the same: mean absolute error of the return", f"{c['closed_loop_mean_absolute_error']:.2f}"),
@@ -109,7 +111,7 @@ def _others(card: dict[str, Any]) -> list[Row]:
         ("uncertainty against the true error, Spearman", f"{c['uncertainty_error_spearman']:.2f}"),
         *_samples(c),
     ]
-    return [(row[0], row[1], "", "", row[2] if len(row) > 2 else "") for row in rows]
+    return [(row[0], row[1], "", "", published.get(row[2], "") if len(row) > 2 else "") for row in rows]
 
 
 def _samples(card: dict[str, Any]) -> list[tuple[str, str]]:
@@ -142,8 +144,8 @@ def _interval(pair: list[float]) -> str:
     return f"{pair[0]:.2f} to {pair[1]:.2f}"
 
 
-def write_table(path: Path, card: dict[str, Any]) -> None:
-    """Replace the table between the markers of a Markdown file.
+def write_table(path: Path, card: dict[str, Any], game: str) -> None:
+    """Replace the table between the markers of a Markdown file by that of a game's card.
 
     Raises:
         ConfigError: it has no markers.
@@ -153,7 +155,7 @@ def write_table(path: Path, card: dict[str, Any]) -> None:
         raise ConfigError(f"{path}: needs one {_BEGIN} and one {_END}")
     before, after = text.split(_BEGIN)[0], text.split(_END)[1]
     with atomic_file(path) as temporary:
-        temporary.write_text(f"{before}{_BEGIN}\n{fidelity_table(card)}\n{_END}{after}", encoding="utf-8")
+        temporary.write_text(f"{before}{_BEGIN}\n{fidelity_table(card, game)}\n{_END}{after}", encoding="utf-8")
 
 
 def main(file: Path, game: str) -> None:
@@ -163,7 +165,7 @@ def main(file: Path, game: str) -> None:
         file: a Markdown file with the two markers.
         game: which game.
     """
-    write_table(file, load_bundle(resolve_bundle(None, game), "cpu").card)
+    write_table(file, load_bundle(resolve_bundle(None, game), "cpu").card, game)
 
 
 if __name__ == "__main__":

@@ -8,28 +8,32 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from dreamenv.bundle import Bundle, bundled_agent
+from dreamenv.bundle import Bundle, GameFacts, bundled_agent
 from dreamenv.config import check
+from dreamenv.contract.actions import COMBOS, NAMES
+from dreamenv.contract.games import get_game
 from dreamenv.contract.noise import philox
 from dreamenv.evaluation.clips import HELD_OUT, real_envs
+from dreamenv.evaluation.controllability import distinct_actions
 from dreamenv.evaluation.metrics import interval, pearson, spearman
 from dreamenv.flow import SamplerConfig
 from dreamenv.policies.simple import VectorPolicy, make_policy
 from dreamenv.vector import DreamVectorEnv
 
-POLICIES = (
-    "hold:noop",
-    "hold:left",
-    "hold:right",
-    "hold:up",
-    "hold:right+up",
-    "random",
-    "sticky",
-    "biased",
-    "bundled:0.5",
-    "bundled",
-)
-"""Policies of different skill; the last are the agent that ships with the bundle, half at random and alone."""
+_HELD = 4  # actions
+_OTHERS = ("random", "sticky", "biased", "bundled:0.5", "bundled")
+
+
+def standard_policies(game: GameFacts) -> tuple[str, ...]:
+    """Policies of different skill for a game, by which a dream is judged.
+
+    No key and the game's four likeliest actions held, three random players, and the agent that ships with the bundle,
+    half at random and alone. The likeliest are those that the game's biased player takes most, each meaning once.
+    """
+    bias = get_game(game.name).bias
+    useful = sorted(distinct_actions(game).tolist(), key=lambda a: (-bias[a], len(COMBOS[a]), a))
+    held = [NAMES[a] for a in useful if game.action_meanings[a] != "nothing"][:_HELD]
+    return tuple(f"hold:{name}" for name in ("noop", *held)) + _OTHERS
 
 
 @dataclass(frozen=True)
@@ -85,9 +89,9 @@ def play_episodes(
 
 def play_both(
     bundle: Bundle,
-    policies: tuple[str, ...] = POLICIES,
+    policies: tuple[str, ...] | None = None,
     episodes: int = 20,
-    limit: int = 150,
+    limit: int | None = None,
     sampler: SamplerConfig | None = None,
     levels: tuple[int, int] = HELD_OUT,
     seed: int = 0,
@@ -97,9 +101,10 @@ def play_both(
     Args:
         bundle: the bundle.
         policies: specifications, see `dreamenv.policies.simple.make_policy`; "bundled" is the agent that ships with the
-            bundle, "bundled:EPSILON" the same at random so often, and both are left out where none ships.
+            bundle, "bundled:EPSILON" the same at random so often, and both are left out where none ships. None: those
+            of `standard_policies`.
         episodes: how many each, one per level.
-        limit: steps after which an episode is cut off, in both worlds.
+        limit: steps after which an episode is cut off, in both worlds; None is the game's own limit.
         sampler: how the dream is drawn.
         levels: first level and number of levels.
         seed: decides levels, actions and noise.
@@ -111,6 +116,8 @@ def play_both(
         ConfigError: `episodes` < 1, or `limit` outside 1 .. the game's own.
         PolicyError: an unknown policy.
     """
+    policies = standard_policies(bundle.game) if policies is None else policies
+    limit = bundle.game.max_steps if limit is None else limit
     check(episodes >= 1, f"episodes {episodes}: must be >= 1")
     check(1 <= limit <= bundle.game.max_steps, f"limit {limit}: must be in 1..{bundle.game.max_steps}")
     game, frame = bundle.game, bundle.world_model.frame_shape

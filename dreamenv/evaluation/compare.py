@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from dreamenv.bundle import Bundle, GameFacts
 from dreamenv.config import check
+from dreamenv.contract.games import get_game
 from dreamenv.evaluation.clips import HELD_OUT, cut_clips, play_real
-from dreamenv.evaluation.closed_loop import POLICIES, agreement, play_both
+from dreamenv.evaluation.closed_loop import agreement, play_both
 from dreamenv.evaluation.controllability import (
     DELTA_STEP,
     action_shifts,
@@ -55,12 +56,12 @@ class CompareConfig:
     """Uneventful real steps at which the outcome head is evaluated; on drifted contexts an eighth."""
     drift: int = 10
     """Steps dreamt before the outcome head is evaluated on a drifted context."""
-    policies: tuple[str, ...] = POLICIES
-    """Policies played in both worlds; none skips it."""
+    policies: tuple[str, ...] | None = None
+    """Policies played in both worlds; the game's standard ones if not given, an empty list skips it."""
     episodes: int = 40
     """Episodes of each policy in each world."""
-    limit: int = 150
-    """Steps after which these episodes are cut off, in both worlds."""
+    limit: int | None = None
+    """Steps after which these episodes are cut off, in both worlds; the game's own limit if not given."""
     endless_steps: int = 5000
     """Steps dreamt without a reset; 0 skips it."""
     endless_dreams: int = 1
@@ -80,14 +81,19 @@ class CompareConfig:
             "branch_steps",
             "negatives",
             "episodes",
-            "limit",
             "endless_dreams",
         ):
             check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
+        check(self.limit is None or self.limit >= 1, f"limit {self.limit}: must be >= 1 or None")
         check(self.horizon >= 6, f"horizon {self.horizon}: must be >= 6")
         for name in ("drift", "endless_steps"):
             check(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: must be >= 0")
         check(0 <= self.seed < 2**63, f"seed {self.seed}: must be in 0..2^63-1")
+
+    @property
+    def closed_loop(self) -> bool:
+        """Whether policies are played in both worlds."""
+        return self.policies is None or bool(self.policies)
 
     def thorough(self) -> CompareConfig:
         """Twice as many steps, and so other clips; twice the negatives and so on, four long dreams. For cards."""
@@ -164,12 +170,13 @@ def compare(
     add_perceptual(result, config.examined)
     progress("outcomes")
     result.outcomes["real"] = outcome_scores(bundle.world_model, play, sampler, negatives=config.negatives, seed=seed)
-    figures |= outcome_figures(model, result.outcomes["real"]) | {"steps": int(play.first.size)}
+    death = get_game(game.name).death
+    figures |= outcome_figures(model, result.outcomes["real"], death=death) | {"steps": int(play.first.size)}
     if config.drift:
         progress("outcomes after drift")
         asked = max(config.negatives // 8, 1)
         result.outcomes["drifted"] = outcome_scores(bundle.world_model, play, sampler, config.drift, asked, seed)
-        figures |= outcome_figures(model, result.outcomes["drifted"], "drifted_") | {"drift": config.drift}
+        figures |= outcome_figures(model, result.outcomes["drifted"], "drifted_", death) | {"drift": config.drift}
     progress("controllability")
     delta = delta_psnr(model, clips, result.dream[:, :DELTA_STEP], sampler, seed)
     figures |= {f"delta_psnr_{h}": float(delta[h - 1]) for h in (1, DELTA_STEP)}
@@ -183,13 +190,13 @@ def compare(
     result.branches = real, dreamt
     figures |= {f"branch_{k}": v for k, v in branch_accuracy(real.real[:, :, -1], dreamt[:, :, -1]).items()}
     figures |= {"branches": len(dreamt), "branch_steps": config.branch_steps}
-    if config.policies:
+    if config.closed_loop:
         progress("closed loop")
         result.episodes = play_both(
             bundle, config.policies, config.episodes, config.limit, sampler, config.levels, seed
         )
         figures |= {f"closed_loop_{k}": v for k, v in agreement(result.episodes, seed=seed).items()}
-        figures |= {"closed_loop_episodes": config.episodes, "closed_loop_limit": config.limit}
+        figures |= {"closed_loop_episodes": config.episodes, "closed_loop_limit": config.limit or game.max_steps}
     if config.endless_steps:
         progress("endless dream")
         result.endless = endless(bundle, clips, config.endless_steps, config.endless_dreams, sampler=sampler, seed=seed)

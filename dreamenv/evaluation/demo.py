@@ -10,6 +10,7 @@ import numpy as np
 
 from dreamenv.artifacts import write_json
 from dreamenv.bundle import bundled_agent, load_bundle, resolve_bundle
+from dreamenv.contract.games import get_game
 from dreamenv.evaluation.clips import cut_clips, play_real
 from dreamenv.evaluation.figures import save_grid, save_horizon_plot, side_by_side
 from dreamenv.evaluation.imagine import open_loop
@@ -51,7 +52,8 @@ def demo(
     frequencies = colour_frequencies(play.frames[:, :: max(play.frames.shape[1] // 128, 1)])
     cut = cut_clips(play, clips, model.context, horizon, seed)
     result = compare_open_loop(model, cut, frequencies, sampler, seed, samples=1)
-    scored = outcome_figures(model, outcome_scores(model, play, sampler, negatives=4000, seed=seed))
+    scores = outcome_scores(model, play, sampler, negatives=4000, seed=seed)
+    scored = outcome_figures(model, scores, death=get_game(facts.name).death)
     shipped = bundled_agent(loaded.folder)
     shown = (
         play
@@ -65,9 +67,7 @@ def demo(
     dreams, _ = open_loop(model, film, sampler, seed)
     speed = dreams.shape[0] * dreams.shape[1] / (time.perf_counter() - began)
 
-    k = film.context
-    real = film.frames[:, k:]
-    start = film.frames[:, :k]
+    start, real = film.frames[:, : film.context], film.frames[:, film.context :]
     for i, name in enumerate(["side_by_side.mp4", "side_by_side.gif"]):
         columns = {"real": np.concatenate([start[0], real[0]]), "dream": np.concatenate([start[0], dreams[0]])}
         save_video(out / name, side_by_side(columns, scale=(6, 3)[i]))

@@ -97,8 +97,9 @@ def save_value_plot(path: Path, policies: list[dict[str, Any]]) -> None:
             ]
             axes.errorbar(x, y, xerr=np.maximum(spread[0], 0), yerr=np.maximum(spread[1], 0), fmt="o", capsize=2, ms=4)
             axes.annotate(row["policy"], (x, y), fontsize=7, xytext=(4, 4), textcoords="offset points")
-        limit = max([1.0] + [max(row["real_return"], row["dream_return"]) for row in policies]) * 1.1
-        axes.plot([0, limit], [0, limit], color="grey", lw=1)
+        values = [row[f"{world}_return"] for row in policies for world in ("real", "dream")]
+        span = [1.1 * min([0.0, *values]), 1.1 * max([1.0, *values])]
+        axes.plot(span, span, color="grey", lw=1)
         axes.set(xlabel="mean return in the real game", ylabel="mean return in the dream", title="value of policies")
 
     save_plot(path, draw, (5, 4.5))

@@ -84,10 +84,14 @@ def outcome_scores(
     return OutcomeScores(probabilities, play.rewards[env, now], play.terminated[env, now], weights)
 
 
-def outcome_figures(model: WorldModel, scores: OutcomeScores, prefix: str = "") -> dict[str, Any]:
+def outcome_figures(model: WorldModel, scores: OutcomeScores, prefix: str = "", death: bool = True) -> dict[str, Any]:
     """Average precision (None without events), base rate, events and calibration of rewards, death and the end.
 
-    Death is a terminal step without reward; the named rewards are the game's own magnitudes.
+    Args:
+        model: the world model.
+        scores: what its head said; the named rewards are the game's own magnitudes.
+        prefix: of the figures' names.
+        death: whether the game has deaths, which are terminal steps without reward.
     """
     p, weights = scores.probabilities, scores.weights
     figures: dict[str, Any] = {}
@@ -100,7 +104,8 @@ def outcome_figures(model: WorldModel, scores: OutcomeScores, prefix: str = "") 
 
     for value in np.unique(model.rewards[model.rewards != 0]):
         add(f"reward_{value:g}", p @ (model.rewards == value), scores.rewards == np.float32(value))
-    add("death", p @ (model.terminated & (model.rewards == 0)), scores.terminated & (scores.rewards == 0))
+    if death:
+        add("death", p @ (model.terminated & (model.rewards == 0)), scores.terminated & (scores.rewards == 0))
     end = p @ model.terminated
     add("end", end, scores.terminated)
     likely = end >= 0.05  # nearly all steps are surely uneventful; this is the error where it matters

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from dreamenv.bundle import Limits, load_bundle
+from dreamenv.bundle import GameFacts, Limits, load_bundle
 from dreamenv.errors import ConfigError, PolicyError
-from dreamenv.evaluation.closed_loop import Episodes, agreement, play_both, play_episodes
+from dreamenv.evaluation.closed_loop import Episodes, agreement, play_both, play_episodes, standard_policies
 from dreamenv.evaluation.stability import endless
 from dreamenv.policies.simple import make_policy
 from dreamenv.types import Clips
@@ -55,6 +55,29 @@ def test_policies_play_the_same_levels_in_both_worlds(tmp_path: Path) -> None:
         play_both(bundle, ("random",), 2, limit=101)
     with pytest.raises(PolicyError, match="hold:fly"):
         play_both(bundle, ("hold:fly",), 2, limit=5)
+
+
+@pytest.mark.parametrize(
+    ("game", "held"),
+    [
+        ("coinrun", {"noop", "right+up", "right", "up", "left"}),
+        ("bossfight", {"noop", "d", "left", "down", "up"}),  # d fires
+        ("climber", {"noop", "up", "left+up", "right+up", "left"}),
+        ("plunder", {"noop", "d", "left", "right"}),  # knows no more
+    ],
+)
+def test_each_game_is_judged_by_the_actions_that_it_has(game: str, held: set[str]) -> None:
+    policies = standard_policies(GameFacts(game, "easy", 100))
+    assert {p.removeprefix("hold:") for p in policies if p.startswith("hold:")} == held
+    assert policies[0] == "hold:noop" and policies[-5:] == ("random", "sticky", "biased", "bundled:0.5", "bundled")
+
+
+def test_by_default_the_game_s_own_limit_and_policies_count(tmp_path: Path) -> None:
+    bundle = load_bundle(write_toy_bundle(tmp_path / "toy", calm=9.0, limits=Limits(1e6, 1e6)), "cpu")
+    results = play_both(bundle, episodes=2)
+    assert tuple(results) == tuple(p for p in standard_policies(bundle.game) if "bundled" not in p), "no agent ships"
+    still = results["hold:noop"]
+    assert [e.lengths.max() for e in still] == [bundle.game.max_steps] * 2
 
 
 def test_dreams_that_have_ended_are_dropped_and_the_rest_play_on(

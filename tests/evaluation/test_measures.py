@@ -210,6 +210,8 @@ def test_an_oracle_of_outcomes_is_perfect_and_a_constant_is_calibrated_but_blind
     rates = np.bincount(actual) / 5000
     constant = outcome_figures(MODEL, OutcomeScores(np.tile(rates, (5000, 1)), rewards, ended, weights))
     assert constant["death_ap"] == pytest.approx(rates[1]) and constant["end_calibration_error"] < 1e-9
+    deathless = outcome_figures(MODEL, oracle, "x_", death=False)
+    assert deathless == {name: value for name, value in figures.items() if not name.startswith("x_death")}
 
 
 def test_a_remembering_model_encodes_no_picture_twice(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
