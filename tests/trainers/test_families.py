@@ -37,6 +37,7 @@ SMALL = {
     "flow": ("codec:model.width=16", "dynamics:model.backbone.channels=[16, 16, 16]"),
     "flow_dit": tuple(f"dynamics:model.backbone.{x}" for x in ("width=16", "depth=1", "features=16")),
     "flow_causal": ("dynamics:model.width=16", "dynamics:model.depth=1"),
+    "canvas": ("dynamics:model.backbone.channels=[16, 16, 16]",),
 }
 
 
@@ -53,7 +54,7 @@ def made(name: str, data: Path, out: Path) -> Path:
     return run_pipeline(PipelineConfig(recipe=name, data=data, out=out, stage_steps=2, starts=3, set=small))
 
 
-CASES = [(n, "fp32") for n in ("pixels_gray", "predictor_vae", "flow_dit", "flow_causal", "flow_shortcut")]
+CASES = [(n, "fp32") for n in ("pixels_gray", "predictor_vae", "flow_dit", "flow_causal", "flow_shortcut", "canvas")]
 CASES += [
     ("pixels_gray", "bf16"),
     ("flow_causal", "bf16"),

@@ -1,0 +1,144 @@
+"""Dynamics that copy: each pixel of the next picture is the last one's, the background's, or drawn anew."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dreamenv.config import check
+from dreamenv.models.blocks import sinusoidal, zero_init
+from dreamenv.models.interface import NULL_ACTION, Backbone, Dynamics, LatentSpec, Prediction, State
+from dreamenv.models.registry import build, register
+
+_VOTES = 32
+"""So many pictures more must show another colour before the background is thought to be that."""
+_SAME = 2 / 255  # half a step of a pixel's value, in latents: what is nearer is the same colour when shown
+_STRETCH = 0.1
+
+
+@dataclass(frozen=True)
+class CanvasFlowConfig:
+    """Shape of the dynamics."""
+
+    latent: LatentSpec = LatentSpec((48, 16, 16), "pixels of patches")
+    """What the latents are; training takes it from the codec."""
+    context: int = 4
+    """K past pictures the model sees, with the K - 1 actions between them and the current one."""
+    backbone: dict[str, Any] = field(default_factory=lambda: {"type": "unet"})
+    """The network that mixes cells, see `dreamenv.models.backbones`."""
+    embedding: int = 128
+    """Width of the conditioning vector."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises `ConfigError`."""
+        c = self.latent.shape[0]
+        sound = self.latent.layout == "pixels of patches" and c % 3 == 0 and math.isqrt(c // 3) ** 2 == c // 3
+        check(sound, f"latent {self.latent}: must be of layout 'pixels of patches', three colours of each pixel")
+        check(1 <= self.context <= 64, f"context {self.context}: must be 1..64")
+        check(
+            8 <= self.embedding <= 4096 and self.embedding % 4 == 0,
+            f"embedding {self.embedding}: must be a multiple of 4 in 8..4096",
+        )
+
+
+@register("dynamics", "canvas_flow", CanvasFlowConfig)
+class CanvasFlow(Dynamics):
+    """A latent flow on pixels, with two shares for each: how much of it is new, and how much of that is background.
+
+    Both shares can be 0 and 1 exactly (the stretched and clamped sigmoid of Louizos et al. 2018), so what stands still
+    stays the same to the byte for ever, and ground that is uncovered comes back as it was. The background is a vote
+    over time: each pixel's colour is the one that had the majority of the pictures seen so far (Boyer & Moore 1991).
+
+    A state keeps `background` (B, C, H, W) and `votes` (B, C / 3, H, W), the majority's lead in pictures.
+    """
+
+    remembers: ClassVar[bool] = True
+    config: CanvasFlowConfig
+
+    def __init__(self, config: CanvasFlowConfig) -> None:
+        super().__init__()
+        c, k, e = config.latent.shape[0], config.context, config.embedding
+        self.config = config
+        self.pixels = c // 3
+        seen = c * (k + 2) + self.pixels
+        self.backbone: Backbone = build("backbone", config.backbone, seen, e, e // 2, where="backbone")
+        self.out = zero_init(nn.Conv2d(self.backbone.width, c + 2 * self.pixels + 1, 3, padding=1))
+        self.action_embedding = nn.Embedding(NULL_ACTION + 1, e // 2)
+        self.condition = nn.Sequential(nn.Linear((k + 2) * (e // 2), 2 * e), nn.SiLU(), nn.Linear(2 * e, e), nn.SiLU())
+
+    def begin(
+        self,
+        latents: Tensor,
+        actions: Tensor,
+        past: Tensor | None = None,
+        columns: Mapping[str, Tensor] | None = None,
+        level: Tensor | None = None,
+    ) -> State:
+        """See `Dynamics.begin`; the background is what had the majority in the past and in the context."""
+        state = super().begin(latents, actions)
+        seen = state.latents if past is None else torch.cat([past.to(state.latents.dtype), state.latents], 1)
+        first, *rest = seen.unbind(1)
+        background, votes = first, first.new_zeros(len(first), self.pixels, *first.shape[2:])
+        for latent in rest:
+            background, votes = self._voted(background, votes, latent)
+        return state.replace(background=background, votes=votes)
+
+    def advance(self, state: State, action: Tensor, latent: Tensor) -> State:
+        """See `Dynamics.advance`; the latent votes for its colours."""
+        background, votes = self._voted(state["background"], state["votes"], latent)
+        return super().advance(state, action, latent).replace(background=background, votes=votes)
+
+    def _voted(self, background: Tensor, votes: Tensor, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Background (B, C, H, W) and its lead (B, C / 3, H, W) after one more picture."""
+        latent = latent.detach()
+        off = (latent - background).abs().unflatten(1, (3, self.pixels)).amax(1)
+        lead = torch.where(off < _SAME, (votes + 1).clamp_max(_VOTES), votes - 1)
+        taken = (lead < 0).repeat(1, 3, 1, 1)
+        return torch.where(taken, latent, background), lead.clamp_min(0)
+
+    def predict(
+        self,
+        state: State,
+        action: Tensor,
+        x: Tensor | None = None,
+        tau: Tensor | None = None,
+        level: Tensor | None = None,
+        hints: Mapping[str, Tensor] | None = None,
+        span: Tensor | None = None,
+    ) -> Prediction:
+        """See `Dynamics.predict`; it has no hints and heeds none."""
+        context, background = state.latents, state["background"]
+        last, zero = context[:, -1], torch.zeros(len(context), device=context.device)
+        tau, level = zero if tau is None else tau, zero if level is None else level
+        noisy = torch.zeros_like(last) if x is None else x * tau[:, None, None, None]
+        half = self.config.embedding // 2
+        actions = self.action_embedding(torch.cat([state.actions, action[:, None]], 1))
+        told = [actions.flatten(1), *(sinusoidal(s, half).to(actions.dtype) for s in (tau, level))]
+        order = torch.linspace(0, 1, actions.shape[1], device=actions.device)
+        tokens = actions + sinusoidal(order, half).to(actions.dtype) if self.backbone.attends else None
+        maps = torch.cat([noisy, context.flatten(1, 2), background, state["votes"] / _VOTES], 1)
+        features = self.backbone(maps, self.condition(torch.cat(told, 1)), tokens)
+        out = self.out(features).float()
+        change, new, uncovered, log_error = out.split(
+            [out.shape[1] - 2 * self.pixels - 1, self.pixels, self.pixels, 1], 1
+        )
+        drawn = last + change
+        fresh = blend(drawn, background, uncovered - 2)  # begins as what is drawn
+        return Prediction(blend(last, fresh, new).float(), log_error[:, 0])
+
+
+def blend(first: Tensor, second: Tensor, logit: Tensor) -> Tensor:
+    """Colours (B, C, H, W) between two pictures, by one share for each pixel, (B, C / 3, H, W) before its sigmoid.
+
+    Beyond some logit either way it is the one or the other to the bit; the gradient does not know of that.
+    """
+    open_share = (1 + 2 * _STRETCH) * logit.sigmoid() - _STRETCH
+    share = open_share + (open_share.clamp(0, 1) - open_share).detach()
+    share = share.repeat(1, 3, 1, 1)
+    mixed = first + share * (second - first)
+    return torch.where(share.detach() >= 1, second.detach() + (mixed - mixed.detach()), mixed)

@@ -1,0 +1,78 @@
+"""Dynamics that copy: what stands still stays to the byte, what was covered comes back as it was."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from dreamenv.models.codecs.exact import ExactPatches, ExactPatchesConfig
+from dreamenv.models.dynamics.canvas import CanvasFlow, CanvasFlowConfig, blend
+from dreamenv.models.interface import to_frames, to_images
+
+CODEC = ExactPatches(ExactPatchesConfig())
+
+
+def a_model(new: float, uncovered: float) -> CanvasFlow:
+    """Dynamics that draw noise, with the two shares' logits everywhere as given."""
+    torch.manual_seed(0)
+    model = CanvasFlow(CanvasFlowConfig(backbone={"type": "unet", "channels": [16], "blocks": [1]}))
+    nn.init.normal_(model.out.weight[:48], std=0.3)
+    assert model.out.bias is not None
+    with torch.no_grad():
+        model.out.bias[48:64], model.out.bias[64:80] = new, uncovered
+    return model.eval()
+
+
+def a_film(steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """A random still scene uint8 (64, 64, 3), and frames (1, T, 64, 64, 3) in which a square crosses it."""
+    scene = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+    film = np.repeat(scene[None, None], steps, 1)
+    for t in range(steps):
+        film[0, t, 20:28, 3 * t : 3 * t + 6] = (255, 0, 128)
+    return scene, film
+
+
+def latents_of(film: np.ndarray) -> torch.Tensor:
+    return CODEC.encode(to_images(torch.from_numpy(film[0])))[None]
+
+
+def test_every_frame_comes_back_to_the_byte_in_half_precision_too() -> None:
+    frames = torch.arange(256, dtype=torch.uint8).repeat(48).view(1, 64, 64, 3)
+    latents = CODEC.encode(to_images(frames))
+    assert torch.equal(to_frames(CODEC.decode(latents)), frames)
+    assert torch.equal(to_frames(CODEC.decode(latents.half().float())), frames)
+
+
+@torch.no_grad()
+def test_what_stands_still_stays_to_the_byte() -> None:
+    model, (_, film) = a_model(new=-9, uncovered=0), a_film(4)
+    state = model.begin(latents_of(film), torch.zeros(1, 3, dtype=torch.int64))
+    for t in range(30):
+        action = torch.tensor([t % 15])
+        state = model.advance(state, action, model.predict(state, action).latent)
+    assert np.array_equal(to_frames(CODEC.decode(state.latents[:, -1])).numpy()[0], film[0, -1])
+
+
+@torch.no_grad()
+def test_uncovered_ground_comes_back_as_it_was() -> None:
+    scene, film = a_film(15)
+    model, latents, none = a_model(new=9, uncovered=11), latents_of(film), torch.zeros(1, 3, dtype=torch.int64)
+    state = model.begin(latents[:, :4], none)
+    for t in range(4, 15):
+        state = model.advance(state, torch.tensor([4]), latents[:, t])
+    shown = to_frames(CODEC.decode(model.predict(state, torch.tensor([4])).latent)).numpy()[0]
+    assert np.array_equal(shown, scene), "also where the square is now and where it was at first"
+    later = model.begin(latents[:, 11:], none, past=latents[:, [0, 5, 9]])
+    assert np.array_equal(to_frames(CODEC.decode(later["background"])).numpy()[0], scene)
+    drawn = a_model(new=9, uncovered=-9).predict(state, torch.tensor([4])).latent
+    assert (drawn - latents[:, -1]).abs().mean() > 0.1, "with another share it is what the network draws"
+
+
+def test_a_share_that_is_nothing_still_learns() -> None:
+    first, second = torch.zeros(1, 3, 1, 2), torch.ones(1, 3, 1, 2)
+    logit = torch.tensor([[[[-6.0, 6.0]]]], requires_grad=True)
+    mixed = blend(first, second, logit)
+    assert mixed[0, :, 0].tolist() == [[0.0, 1.0]] * 3
+    mixed.sum().backward()
+    assert logit.grad is not None and (logit.grad > 0).all()
