@@ -30,7 +30,7 @@ from dreamenv.world_model import WorldModel
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """How much is measured. The defaults take less than ten minutes on two cores."""
+    """How much is measured. Whole episodes in both worlds (`policies`, `episodes`) take most of the time."""
 
     clips: int = 256
     """Real clips, each of which the model continues."""
