@@ -72,6 +72,8 @@ class Game:
         bias: unnormalised weights of actions for the game-biased exploration policy.
         view: what a picture shows of a level.
         recipe: by which `trainers.pipeline` makes its bundle, see `trainers/recipes`.
+        published: figures that others published of their models of it, by the name of our figure that is nearest. They
+            are of other levels, players and renderings, so they say what is usual and no more.
         death: whether an episode that ends without a reward has ended in the player's death. In heist and maze only the
             goal ends one, in plunder the time does.
     """
@@ -85,6 +87,7 @@ class Game:
     bias: tuple[float, ...]
     view: View
     recipe: str
+    published: dict[str, str]
     death: bool
 
     @property
@@ -142,6 +145,17 @@ _VIEWS: dict[str, View] = {
 }
 _RECIPES: dict[str, str] = {}  # of those whose best is not patches
 _NO_DEATH = ("heist", "maze", "plunder")
+_PUBLISHED: dict[str, dict[str, str]] = {
+    # GenieRedux: Kazemi et al. 2024 (arXiv 2409.06445), who measured Jafar (Willi et al. 2024) too
+    # WorldGym: Quevedo et al. 2025, of policies for robots
+    "coinrun": {
+        "random_psnr_frames": "GenieRedux, guided: 38.31; Jafar: 12.66",
+        "random_one_frame_psnr_frames": "GenieRedux, guided: 34.44",
+        "autoencoder_psnr": "GenieRedux tokenizer: 38.25",
+        "delta_psnr_4": "GenieRedux: 1.89",
+        "closed_loop_pearson": "WorldGym: 0.78",
+    }
+}
 _RIGHTWARD = {"right": 4.0, "right+up": 5.0, "up": 1.0, "left": 0.6, "left+up": 0.6, "noop": 0.3}
 _FIRE = {"d": "fire"}
 _ACTIONS: dict[str, tuple[dict[str, str], dict[str, float]]] = {  # what they do, and the biased player's weights
@@ -192,9 +206,8 @@ def _row(
     main = {meaning: action for action, meaning in reversed(acts.items())}  # the first action of each meaning
     weights = tuple(bias.get(n, 1.0 if n in main.values() else 0.1) for n in NAMES)
     recipe = _RECIPES.get(name, "patches")
-    return Game(
-        name, max_steps, rewards, easy, hard, meanings, weights, _VIEWS[name], recipe, death=name not in _NO_DEATH
-    )
+    published, death = _PUBLISHED.get(name, {}), name not in _NO_DEATH
+    return Game(name, max_steps, rewards, easy, hard, meanings, weights, _VIEWS[name], recipe, published, death)
 
 
 GAMES: dict[str, Game] = {row[0]: _row(*row) for row in _TABLE}

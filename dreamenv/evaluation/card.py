@@ -8,8 +8,8 @@ from typing import Any
 from dreamenv.artifacts import atomic_file
 from dreamenv.bundle import load_bundle, resolve_bundle
 from dreamenv.console import run_command_line
+from dreamenv.contract.games import get_game
 from dreamenv.errors import ConfigError
-from dreamenv.evaluation.published import PUBLISHED
 
 _BEGIN, _END = "<!-- fidelity -->", "<!-- /fidelity -->"
 
@@ -22,7 +22,7 @@ def fidelity_table(card: dict[str, Any], game: str) -> str:
     """
     sampled = card.get("nfe", 1) > 1
     try:
-        published = PUBLISHED.get(game, {})
+        published = get_game(game).published
         rows = [*_open_loop(card, sampled), *_others(card, published)]
         levels = card["levels"]
         head = (
