@@ -6,7 +6,8 @@ import ctypes
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,13 @@ def stage(out: Path, name: str, work: Callable[[], Any]) -> Any:
     kept = result if isinstance(result, (str, int, float, dict, list)) else None
     write_json(marker, {"done": True, "result": kept})
     return kept
+
+
+def together(jobs: int, works: Sequence[Callable[[], Any]]) -> None:
+    """Do all of `works`, `jobs` of them at the same time; the first error is raised when all have ended."""
+    with ThreadPoolExecutor(jobs) as pool:
+        for future in [pool.submit(work) for work in works]:
+            future.result()
 
 
 def program(name: str, *positional: Any, **options: Any) -> list[str]:

@@ -7,6 +7,7 @@ the same line again after a kill: what is done is skipped.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ from dreamenv.bundle import load_bundle
 from dreamenv.config import check, to_dict, unknown, whole
 from dreamenv.console import errors_in_one_line
 from dreamenv.contract.games import get_game
-from dreamenv.models.io import load_model
-from dreamenv.stages import begun, program, run_command, stage
+from dreamenv.stages import begun, program, run_command, stage, together
 from dreamenv.types import Clips
 from trainers.pipeline import encode, make_bundle, train_stage
 from trainers.recipe import check_values, load_recipe
 from trainers.table import held_out_clips, markdown, measure, parts_of, write_table
-from trainers.train import override
+from trainers.train import check_overrides, of_stage, override
 
+_RECIPE = "flow_unet"
 _SQUARED, _FLOW = "{squared: {}}", "{squared: {}, flow: {weight: 0.5}}"
 OBJECTIVES: dict[str, tuple[str, ...]] = {
     "squared": (f"task.terms={_SQUARED}",),
@@ -67,10 +68,12 @@ class ObjectivesConfig:
     """Time of each measurement of speed."""
     stage_steps: int | None = None
     """Steps of every training instead of minutes, for a trial."""
+    jobs: int = 1
+    """Objectives that are trained at the same time, each for all the minutes: one alone leaves most of a GPU idle."""
     seed: int = 0
     """Decides data, weights, clips and noise."""
     set: tuple[str, ...] = ()
-    """Overrides for every objective's dynamics, e.g. loop.batch_size=16."""
+    """Overrides for every training, e.g. loop.batch_size=16; prefix codec, head or dynamics: dynamics:loop.lr=0.001."""
     docs: Path | None = None
     """A Markdown file whose table between the markers `objectives` is replaced."""
 
@@ -79,10 +82,11 @@ class ObjectivesConfig:
         get_game(self.game)
         check(self.minutes > 0, f"minutes {self.minutes}: must be > 0")
         check(bool(self.objectives), "objectives: name one or more")
-        for name in ("steps", "clips", "samples"):
+        for name in ("steps", "clips", "samples", "jobs"):
             whole(getattr(self, name), name, 1)
         if self.docs is not None:
             parts_of(self.docs, "objectives")
+        check_overrides(self.set, load_recipe(_RECIPE).trained)
         for name in self.objectives:
             if name not in OBJECTIVES:
                 raise unknown(f"objective {name!r}: unknown", name, OBJECTIVES)
@@ -90,13 +94,13 @@ class ObjectivesConfig:
 
     def values(self, stage: str, objective: str = "") -> dict[str, Any]:
         """The sections model, task and loop of the codec, the head, or an objective's dynamics."""
-        recipe = load_recipe("flow_unet")
+        recipe = load_recipe(_RECIPE)
         made = {n: self.out / n / "model" if "model" in s else self.out / n for n, s in recipe.stages.items()}
         values = recipe.values(stage, made)
         minutes = self.minutes / 3 if stage == "head" else self.minutes
         values["loop"] |= {"steps": self.stage_steps} if self.stage_steps else {"minutes": minutes}
         values["loop"] |= {"seed": self.seed}
-        return override(values, (*OBJECTIVES[objective], *self.set)) if objective else values
+        return override(values, (*OBJECTIVES.get(objective, ()), *of_stage(self.set, stage)))
 
 
 _COLUMNS: dict[str, tuple[str, str]] = {
@@ -113,6 +117,13 @@ _COLUMNS: dict[str, tuple[str, str]] = {
 }
 
 
+def _train(config: ObjectivesConfig, name: str, folder: str) -> None:
+    """Dynamics of one objective, and their bundle."""
+    out, parts = config.out, {"codec": "codec", "dynamics": folder, "head": "head"}
+    stage(out, folder, lambda: train_stage(config.values("dynamics", name), out / folder))
+    stage(out, f"{folder}-bundle", lambda: make_bundle(out, out / "data", 20, parts, _RECIPE, f"{folder}-bundle").name)
+
+
 def run_objectives(config: ObjectivesConfig) -> dict[str, dict[str, Any]]:
     """Collect, train and measure whatever is not done yet; returns the rows.
 
@@ -120,28 +131,24 @@ def run_objectives(config: ObjectivesConfig) -> dict[str, dict[str, Any]]:
         ConfigError: bad settings, or a stage that failed.
     """
     out, rows, cut = config.out, {}, None
-    free = ("out", "docs", "objectives")
+    free = ("out", "docs", "objectives", "jobs")
     with begun(out, {k: str(v) for k, v in to_dict(config).items() if k not in free}):
         options = {"game": config.game, "steps": config.steps, "seed": config.seed, "out": out / "data"}
         stage(out, "data", lambda: run_command(program("envs.collect", **options)))
         stage(out, "codec", lambda: train_stage(config.values("codec"), out / "codec"))
         stage(out, "latents", lambda: encode(out / "data", out / "codec" / "model", out / "latents"))
         stage(out, "head", lambda: train_stage(config.values("head"), out / "head"))
-        for number, name in enumerate(OBJECTIVES):
-            if name not in config.objectives:
-                continue
-            folder = f"dynamics-{number:02d}"
-            stage(out, folder, lambda n=name, f=folder: train_stage(config.values("dynamics", n), out / f))
+        folders = {n: f"dynamics-{i:02d}" for i, n in enumerate(OBJECTIVES) if n in config.objectives}
+        together(config.jobs, [partial(_train, config, name, folder) for name, folder in folders.items()])
+        for name, folder in folders.items():
             if not (out / "stages" / f"{folder}-row.json").exists() and cut is None:
                 cut = held_out_clips(config.game, config.clips, config.seed)
 
             def row(folder: str = folder, clips: Clips | None = cut) -> dict[str, Any]:
                 assert clips is not None
-                parts = {"codec": "codec", "dynamics": folder, "head": "head"}
-                bundle = make_bundle(out, out / "data", 20, parts, "flow_unet", f"{folder}-bundle")
-                _, facts = load_model(out / folder / "model", "dynamics")
-                found = measure(load_bundle(bundle), clips, config.samples, config.seconds, config.seed)
-                return found | {"trained_steps": facts["step"]}
+                bundle = load_bundle(out / f"{folder}-bundle")
+                found = measure(bundle, clips, config.samples, config.seconds, config.seed)
+                return found | {"trained_steps": bundle.provenance["trained_steps"]["dynamics"]}
 
             rows[name] = stage(out, f"{folder}-row", row)
     write_table(out, "objectives", rows, config.docs, markdown("objective", rows, _COLUMNS))

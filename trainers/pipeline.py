@@ -34,7 +34,7 @@ from dreamenv.stages import begun, program, run_command, stage
 from dreamenv.world_model import WorldModel
 from trainers.dreams import dreams_for
 from trainers.recipe import Recipe, check_build, check_values, filled, load_recipe
-from trainers.train import override
+from trainers.train import check_overrides, of_stage, override
 
 _DREAMS = 8192  # at most, where a recipe says {dreams}
 
@@ -93,12 +93,7 @@ class PipelineConfig:
         check(recipe.suits(game, mode), f"recipe {recipe.name!r}: needs a known {needs}, {game.name} in {mode} has not")
         object.__setattr__(self, "recipe", self.recipe or game.recipe)
         object.__setattr__(self, "out", self.out or Path("runs") / self.game)
-        for item in self.set:
-            name, separator, assignment = item.partition(":")
-            prefixed = bool(separator) and "=" not in name
-            known = ", ".join(recipe.trained)
-            check(not prefixed or name in recipe.trained, f"set {item!r}: there is no stage {name!r}, only {known}")
-            check("=" in (assignment if prefixed else item), f"set {item!r}: expected [stage:]section.key=value")
+        check_overrides(self.set, recipe.trained)
         if self.data is not None:
             facts = Dataset(self.data).facts
             found, wanted = (facts["game"], facts["distribution_mode"]), (game.name, mode)
@@ -128,14 +123,7 @@ class PipelineConfig:
         minutes = self.minutes * float(recipe.stages[name].get("share", 0))
         budget = {"steps": self.stage_steps} if self.stage_steps else {"minutes": minutes}
         values["loop"] |= budget | {"seed": self.seed}
-        mine = []
-        for item in self.set:
-            prefix, separator, rest = item.partition(":")
-            if not separator or "=" in prefix:
-                mine.append(item)
-            elif prefix == name:
-                mine.append(rest)
-        return override(values, tuple(mine))
+        return override(values, of_stage(self.set, name))
 
 
 def run_pipeline(config: PipelineConfig) -> Path:

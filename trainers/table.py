@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from dreamenv.evaluation.imagine import open_loop
 from dreamenv.evaluation.metrics import detail, psnr, squared_error
 from dreamenv.evaluation.perceptual import feature_distance, features
 from dreamenv.flow import SamplerConfig
-from dreamenv.stages import begun, program, run_command, stage
+from dreamenv.stages import begun, program, run_command, stage, together
 from dreamenv.types import Clips
 from trainers.pipeline import PipelineConfig, run_pipeline
 from trainers.recipe import load_recipe
@@ -74,8 +75,12 @@ class TableConfig:
     """Time of each measurement of speed."""
     stage_steps: int | None = None
     """Steps of every trained stage instead of minutes, for a trial."""
+    jobs: int = 1
+    """Recipes that are trained at the same time, each for all the minutes: one alone leaves most of a GPU idle."""
     seed: int = 0
     """Decides data, weights, clips and noise."""
+    set: tuple[str, ...] = ()
+    """Overrides for every trained stage, e.g. loop.val_every=10000."""
     docs: Path | None = None
     """A Markdown file whose table between the markers is replaced; losses.png is written beside it."""
 
@@ -86,7 +91,7 @@ class TableConfig:
         check(bool(self.recipes), "recipes: name one or more")
         for name in self.recipes:
             self.run(name)
-        for name in ("steps", "clips", "samples"):
+        for name in ("steps", "clips", "samples", "jobs"):
             whole(getattr(self, name), name, 1)
         check(self.seconds > 0, f"seconds {self.seconds}: must be > 0")
         if self.docs is not None:
@@ -94,7 +99,7 @@ class TableConfig:
 
     def run(self, recipe: str, data: Path | None = None) -> PipelineConfig:
         """How one recipe is trained; raises `ConfigError` if it does not suit the game."""
-        shared = {name: getattr(self, name) for name in ("game", "minutes", "steps", "seed", "stage_steps")}
+        shared = {name: getattr(self, name) for name in ("game", "minutes", "steps", "seed", "stage_steps", "set")}
         return PipelineConfig(**shared, recipe=recipe, out=self.out / recipe, data=data, ends=0)
 
 
@@ -244,15 +249,15 @@ def run_table(config: TableConfig) -> dict[str, dict[str, Any]]:
         ConfigError: bad settings, or a stage that failed.
     """
     out, rows, folders = config.out, {}, {}
-    free = ("out", "docs", "recipes")
+    free = ("out", "docs", "recipes", "jobs")
     with begun(out, {k: str(v) for k, v in to_dict(config).items() if k not in free}):
         data = out / "data"
         options = {"game": config.game, "steps": config.steps, "seed": config.seed, "out": data}
         stage(out, "data", lambda: run_command(program("envs.collect", **options)))
+        runs = [(name, config.run(name, data)) for name in config.recipes]
+        together(config.jobs, [partial(stage, out, name, lambda run=run: str(run_pipeline(run))) for name, run in runs])
         cut = None
         for name in config.recipes:
-            run = config.run(name, data)
-            stage(out, name, lambda run=run: str(run_pipeline(run)))
             folders[name] = out / name / load_recipe(name).bundle["dynamics"]
             if not (out / "stages" / f"{name}-row.json").exists() and cut is None:
                 cut = held_out_clips(config.game, config.clips, config.seed)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
-from dreamenv.config import from_dict, load_yaml, to_dict
+from dreamenv.config import check, from_dict, load_yaml, to_dict
 from dreamenv.console import errors_in_one_line
 from dreamenv.device import keep_freed_memory, pick_device
 from dreamenv.errors import ConfigError
@@ -49,6 +50,27 @@ def build_task(values: dict[str, Any], seed: int) -> Task:
     cls, config = lookup("task", settings["type"], "task")
     filled = from_dict(config, {k: v for k, v in settings.items() if k != "type"}, "task")
     return cls(filled, values["model"], seed)
+
+
+def check_overrides(items: Sequence[str], stages: Sequence[str]) -> None:
+    """Raise `ConfigError` for an override that is not `[stage:]section.key=value`, or names no stage that trains."""
+    for item in items:
+        name, separator, assignment = item.partition(":")
+        prefixed = bool(separator) and "=" not in name
+        check(not prefixed or name in stages, f"set {item!r}: there is no stage {name!r}, only {', '.join(stages)}")
+        check("=" in (assignment if prefixed else item), f"set {item!r}: expected [stage:]section.key=value")
+
+
+def of_stage(items: Sequence[str], stage: str) -> tuple[str, ...]:
+    """Of overrides `[stage:]section.key=value`, those for one stage: its own, and those that name none."""
+    mine = []
+    for item in items:
+        prefix, separator, rest = item.partition(":")
+        if not separator or "=" in prefix:
+            mine.append(item)
+        elif prefix == stage:
+            mine.append(rest)
+    return tuple(mine)
 
 
 def override(values: dict[str, Any], assignments: tuple[str, ...]) -> dict[str, Any]:

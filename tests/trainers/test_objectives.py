@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_objectives_are_compared_by_one_command(tmp_path: Path, in_process: None) -> None:
-    small = ("loop.batch_size=4", "model.backbone.channels=[16, 16, 16]", "task.val_ratio=0.2")
+    small = ("loop.batch_size=4", "dynamics:model.backbone.channels=[16, 16, 16]", "task.val_ratio=0.2")
     config = ObjectivesConfig(
         steps=3000,
         objectives=("squared, teacher forcing", "flow, velocity"),
@@ -44,6 +44,8 @@ def test_objectives_are_compared_by_one_command(tmp_path: Path, in_process: None
         ObjectivesConfig(objectives=(name,))
     with pytest.raises(ConfigError, match="did you mean 'squared'"):
         ObjectivesConfig(objectives=("square",))
+    with pytest.raises(ConfigError, match="no stage 'flow', only codec, dynamics, head"):
+        ObjectivesConfig(set=("flow:loop.batch_size=4",))
 
 
 def test_one_cycle_is_pytorchs() -> None:

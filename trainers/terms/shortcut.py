@@ -54,7 +54,7 @@ class Shortcut(Term):
         n = max(round(len(step.action) * config.share), 1)
         state, action, level = step.state.rows(slice(0, n)), step.action[:n], rollout.level[:n]
         hints = {name: value[:n] for name, value in step.hints.items()}
-        spans = torch.tensor(rollouts.dynamics.spans, device=action.device)
+        spans = torch.stack([torch.full((), span, device=action.device) for span in rollouts.dynamics.spans])
         span = spans[(rollouts.uniform(n) * len(spans)).long().clamp_max(len(spans) - 1)]
         tau = (rollouts.uniform(n) / span).floor() * span
         x = interpolate(rollouts.normal(step.target[:n].shape), step.target[:n], tau)
