@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,15 @@ import numpy as np
 from dreamenv.artifacts import atomic_file
 from dreamenv.config import check
 
+_NEEDS = {".mp4": {"imageio": "imageio", "av": "av"}, ".gif": {"imageio": "imageio", "pillow": "PIL"}}
+"""Of each kind of film, the distributions that write it and their modules."""
+
 
 def check_film(path: Path) -> None:
-    """Raise `ConfigError` unless a film's path ends in .mp4 or .gif."""
-    check(path.suffix in (".mp4", ".gif"), f"film {path}: must end in .mp4 or .gif")
+    """Raise `ConfigError` unless a film's path ends in .mp4 or .gif, and the packages that write it are there."""
+    check(path.suffix in _NEEDS, f"film {path}: must end in {' or '.join(_NEEDS)}")
+    missing = [name for name, module in _NEEDS[path.suffix].items() if find_spec(module) is None]
+    check(not missing, f"film {path}: needs {', '.join(missing)}: pip install 'dreamenv[play]'")
 
 
 def save_video(path: Path, frames: Iterable[np.ndarray], fps: float = 15) -> int:
@@ -29,7 +35,7 @@ def save_video(path: Path, frames: Iterable[np.ndarray], fps: float = 15) -> int
         How many there were; with none there is no file.
 
     Raises:
-        ConfigError: another ending.
+        ConfigError: another ending, or a package is missing.
     """
     check_film(path)
     pictures = _fitted(frames)

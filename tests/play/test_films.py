@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import av
@@ -23,8 +24,19 @@ from dreamenv.play.session import Session
 from dreamenv.play.viewer import Viewer
 from dreamenv.play.viewer import run as run_viewer
 from dreamenv.stages import program
+from dreamenv.video import check_film
 from tests.conftest import write_toy_bundle
 from tests.play.common import RIGHT, UP, real_frames
+
+
+def test_a_film_that_cannot_be_written_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_film(Path("film.mp4"))
+    monkeypatch.setitem(sys.modules, "av", None)
+    check_film(Path("film.gif"))
+    with pytest.raises(ConfigError, match=r"film film.mp4: needs av: pip install 'dreamenv\[play\]'"):
+        check_film(Path("film.mp4"))
+    with pytest.raises(ConfigError, match="must end in .mp4 or .gif"):
+        check_film(Path("film.avi"))
 
 
 def test_rewinding_a_recording_past_an_end(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -179,7 +180,7 @@ def test_a_variational_codec_trains(data: Path, tmp_path: Path) -> None:
     assert loss[-1] < loss[0] / 2 and any(r[1] == "divergence" for r in rows)
 
 
-def test_the_pixel_model_learns(data: Path, tmp_path: Path) -> None:
+def test_the_pixel_model_learns(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dreamenv.models.io import save_model
     from dreamenv.models.registry import build
 
@@ -187,11 +188,14 @@ def test_the_pixel_model_learns(data: Path, tmp_path: Path) -> None:
     model = {"type": "pixel_world_model", "width": 8, "embedding": 4}
     task = {"type": "pixel", "data": str(data), "codec": str(tmp_path / "codec"), "val_ratio": 0.2}
     loop = {"steps": 60, "batch_size": 8, "lr": 3e-3, "schedule": "one_cycle", "weight_decay": 0.0, "log_every": 1}
+    with monkeypatch.context() as bare, pytest.raises(ConfigError, match=r"needs pillow: pip install"):
+        bare.setitem(sys.modules, "PIL", None)  # known before training, not when its first film is written
+        train({"model": model, "task": task, "loop": loop}, tmp_path / "bare")
     figures = train({"model": model, "task": task, "loop": loop}, tmp_path / "run")
     rows = [r.split(",") for r in (tmp_path / "run" / "metrics.csv").read_text().splitlines()]
     found = [float(r[2]) for r in rows if r[1] == "psnr"]
     assert np.mean(found[-5:]) > found[0] + 1 and figures["psnr_1"] > 9
-    assert list((tmp_path / "run" / "pictures").glob("rollout-*.mp4"))
+    assert list((tmp_path / "run" / "pictures").glob("rollout-*.gif"))
 
 
 def test_moving_pixels_and_those_around_them() -> None:

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dreamenv.config import from_dict
 from dreamenv.errors import ConfigError
 from dreamenv.flow import SamplerConfig, sample
 from dreamenv.models.interface import State
@@ -18,8 +20,9 @@ from tests.trainers.common import dynamics_task, settings
 from trainers.loop import LoopConfig, learning_rate, momentum
 from trainers.objectives import OBJECTIVES, ObjectivesConfig, run_objectives
 from trainers.rollout import RolloutConfig, Rollouts
+from trainers.tasks.dynamics import DynamicsTask, DynamicsTaskConfig
 from trainers.terms.flow import flow_weights
-from trainers.train import train
+from trainers.train import override, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -84,6 +87,40 @@ def test_a_term_trains_the_dynamics(name: str, latents: Path, tmp_path: Path, pr
     grads = [p.grad for p in task.model.parameters() if p.grad is not None]
     assert sum(float(g.abs().sum()) for g in grads) > 0 and all(torch.isfinite(g).all() for g in grads)
     assert metrics and torch.isfinite(loss)
+
+
+class _Calls(TorchDispatchMode):
+    """Remembers the names of the operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        masks = "index" in func.__name__ and any(i is not None and i.dtype == torch.bool for i in args[1])
+        self.names.add("mask" if masks else func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_a_cuda_graph_cannot_record_is_seen() -> None:
+    with _Calls() as calls:
+        torch.ones(3)[torch.tensor([0.0, 1.0, float(torch.ones(()))]) > 0]
+    assert calls.names >= {"lift_fresh", "_local_scalar_dense", "mask"}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_step_of_an_objective_can_be_a_cuda_graph(name: str, latents: Path) -> None:
+    """It brings no tensor from the host and asks the device for no value, or it says so."""
+    values = override(settings(latents), OBJECTIVES[name])
+    task = DynamicsTask(
+        from_dict(DynamicsTaskConfig, {k: v for k, v in values["task"].items() if k != "type"}), values["model"], 0
+    )
+    batch = task.batch(np.random.default_rng(0), 4).to(torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    with _Calls() as calls:
+        task.loss(task.model, batch, generator, 0.5)[0].backward()
+    found = calls.names & {"lift_fresh", "_local_scalar_dense", "nonzero", "masked_select", "unique", "mask"}
+    assert not found or task.graph_key(0.5) is None
 
 
 def test_a_huber_error_is_pytorchs(latents: Path) -> None:

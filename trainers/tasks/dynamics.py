@@ -18,7 +18,7 @@ from dreamenv.flow import SamplerConfig, sample
 from dreamenv.models.interface import Codec, Dynamics, to_frames
 from dreamenv.models.io import initialise
 from dreamenv.models.registry import build, register
-from dreamenv.video import save_video
+from dreamenv.video import check_film, save_video
 from trainers.latent_data import LatentDataset, channel_weights
 from trainers.models import completed
 from trainers.rollout import DynamicsBatch, RolloutConfig, Rollouts
@@ -85,6 +85,7 @@ class DynamicsTask:
 
     def __init__(self, config: DynamicsTaskConfig, model: dict[str, Any], seed: int) -> None:
         self.config = config
+        check_film(Path("rollout.gif"))  # which every validation writes, the last too
         self.data = LatentDataset(Path(config.latents), config.val_ratio)
         ends = self.data.dataset.facts.get("ends")
         check(

@@ -19,7 +19,7 @@ from dreamenv.models.dynamics.pixel import PixelWorldModel
 from dreamenv.models.interface import NULL_ACTION, State, to_frames
 from dreamenv.models.io import initialise
 from dreamenv.models.registry import build, register
-from dreamenv.video import save_video
+from dreamenv.video import check_film, save_video
 from trainers.batch import Batch
 from trainers.encode import load_codec, training_data
 from trainers.models import completed
@@ -77,6 +77,7 @@ class PixelTask:
     auxiliary: nn.Module | None = None
 
     def __init__(self, config: PixelTaskConfig, model: dict[str, Any], seed: int) -> None:
+        check_film(Path("rollout.gif"))  # which every validation writes, the last too
         self.config = config
         self.dataset = training_data(config.data)
         self.codec, self._digest = load_codec(config.codec)
@@ -148,7 +149,7 @@ class PixelTask:
             folder / f"prediction-{step:07d}.png",
             [row for pair in zip(real[:4], frames[:4], strict=True) for row in pair],
         )
-        save_video(folder / f"rollout-{step:07d}.mp4", side_by_side({"real": real[0], "dream": frames[0]}), fps=5)
+        save_video(folder / f"rollout-{step:07d}.gif", side_by_side({"real": real[0], "dream": frames[0]}), fps=5)
         figures = {"loss": float(np.mean(losses))}
         for h in (1, 5, 10):
             mse = float(errors[:, h - 1].mean())
