@@ -88,7 +88,7 @@ def evaluate(
     first, end = levels
     _check(world, episodes, first, end)
     chosen = first + philox((seed, 0xE7A1)).choice(end - first, episodes, replace=episodes > end - first)
-    dreamt = load_bundle(resolve_bundle(bundle, game), "cpu") if world == "dream" else None
+    dreamt = load_bundle(resolve_bundle(bundle, game), "cpu", game=game) if world == "dream" else None
     if distribution_mode is None:
         distribution_mode = "easy" if dreamt is None else dreamt.game.distribution_mode
     played, films_kept = [], []

@@ -100,7 +100,7 @@ def make_world(
         raise ConfigError(f"world {world!r}: must be 'real', 'dream' or 'mix'")
     if world == "real" and bundle is None:
         return real_world(game, num_envs)
-    loaded = load_bundle(resolve_bundle(bundle, game), device)
+    loaded = load_bundle(resolve_bundle(bundle, game), device, game=game)
     if world == "real":
         return real_world(game, num_envs, frame=loaded.world_model.frame_shape)
     model = loaded.world_model

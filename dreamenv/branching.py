@@ -162,6 +162,9 @@ class Branching(WorldVectorEnv):
             if values.dtype.kind == "f" and not np.isfinite(values).all():
                 raise SnapshotError(f"snapshot: {name} is not finite; take it again")
         check_range("state.actions", arrays["state.actions"], 0, NULL_ACTION)
+        if "state.game" in arrays:
+            game = self.bundle.world_model.game
+            check_range("state.game", arrays["state.game"], game, game)
         check_range("starts", arrays["starts"], -1, len(self.bundle.starts.frames) - 1)
         for name in ("episodes", "steps"):
             check_range(name, arrays[name], 0, _MOST)

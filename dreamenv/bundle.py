@@ -1,55 +1,40 @@
 """A trained world model as a folder: save, load, verify, migrate.
 
 `bundle.json` (format version, models, game, limits, provenance, sha256 of every part), the networks as fp16
-safetensors, `starts.safetensors` (real start contexts) and `card.json` (measured fidelity). No pickle anywhere.
+safetensors, `starts.safetensors` (real start contexts) and `card.json` (measured fidelity). No pickle anywhere. A
+bundle of several games has starts and a card for each, `starts-<game>.safetensors` and `card-<game>.json`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import threading
-import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.numpy import load as load_arrays
-from safetensors.numpy import save as save_arrays
 from safetensors.torch import save as save_tensors
 
-from dreamenv.artifacts import (
-    atomic_folder,
-    parse_json,
-    parse_tensors,
-    present,
-    read_json,
-    readable_folder,
-    sha256_file,
-    write_json,
-)
+from dreamenv.artifacts import atomic_folder, parse_json, present, read_json, readable_folder, sha256_file, write_json
 from dreamenv.config import check, from_dict, to_dict
-from dreamenv.contract.actions import NUM_ACTIONS
 from dreamenv.contract.games import get_game
 from dreamenv.device import own_settings, pick_device, pick_precision
 from dreamenv.errors import BundleError, ConfigError
 from dreamenv.models.io import build_for, fill, read_part
 from dreamenv.models.migrations import bundle_from_1
 from dreamenv.models.registry import spec_of
+from dreamenv.starts import Starts, pack_starts, parse_starts
 from dreamenv.world_model import WorldModel
 
 FORMAT_VERSION = 2
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: bundle_from_1}
 """Version -> function that turns that version's description into the next one's, in memory."""
 NETWORKS = ("codec", "dynamics", "head")
-_PARTS = (*(f"{n}.safetensors" for n in NETWORKS), "starts.safetensors", "card.json")
 _REMEDY = "re-download or retrain"
-_STARTS_LIMIT = 2**28  # bytes of frames, unpacked
 EMBEDDED = Path(__file__).parent / "bundles"
 
 
@@ -101,23 +86,8 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Starts:
-    """Bank of real start contexts.
-
-    Attributes:
-        frames: uint8 (S, T, h, w, c).
-        actions: uint8 (S, T - 1).
-        level_seeds: int32 (S,).
-    """
-
-    frames: np.ndarray
-    actions: np.ndarray
-    level_seeds: np.ndarray
-
-
-@dataclass(frozen=True)
 class Bundle:
-    """A loaded bundle; `identity` is the sha256 that snapshots are tied to."""
+    """A loaded bundle, of one of its games; `identity` is the sha256 that snapshots are tied to."""
 
     folder: Path
     identity: str
@@ -127,6 +97,16 @@ class Bundle:
     starts: Starts
     provenance: dict[str, Any] = field(default_factory=dict)
     card: dict[str, Any] = field(default_factory=dict)
+    games: tuple[str, ...] = ()
+
+
+def part_names(games: tuple[str, ...]) -> dict[tuple[str, str], str]:
+    """The file of each part: ("weights", network), and ("starts" or "card", game)."""
+    names = {("weights", n): f"{n}.safetensors" for n in NETWORKS}
+    for game in games:
+        mark = f"-{game}" if len(games) > 1 else ""
+        names |= {("starts", game): f"starts{mark}.safetensors", ("card", game): f"card{mark}.json"}
+    return names
 
 
 def save_bundle(
@@ -138,40 +118,58 @@ def save_bundle(
     provenance: dict[str, Any],
     card: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a bundle folder atomically, weights in fp16; returns it."""
-    folder = Path(folder)
+    """Write the bundle folder of one game atomically, weights in fp16; returns it."""
+    return save_bundle_of([game], folder, world_model, limits, {game.name: starts}, provenance, {game.name: card or {}})
+
+
+def save_bundle_of(
+    games: list[GameFacts],
+    folder: str | Path,
+    world_model: WorldModel,
+    limits: Limits,
+    starts: Mapping[str, Starts],
+    provenance: dict[str, Any],
+    cards: Mapping[str, dict[str, Any]],
+) -> Path:
+    """Write the bundle folder of one or several games, in the order in which the model counts them; returns it."""
+    folder, names = Path(folder), part_names(tuple(game.name for game in games))
     networks = {n: getattr(world_model, n) for n in NETWORKS}
     with atomic_folder(folder) as temporary:
         for name, network in networks.items():
             tensors = {k: v.detach().cpu().half().contiguous() for k, v in network.state_dict().items()}
-            (temporary / f"{name}.safetensors").write_bytes(save_tensors(tensors))
-        packed = np.frombuffer(zlib.compress(np.ascontiguousarray(starts.frames).tobytes(), 9), np.uint8)
-        arrays = {"frames": packed, "actions": starts.actions, "level_seeds": starts.level_seeds}
-        (temporary / "starts.safetensors").write_bytes(save_arrays(arrays))
-        write_json(temporary / "card.json", card or {})
+            (temporary / names["weights", name]).write_bytes(save_tensors(tensors))
+        for game in games:
+            (temporary / names["starts", game.name]).write_bytes(pack_starts(starts[game.name]))
+            write_json(temporary / names["card", game.name], cards.get(game.name, {}))
+        facts = [to_dict(game) for game in games]
         description = {
             "format_version": FORMAT_VERSION,
-            "game": to_dict(game),
+            **({"game": facts[0]} if len(games) == 1 else {"games": facts}),
             "limits": to_dict(limits),
             "models": {n: spec_of(m) for n, m in networks.items()},
             "provenance": provenance,
-            "sha256": {part: sha256_file(temporary / part) for part in _PARTS},
+            "sha256": {part: sha256_file(temporary / part) for part in names.values()},
         }
         write_json(temporary / "bundle.json", description | {"identity": compute_identity(description)})
     return folder
 
 
 def compute_identity(description: dict[str, Any]) -> str:
-    """sha256 of all that decides what a bundle dreams: its description but for the card, which is a measurement."""
+    """sha256 of all that decides what a bundle dreams: its description but for the cards, which are measurements."""
     kept = {k: v for k, v in description.items() if k != "identity"}
     if isinstance(kept.get("sha256"), dict):
-        kept["sha256"] = {k: v for k, v in kept["sha256"].items() if k != "card.json"}
+        kept["sha256"] = {k: v for k, v in kept["sha256"].items() if not k.startswith("card")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def embedded_games() -> list[str]:
-    """Games of the bundles in the package."""
-    return sorted(p.parent.name for p in EMBEDDED.glob("*/bundle.json"))
+def embedded_games() -> dict[str, Path]:
+    """Games of the bundles in the package, in order, and the folder that holds each."""
+    found: dict[str, Path] = {}
+    for path in sorted(EMBEDDED.glob("*/bundle.json")):
+        described = read_json(path, BundleError, _REMEDY)
+        names = [facts["name"] for facts in described.get("games", [described["game"]])]
+        found |= {name: path.parent for name in names if len(names) == 1 or name not in found}
+    return dict(sorted(found.items()))
 
 
 def resolve_bundle(bundle: str | Path | None, game: str) -> Path:
@@ -185,14 +183,14 @@ def resolve_bundle(bundle: str | Path | None, game: str) -> Path:
             raise BundleError(f"bundle {bundle!r}: expected the path of a bundle folder")
         return Path(bundle)
     if not isinstance(game, str):
-        raise BundleError(f"game {game!r}: expected a name, such as {embedded_games()[0]!r}")
-    folder = EMBEDDED / game
-    if game not in embedded_games():
+        raise BundleError(f"game {game!r}: expected a name, such as {next(iter(embedded_games()))!r}")
+    embedded = embedded_games()
+    if game not in embedded:
         raise BundleError(
-            f"game {game!r}: no embedded bundle; embedded are: {', '.join(embedded_games()) or 'none'}. "
+            f"game {game!r}: no embedded bundle; embedded are: {', '.join(embedded) or 'none'}. "
             f"Train one with: python -m trainers.pipeline --game {game}"
         )
-    return folder
+    return embedded[game]
 
 
 def bundled_agent(folder: Path) -> Path | None:
@@ -206,10 +204,18 @@ _loading = threading.Lock()
 _KEPT = 4  # bundles that stay loaded
 
 
-def load_bundle(folder: str | Path, device: str | torch.device = "auto", precision: str = "auto") -> Bundle:
+def load_bundle(
+    folder: str | Path, device: str | torch.device = "auto", precision: str = "auto", game: str | None = None
+) -> Bundle:
     """Load and verify a bundle; environments of one process share the networks of equal bundles.
 
     Every file is read and hashed once, whether or not an equal bundle is loaded already.
+
+    Args:
+        folder: where bundle.json is.
+        device: "auto", "cpu", "cuda" ...
+        precision: see `dreamenv.device.pick_precision`.
+        game: which game of a bundle of several; a bundle of one game is of that.
 
     Raises:
         BundleError: missing, altered, malformed, inconsistent, or newer than this release; names the file.
@@ -219,40 +225,69 @@ def load_bundle(folder: str | Path, device: str | torch.device = "auto", precisi
     precision = pick_precision(precision, picked)
     folder = readable_folder(folder)
     description = _read_description(folder / "bundle.json")
-    digests = description.get("sha256")
-    if not isinstance(digests, dict) or set(digests) != set(_PARTS):
-        raise BundleError(f"{folder / 'bundle.json'}: sha256 must name exactly {', '.join(_PARTS)}; {_REMEDY}")
+    games = _games(description, folder / "bundle.json")
+    chosen = _chosen(games, game, folder)
+    parts, digests = part_names(tuple(known.name for known in games)), description.get("sha256")
+    if not isinstance(digests, dict) or set(digests) != set(parts.values()):
+        raise BundleError(f"{folder / 'bundle.json'}: sha256 must name exactly {', '.join(parts.values())}; {_REMEDY}")
     names = description.get("files", {})  # as a migration called them
-    if not isinstance(names, dict) or any(Path(str(names.get(p, p))).name != names.get(p, p) for p in _PARTS):
+    if not isinstance(names, dict) or any(Path(str(names.get(p, p))).name != names.get(p, p) for p in parts.values()):
         raise BundleError(f"{folder / 'bundle.json'}: files must name the parts, each in this folder; {_REMEDY}")
-    paths = {part: folder / names.get(part, part) for part in _PARTS}
-    parts = {part: read_part(path, digests[part]) for part, path in paths.items()}
-    key = (str(folder), json.dumps(description), str(picked), precision)
+    own = {k: part for k, part in parts.items() if k[0] == "weights" or k[1] == games[chosen].name}
+    paths = {(k if k[0] == "weights" else (k[0], "")): folder / names.get(part, part) for k, part in own.items()}
+    contents = {k: read_part(path, digests[part]) for (k, path), part in zip(paths.items(), own.values(), strict=True)}
+    key = (str(folder), json.dumps(description), str(picked), precision, str(chosen))
     with _loading:
         if key not in _loaded:
             with own_settings(picked), torch.inference_mode(False):
-                _loaded[key] = _build(folder, description, parts, paths, str(picked), precision)
+                _loaded[key] = _build(folder, description, games, chosen, contents, paths, str(picked), precision)
             while len(_loaded) > _KEPT:
                 _loaded.popitem(last=False)
         _loaded.move_to_end(key)
         return _loaded[key]
 
 
+def _games(description: dict[str, Any], path: Path) -> list[GameFacts]:
+    """What a description says of its games."""
+    try:
+        facts = description["games"] if "games" in description else [description["game"]]
+        if not isinstance(facts, list) or not facts:
+            raise TypeError(f"games {str(facts)[:80]}: expected a list of facts")
+        games = [from_dict(GameFacts, each, "game") for each in facts]
+    except KeyError as error:
+        raise BundleError(f"{path}: key {error} is missing; {_REMEDY}") from None
+    except (ConfigError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise BundleError(f"{path}: {error}; {_REMEDY}") from None
+    names = [game.name for game in games]
+    if len(set(names)) < len(names):
+        raise BundleError(f"{path}: games {', '.join(names)}: one is named twice; {_REMEDY}")
+    return games
+
+
+def _chosen(games: list[GameFacts], game: str | None, folder: Path) -> int:
+    """Which of a bundle's games is meant; that of a bundle of one game whatever is asked for."""
+    names = [known.name for known in games]
+    if len(names) == 1:
+        return 0
+    if game not in names:
+        raise BundleError(f"{folder}: holds {', '.join(names)}, not {game!r}; say which with game=")
+    return names.index(game)
+
+
 def _build(
     folder: Path,
     description: dict[str, Any],
-    parts: dict[str, bytes],
-    paths: dict[str, Path],
+    games: list[GameFacts],
+    chosen: int,
+    parts: dict[tuple[str, str], bytes],
+    paths: dict[tuple[str, str], Path],
     device: str,
     precision: str,
 ) -> Bundle:
     path = folder / "bundle.json"
     try:
-        game = from_dict(GameFacts, description["game"], "game")
         limits = from_dict(Limits, description["limits"], "limits")
-        networks = {
-            n: build_for(n, description["models"][n], parts[f"{n}.safetensors"], f"models.{n}") for n in NETWORKS
-        }
+        networks = {n: build_for(n, description["models"][n], parts["weights", n], f"models.{n}") for n in NETWORKS}
         provenance = dict(description["provenance"])
     except KeyError as error:
         raise BundleError(f"{path}: key {error} is missing; {_REMEDY}") from None
@@ -260,15 +295,20 @@ def _build(
         raise BundleError(f"{path}: {error}; {_REMEDY}") from None
     version = 1 if "files" in description else FORMAT_VERSION
     for name, network in networks.items():
-        part = f"{name}.safetensors"
-        fill(network, parts[part], paths[part], version)
+        fill(network, parts["weights", name], paths["weights", name], version)
+    codec, dynamics, head = (networks[name] for name in NETWORKS)
     try:
-        world_model = WorldModel(networks["codec"], networks["dynamics"], networks["head"], device, precision)
+        check(dynamics.games == len(games), f"dynamics: know {dynamics.games} games, the bundle is of {len(games)}")
+        world_model = WorldModel(codec, dynamics, head, device, precision, chosen)
     except ConfigError as error:
         raise BundleError(f"{path}: {error}; {_REMEDY}") from None
-    card = parse_json(parts["card.json"], paths["card.json"], BundleError, _REMEDY)
-    starts = _read_starts(parts["starts.safetensors"], paths["starts.safetensors"], world_model.frame_shape)
-    return Bundle(folder, description["identity"], world_model, game, limits, starts, provenance, card)
+    card = parse_json(parts["card", ""], paths["card", ""], BundleError, _REMEDY)
+    starts = parse_starts(parts["starts", ""], paths["starts", ""], world_model.frame_shape, _REMEDY)
+    game, identity = games[chosen], description["identity"]
+    if len(games) > 1:
+        identity = hashlib.sha256(f"{identity} {game.name}".encode()).hexdigest()
+    names = tuple(known.name for known in games)
+    return Bundle(folder, identity, world_model, game, limits, starts, provenance, card, names)
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -293,29 +333,6 @@ def _read_description(path: Path) -> dict[str, Any]:
             raise BundleError(f"{path}: is no bundle of version {version} ({error!r}); {_REMEDY}") from None
         version += 1
     return description
-
-
-def _read_starts(data: bytes, path: Path, frame: tuple[int, int, int]) -> Starts:
-    arrays = parse_tensors(load_arrays, data, path, BundleError, _REMEDY)
-    try:
-        frames, actions, levels = (arrays[k] for k in ("frames", "actions", "level_seeds"))
-        if frames.ndim == 1 and frames.dtype == np.uint8 and actions.ndim == 2:  # packed; older ones are as they are
-            shape = (actions.shape[0], actions.shape[1] + 1, *frame)
-            if math.prod(shape) > _STARTS_LIMIT:
-                raise ValueError(f"{math.prod(shape)} bytes of frames, at most {_STARTS_LIMIT} are read")
-            unpacked = zlib.decompressobj().decompress(frames.tobytes(), math.prod(shape) + 1)
-            frames = np.frombuffer(bytearray(unpacked), np.uint8).reshape(shape)
-    except (KeyError, ValueError, zlib.error) as error:
-        raise BundleError(f"{path}: is malformed ({error}); {_REMEDY}") from None
-    s, t = frames.shape[:2] if frames.ndim == 5 else (0, 0)
-    sound = s >= 1 and t >= 1 and frames.shape[2:] == frame and frames.dtype == np.uint8 and levels.shape == (s,)
-    sound = sound and actions.shape == (s, t - 1) and actions.dtype == np.uint8 and not (actions >= NUM_ACTIONS).any()
-    if not sound:
-        raise BundleError(
-            f"{path}: frames {frames.dtype} {frames.shape}, actions {actions.shape}, level_seeds {levels.shape} are "
-            f"not a bank of start contexts; {_REMEDY}"
-        )
-    return Starts(frames, actions, levels)
 
 
 def short_name(folder: Path) -> str:

@@ -142,7 +142,7 @@ def compare(
 
     check(not (quick and thorough), "quick and thorough exclude each other: give one")
     settings = settings.quick() if quick else settings.thorough() if thorough else settings
-    loaded = load_bundle(folder := resolve_bundle(bundle, game), device)
+    loaded = load_bundle(folder := resolve_bundle(bundle, game), device, game=game)
     stages = 6 + bool(settings.drift) + settings.closed_loop + bool(settings.endless_steps)
     with tqdm(total=stages, unit="stage", bar_format="{l_bar}{bar}| {n}/{total} [{elapsed}]") as bar:
         seen: list[str] = []
@@ -157,7 +157,7 @@ def compare(
     page = save_comparison(out, loaded, settings, result)
     figures = result.figures | {"policy": settings.policy, "levels": list(settings.levels), "seed": settings.seed}
     if card:
-        update_card(folder, figures)
+        update_card(folder, figures, loaded.game.name)
     print(f"written to {out}/: open {page.name} in a browser", file=sys.stderr)
     print(json.dumps(figures))
 
@@ -201,7 +201,7 @@ def generate(
     from dreamenv.evaluation import generate as module
 
     chosen = _sampler(nfe, solver, temperature, guidance, sampler)
-    loaded = load_bundle(resolve_bundle(bundle, game), device)
+    loaded = load_bundle(resolve_bundle(bundle, game), device, game=game)
     if form in ("grid", "futures"):
         path = out / f"{form}.png"
         if form == "grid":
@@ -270,7 +270,7 @@ def info(game: str = "coinrun", bundle: Path | None = None) -> None:
     from dreamenv.config import to_dict
     from dreamenv.errors import PolicyError
 
-    loaded = load_bundle(resolve_bundle(bundle, game), "cpu")
+    loaded = load_bundle(resolve_bundle(bundle, game), "cpu", game=game)
     model = loaded.world_model
     parameters = {n: sum(p.numel() for p in getattr(model, n).parameters()) for n in NETWORKS}
     size = sum(p.stat().st_size for p in loaded.folder.iterdir() if p.is_file())

@@ -7,27 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from dreamenv.artifacts import atomic_folder, read_json, readable_folder, sha256_file, write_json
-from dreamenv.bundle import FORMAT_VERSION, bundled_agent, compute_identity, load_bundle, save_bundle
+from dreamenv.bundle import FORMAT_VERSION, bundled_agent, compute_identity, load_bundle, part_names, save_bundle
 from dreamenv.console import run_command_line
 from dreamenv.errors import BundleError
 
 
-def update_card(folder: str | Path, card: dict[str, Any]) -> None:
-    """Replace a bundle's measured fidelity, atomically; everything else keeps its bytes.
+def update_card(folder: str | Path, card: dict[str, Any], game: str | None = None) -> None:
+    """Replace a bundle's measured fidelity in a game, atomically; everything else keeps its bytes.
 
     Raises:
         BundleError: it is of an older version, or no bundle.
     """
     folder = readable_folder(folder)
     path = folder / "bundle.json"
-    load_bundle(folder, "cpu")
+    loaded = load_bundle(folder, "cpu", game=game)
+    name = part_names(loaded.games)["card", loaded.game.name]
     description = read_json(path, BundleError, "re-download or retrain")
     if description["format_version"] != FORMAT_VERSION:
         raise BundleError(f"{path}: is of an older format; rewrite it with python -m dreamenv.rewrite OLD NEW")
     with atomic_folder(folder) as temporary:
         shutil.copytree(folder, temporary, dirs_exist_ok=True)
-        write_json(temporary / "card.json", card)
-        description["sha256"]["card.json"] = sha256_file(temporary / "card.json")
+        write_json(temporary / name, card)
+        description["sha256"][name] = sha256_file(temporary / name)
         write_json(temporary / "bundle.json", description | {"identity": compute_identity(description)})
 
 

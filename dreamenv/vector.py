@@ -87,7 +87,7 @@ class DreamVectorEnv(Branching):
         check(isinstance(exact, bool), f"exact {exact!r}: must be True or False")
         num_envs = whole(num_envs, "num_envs", 1, MAX_ENVS)
         if not isinstance(bundle, Bundle):
-            bundle = load_bundle(resolve_bundle(bundle, game), device, precision)
+            bundle = load_bundle(resolve_bundle(bundle, game), device, precision, game)
         frame, modes = bundle.world_model.frame_shape, tuple(AutoresetMode)
         super().__init__(num_envs, frame, autoreset_mode, modes, render_mode, max_episode_steps)
         self.bundle, self.exact = bundle, exact

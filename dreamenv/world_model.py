@@ -20,9 +20,10 @@ class WorldModel:
         device: where they run.
         precision: "fp32", or "bf16" autocast of dynamics and head, and of a codec's decoder that allows it; the rest of
             a codec is always fp32, for bf16 has no more digits than a pixel.
+        game: which of the games that dynamics and head know, counted from 0, it is to dream.
 
     Raises:
-        ConfigError: the three disagree on what a latent is or how many a state holds.
+        ConfigError: the three disagree on what a latent is, how many a state holds, or how many games there are.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class WorldModel:
         head: OutcomeHead,
         device: torch.device | str = "cpu",
         precision: str = "fp32",
+        game: int = 0,
     ) -> None:
         for name, part in (("dynamics", dynamics), ("head", head)):
             check(
@@ -39,7 +41,10 @@ class WorldModel:
             )
         told = (dynamics.context, head.config.context)
         check(told[0] == told[1], f"context: dynamics and head disagree, {told[0]} and {told[1]}")
-        self.device = torch.device(device)
+        known = (dynamics.games, head.config.games)
+        check(known[0] == known[1], f"games: dynamics and head disagree, {known[0]} and {known[1]}")
+        check(0 <= game < known[0], f"game {game}: must be one of the {known[0]} that the model knows, from 0")
+        self.device, self.game = torch.device(device), game
         self.precision = precision
         self.codec, self.dynamics, self.head = codec, dynamics, head
         for model in (codec, dynamics, head):
@@ -84,13 +89,20 @@ class WorldModel:
         frames, actions = frames[:, -self.context :], actions[:, max(t - self.context, 0) :].to(self.device)
         latents = self.encode(frames.flatten(0, 1)).unflatten(0, (b, frames.shape[1]))
         with torch.inference_mode():
-            return self.dynamics.begin(self.dynamics.smooth(self.codec.sequence(latents), actions), actions)
+            return self._begin(self.dynamics.smooth(self.codec.sequence(latents), actions), actions)
+
+    def _begin(self, latents: Tensor, actions: Tensor) -> State:
+        """The dynamics' state, which says the game where they know several."""
+        state = self.dynamics.begin(latents, actions)
+        return (
+            state if self.dynamics.games == 1 else state.replace(game=torch.full_like(state.actions[:, 0], self.game))
+        )
 
     @torch.inference_mode()
     def blank(self, size: int) -> State:
         """A state of `size` rows of zeros, to be filled."""
         latents = torch.zeros(size, self.context, *self.latent_shape, device=self.device)
-        return self.dynamics.begin(latents, torch.zeros(size, self.context - 1, dtype=torch.int64, device=self.device))
+        return self._begin(latents, torch.zeros(size, self.context - 1, dtype=torch.int64, device=self.device))
 
     @torch.inference_mode()
     def step(

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from dreamenv.device import pick_precision
 from dreamenv.flow import SamplerConfig, sample
 from dreamenv.models.interface import Dynamics
+from trainers.models import of_game
 
 TOGETHER = {"cpu": 128, "cuda": 1024}
 """Dreams dreamt at once."""
@@ -53,7 +54,7 @@ def shared_out(length: np.ndarray, together: int) -> list[tuple[np.ndarray, int]
 
 def dream(
     dynamics: Dynamics,
-    contexts: Callable[[np.ndarray], tuple[Tensor, Tensor]],
+    contexts: Callable[[np.ndarray], tuple[Tensor, Tensor, Tensor | None]],
     actions: Callable[[np.ndarray], np.ndarray],
     begin: np.ndarray,
     ends: np.ndarray,
@@ -65,7 +66,7 @@ def dream(
 
     Args:
         dynamics: which.
-        contexts: steps (B,) -> their contexts (B, K, C, H, W) and actions int64 (B, K).
+        contexts: steps (B,) -> their contexts (B, K, C, H, W), actions int64 (B, K), and games int64 (B,) if several.
         actions: steps (B,) -> the actions int64 (B,) taken at them.
         begin: int64 (D,).
         ends: int64 (D,), at most `longest` later.
@@ -84,10 +85,11 @@ def dream(
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for rows, nfe in shared_out(length, TOGETHER.get(device.type, 128)):
             sampler = SamplerConfig(nfe=nfe)
-            context, taken = contexts(begin[rows])
+            context, taken, game = contexts(begin[rows])
             context = context.float().to(device)
             latents[rows, :k] = context.half().cpu().numpy()
             state = dynamics.begin(context, taken[:, : k - 1].to(device))
+            state = of_game(state, None if game is None else game.to(device))
             for step in range(length[rows].max()):
                 now = np.minimum(begin[rows] + step, ends[rows])
                 noise = torch.from_numpy(rng.standard_normal(context[:, 0].shape, np.float32)).to(device)

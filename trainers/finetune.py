@@ -133,7 +133,7 @@ def finetune(config: FinetuneConfig) -> Path:
         BundleError, DatasetError: the bundle or the data is damaged or does not fit.
     """
     out, latents = config.out, config.latents or config.out / "latents"
-    bundle = load_bundle(resolve_bundle(config.bundle, config.game), "cpu")
+    bundle = load_bundle(resolve_bundle(config.bundle, config.game), "cpu", game=config.game)
     stages = {kind: stage_values(config, bundle, kind, latents) for kind in ("dynamics", "head")}
     for values in stages.values():
         check_values(values)

@@ -13,22 +13,37 @@ from dreamenv.models.interface import OutcomeHead
 from dreamenv.models.io import load_model
 from trainers.latent_data import LatentDataset
 
+Outcome = tuple[int, float, bool]
+"""Which game, the reward, and whether it ends the episode."""
 
-def outcome_labels(
-    data: LatentDataset, head: OutcomeHead | None, limit: int
-) -> tuple[list[tuple[float, bool]], np.ndarray]:
-    """`joint_outcomes` of a dataset, and labels int64 (N,); where there is a trained head, its outcomes in its order.
+
+def outcome_labels(data: LatentDataset, head: OutcomeHead | None, limit: int) -> tuple[list[Outcome], np.ndarray]:
+    """The outcomes of a dataset, `joint_outcomes` of each of its games, and each step's label int64 (N,).
+
+    Where there is a trained head, its outcomes in its order.
 
     Raises:
         ConfigError: the data holds an outcome that the head does not know.
     """
-    outcomes, labels = joint_outcomes(data.rewards, data.terminated, limit)
+    outcomes: list[Outcome] = []
+    labels = np.zeros(len(data.rewards), np.int64)
+    for game in range(len(data.games)):
+        own = data.game == game
+        found, places = joint_outcomes(data.rewards[own], data.terminated[own], limit)
+        labels[own] = places + len(outcomes)
+        outcomes += [(game, *outcome) for outcome in found]
     if head is None:
         return outcomes, labels
-    known = list(zip(head.config.rewards, head.config.terminated, strict=True))
+    owners = head.config.owners or (0,) * len(head.config.rewards)
+    known = list(zip(owners, head.config.rewards, head.config.terminated, strict=True))
     unknown = [o for o in outcomes if o not in known]
     check(not unknown, f"head: does not know the outcomes {unknown} of this data; train a new one")
     return known, np.array([known.index(o) for o in outcomes])[labels]
+
+
+def uneventful(outcomes: list[Outcome]) -> np.ndarray:
+    """Bool (outcomes,): those without a reward that end nothing."""
+    return np.array([not reward and not end for _, reward, end in outcomes])
 
 
 def joint_outcomes(

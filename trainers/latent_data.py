@@ -27,6 +27,7 @@ class LatentDataset:
         latents: float16 (N, C, H, W).
         importance: uint8 (N, H, W), 16 x the cell's mean rare-colour weight.
         actions: int64 (N,); rewards: float32 (N,); terminated: bool (N,).
+        game: int64 (N,), which of the dataset's games a step is of.
         columns: the optional columns of the dataset that the codec wants, each (N, ...).
         start: int64 (N,), index of the first step of each step's episode or segment.
         validation: bool (N,), steps of validation levels.
@@ -60,6 +61,8 @@ class LatentDataset:
         self.rewards = np.concatenate([s.rewards for s in shards])
         self.terminated = np.concatenate([s.terminated for s in shards])
         self.columns = {n: np.concatenate([s.columns[n] for s in shards]) for n in self.codec.columns}
+        self.games = self.dataset.games
+        self.game = np.concatenate([np.full(len(s), self.games.index(s.game), np.int64) for s in shards])
         self.first = np.concatenate([s.first for s in shards])
         self.start = np.maximum.accumulate(np.where(self.first, np.arange(len(self.first)), 0))
         levels = np.concatenate([s.level_seeds for s in shards])
@@ -112,6 +115,10 @@ class LatentDataset:
         raw = now[:, None] + np.arange(-length + 1, after + 1)
         indices = np.maximum(raw, self.start[now][:, None])
         return indices, np.where(raw == indices, self.actions[np.minimum(indices, len(self.actions) - 1)], NOOP)
+
+    def game_of(self, now: np.ndarray) -> Tensor | None:
+        """Which games the steps (B,) are of, int64 (B,); None where there is but one."""
+        return None if len(self.games) == 1 else torch.from_numpy(self.game[now])
 
     def frames(self, indices: np.ndarray) -> np.ndarray:
         """The frames at flat indices as the codec is shown them, uint8 (..., h, w, c)."""

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainers.labels import Outcome, uneventful
 from trainers.latent_data import LatentDataset
 
 
@@ -16,29 +17,27 @@ class Moments:
         data: the main one.
         also: another, whose rare outcomes are used too; or None.
         labels: int64 (N,), the outcome of each step of the main one.
-        outcomes: (reward, terminated) of each label.
+        outcomes: of each label.
         context: K.
 
     Attributes:
-        labels: int64 (M,), of all steps; outcomes that the main data does not know are 0 and stay out.
+        labels: int64 (M,), of all steps; those of outcomes that the main data does not know are uneventful.
+        calm: bool (M,), the uneventful steps.
         start: int64 (M,), the first step of each one's episode that has a whole context where it matters.
     """
 
     def __init__(
-        self,
-        data: LatentDataset,
-        also: LatentDataset | None,
-        labels: np.ndarray,
-        outcomes: list[tuple[float, bool]],
-        context: int,
+        self, data: LatentDataset, also: LatentDataset | None, labels: np.ndarray, outcomes: list[Outcome], context: int
     ) -> None:
         self.data, self.also, self.context, self._own = data, also, context, len(labels)
         self.labels, self.start = labels, data.start
+        calm = uneventful(outcomes)
         self._added = (np.zeros(0, np.int64),) * 2  # the other data's moments of training and of validation
         if also is not None:
             further = np.zeros(len(also.start), np.int64)
-            for i, (reward, end) in enumerate(outcomes):
-                further[(np.round(also.rewards.astype(np.float64), 4) == reward) & (also.terminated == end)] = i
+            for i, (game, reward, end) in enumerate(outcomes):
+                same = (np.round(also.rewards.astype(np.float64), 4) == reward) & (also.terminated == end)
+                further[same & (also.game == game)] = i
             begin = also.start + context - 1  # of episodes cut short the first contexts are not whole
             self.labels = np.concatenate([labels, further])
             self.start = np.concatenate([self.start, self._own + begin])
@@ -46,11 +45,13 @@ class Moments:
             parts = (whole & ~also.validation, whole & also.validation)
             self._added = (self._own + np.flatnonzero(parts[0]), self._own + np.flatnonzero(parts[1]))
 
+        self.calm = calm[self.labels]
+
     def split(self, validation: bool) -> list[np.ndarray]:
         """The steps int64 of each outcome in one part, the uneventful last and with all others of the main data."""
         every = np.flatnonzero(self.data.validation == validation)
         steps = np.concatenate([every, self._added[validation]])
-        rare = [steps[self.labels[steps] == c] for c in range(1, int(self.labels.max()) + 1)]
+        rare = [steps[self.labels[steps] == c] for c in np.unique(self.labels[~self.calm])]
         return [*(c for c in rare if len(c)), every]
 
     def _of(self, now: np.ndarray) -> list[tuple[LatentDataset, np.ndarray, np.ndarray]]:
@@ -82,6 +83,15 @@ class Moments:
             indices, taken[rows] = data.contexts(at, self.context)
             context[torch.from_numpy(rows)] = data.gather(indices)
         return context, torch.from_numpy(taken)
+
+    def game_of(self, now: np.ndarray) -> Tensor | None:
+        """Which games the steps (B,) are of, int64 (B,); None where there is but one."""
+        if len(self.data.games) == 1:
+            return None
+        game = np.empty(len(now), np.int64)
+        for data, rows, at in self._of(now):
+            game[rows] = data.game[at]
+        return torch.from_numpy(game)
 
     def far(self, steps: np.ndarray, length: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """One of `steps` for each length (D,), with so many steps of its episode before it where there are such."""

@@ -19,7 +19,7 @@ import tyro
 import yaml
 
 from dreamenv.artifacts import atomic_file, read_json
-from dreamenv.bundle import GameFacts, Limits, Starts, load_bundle, save_bundle
+from dreamenv.bundle import GameFacts, Limits, Starts, load_bundle, save_bundle_of
 from dreamenv.config import check, from_dict, to_dict
 from dreamenv.console import errors_in_one_line
 from dreamenv.contract.frames import NATIVE, observe
@@ -95,10 +95,11 @@ class PipelineConfig:
         object.__setattr__(self, "out", self.out or Path("runs") / self.game)
         check_overrides(self.set, recipe.trained)
         if self.data is not None:
-            facts = Dataset(self.data).facts
-            found, wanted = (facts["game"], facts["distribution_mode"]), (game.name, mode)
+            given = Dataset(self.data)
+            found = given.facts["distribution_mode"]
             check(
-                found == wanted, f"data {self.data}: is of {found[0]} in {found[1]}, not of {wanted[0]} in {wanted[1]}"
+                game.name in given.games and found == mode,
+                f"data {self.data}: is of {', '.join(given.games)} in {found}, not of {game.name} in {mode}",
             )
         made = self.numbers(recipe) | {name: Path(name) for name in recipe.stages}
         for name, settings in recipe.stages.items():
@@ -206,8 +207,8 @@ def make_bundle(out: Path, data: Path, starts: int, stages: dict[str, str], reci
 
     Args:
         out: run folder.
-        data: the dataset that was trained on; its first frames are the start contexts.
-        starts: how many of these.
+        data: the dataset that was trained on, of one or several games; its first frames are the start contexts.
+        starts: how many of these, of each game.
         stages: which are the codec, the dynamics and the head.
         recipe: by which they were trained.
         name: of the bundle's folder.
@@ -226,7 +227,8 @@ def make_bundle(out: Path, data: Path, starts: int, stages: dict[str, str], reci
         raise ConfigError(f"{out}: dynamics or head were trained on another codec; delete them and run again")
     dataset = Dataset(data)
     collected = dataset.facts
-    game = GameFacts(collected["game"], collected["distribution_mode"], collected["max_steps"])
+    of_each = collected.get("games", {dataset.games[0]: collected})
+    games = [GameFacts(n, collected["distribution_mode"], of_each[n]["max_steps"]) for n in dataset.games]
     limits = from_dict(Limits, {k: facts["dynamics"][k] for k in ("latent_max", "latent_rms_max")})
     provenance = {
         "recipe": recipe,
@@ -238,16 +240,19 @@ def make_bundle(out: Path, data: Path, starts: int, stages: dict[str, str], reci
         "heads_also": facts["head"].get("also"),
     }
     world_model = WorldModel(codec, dynamics, head)
-    bank = start_bank(dataset, starts, codec.frame)
-    bundle = save_bundle(out / name, world_model, game, limits, bank, provenance)
-    load_bundle(bundle, "cpu")  # what was written must be readable
+    banks = {n: start_bank(dataset, starts, codec.frame, n) for n in dataset.games}
+    bundle = save_bundle_of(games, out / name, world_model, limits, banks, provenance, {})
+    for game in dataset.games:
+        load_bundle(bundle, "cpu", game=game)  # what was written must be readable
     return bundle
 
 
-def start_bank(dataset: Dataset, count: int, frame: tuple[int, int, int] = NATIVE) -> Starts:
-    """First frames of `count` different levels, evenly spread over the dataset's, as (H, W, C) `frame`."""
+def start_bank(dataset: Dataset, count: int, frame: tuple[int, int, int] = NATIVE, game: str | None = None) -> Starts:
+    """First frames of `count` different levels, evenly spread over the dataset's, or a game's of it, as `frame`."""
     first: dict[int, tuple[int, int]] = {}
     for k, shard in enumerate(dataset.shards):
+        if game not in (None, shard.game):
+            continue
         began = np.flatnonzero(shard.first)
         after_end = began[(began == 0) | (shard.terminated | shard.truncated)[began - 1]]
         for t in after_end:

@@ -13,6 +13,7 @@ from dreamenv.config import check
 from dreamenv.flow import interpolate
 from dreamenv.models.interface import NULL_ACTION, Codec, Dynamics, Prediction, State
 from trainers.batch import Batch
+from trainers.models import of_game
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class DynamicsBatch(Batch):
         past: (B, P, C, H, W), earlier latents, for dynamics that remember.
         columns: the codec's columns at the past moments and at the context's first, each (B, P + 1, ...).
         extra: what terms want besides, by their own names.
+        game: int64 (B,), which of several games each sample is of; None where there is but one.
     """
 
     latents: Tensor
@@ -36,6 +38,7 @@ class DynamicsBatch(Batch):
     past: Tensor | None = None
     columns: dict[str, Tensor] = field(default_factory=dict)
     extra: dict[str, Tensor] = field(default_factory=dict)
+    game: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,7 @@ class Rollouts:
             hidden = self.uniform(len(given))[:, None] < self.config.drop_actions
             given = given.masked_fill(hidden, NULL_ACTION)
         context, level = self.noised(batch.latents[:, :k])
-        state = dynamics.begin(context, given[:, : k - 1], batch.past, batch.columns, level)
+        state = of_game(dynamics.begin(context, given[:, : k - 1], batch.past, batch.columns, level), batch.game)
         if times > 1:
             state = state.apply(lambda value: value.repeat(times, *(1,) * (value.ndim - 1)))
         level = level.repeat(times, *(1,) * (level.ndim - 1))

@@ -41,6 +41,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise DatasetError(f"{path}: a shard's entry is damaged; {_REMEDY}")
         if entry.get("name") != shard_name(entry["index"]):
             raise DatasetError(f"{path}: shard {entry['index']} is named {entry.get('name')!r}; {_REMEDY}")
+    games = facts.get("games")
+    if games is not None and not (
+        isinstance(games, dict) and games and all(isinstance(g, dict) for g in games.values())
+    ):
+        raise DatasetError(f"{path}: facts.games {str(games)[:80]} is not what is known of each game; {_REMEDY}")
+    for entry in shards:
+        if games is not None and entry.get("game") not in games:
+            raise DatasetError(f"{path}: {entry['name']} is of game {entry.get('game')!r}, not of {', '.join(games)}")
     indices = [entry["index"] for entry in shards]
     if indices != sorted(set(indices)) or any(not 0 <= i < facts["num_shards"] for i in indices):
         raise DatasetError(f"{path}: shard indices {indices[:8]} are not distinct and in order; {_REMEDY}")
@@ -52,6 +60,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"shards; {_REMEDY}"
         )
     return manifest
+
+
+def games_of(manifest: dict[str, Any]) -> tuple[str, ...]:
+    """The games of a dataset, in the order in which a model of several counts them."""
+    facts = manifest["facts"]
+    return tuple(facts["games"]) if "games" in facts else (str(facts.get("game")),)
 
 
 def shard_name(index: int) -> str:

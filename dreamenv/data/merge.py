@@ -1,7 +1,8 @@
-"""Several datasets of one game as one: `python -m dreamenv.data.merge data/a data/b --out data/ab`.
+"""Several datasets as one: `python -m dreamenv.data.merge data/a data/b --out data/ab`.
 
 Columns are hard-linked where the file system can, else copied; only `policies.npy` is written anew, because its numbers
-count the components of its own dataset's policy mix.
+count the components of its own dataset's policy mix. Datasets of several games become one for a model of all of them:
+each shard then says which game it is of.
 """
 
 from __future__ import annotations
@@ -21,18 +22,26 @@ from dreamenv.data.reader import Dataset
 from dreamenv.data.writer import DatasetWriter
 from dreamenv.errors import DatasetError
 
-_SAME = ("game", "distribution_mode", "max_steps", "action_meanings", "ends")
+SEVERAL = "several"
+"""What the facts of a dataset of several games say in the place of a game."""
+_OF_A_GAME = ("max_steps", "action_meanings")
+_SAME = ("distribution_mode", "ends")
 
 
-def merge(sources: list[Path], out: Path) -> Path:
+def merge(sources: list[Path], out: Path, several: bool = False) -> Path:
     """Merge complete datasets into the folder `out` and return it; a killed merge is finished by the same call.
 
     The result has the optional columns that all of them have.
 
+    Args:
+        sources: dataset folders.
+        out: the new dataset folder.
+        several: whether they may be of several games.
+
     Raises:
         DatasetError: a source is damaged, of another game, or imagined; or `out` holds something else.
     """
-    datasets = _opened(sources)
+    datasets = _opened(sources, several)
     first = datasets[0].facts
     shards = [(dataset, entry) for dataset in datasets for entry in dataset.manifest["shards"]]
     ends = [d.facts["start_level"] + d.facts["num_levels"] for d in datasets]
@@ -42,6 +51,7 @@ def merge(sources: list[Path], out: Path) -> Path:
         raise DatasetError(f"merge: {offsets[-1]} policies in all; the format counts at most 256")
     total = sum(d.manifest["steps"] for d in datasets)
     facts: dict[str, Any] = {
+        **_game_facts(datasets),
         **{key: first[key] for key in (*_SAME, "backend") if key in first},
         "start_level": begin,
         "num_levels": max(ends) - begin,
@@ -77,22 +87,40 @@ def _write(datasets: list[Dataset], out: Path, facts: dict[str, Any], optional: 
                     np.save(temporary / "policies.npy", policies, allow_pickle=False)
                     digest = sha256_file(temporary / "policies.npy")
                 kept = {name: entry["sha256"][name] for name in writer.columns}
-                writer.commit(entry | {"index": index, "name": target.name, "sha256": kept | {"policies": digest}})
+                own = {"index": index, "name": target.name, "sha256": kept | {"policies": digest}}
+                writer.commit(entry | own | ({"game": shard.game} if "games" in facts else {}))
             index += 1
 
 
-def _opened(sources: list[Path]) -> list[Dataset]:
+def _game_facts(datasets: list[Dataset]) -> dict[str, Any]:
+    """What the datasets' game is, or their games are."""
+    games: dict[str, dict[str, Any]] = {}
+    for dataset in datasets:
+        own = {key: dataset.facts[key] for key in _OF_A_GAME if key in dataset.facts}
+        of_each = dataset.facts.get("games", {dataset.games[0]: own})
+        for name, known in of_each.items():
+            if games.setdefault(name, known) != known:
+                raise DatasetError(
+                    f"{dataset.folder}: {name} has other limits or actions than before; collect it again"
+                )
+    if len(games) == 1 and not any("games" in dataset.facts for dataset in datasets):
+        ((name, known),) = games.items()
+        return {"game": name, **known}
+    return {"game": SEVERAL, "games": games}
+
+
+def _opened(sources: list[Path], several: bool) -> list[Dataset]:
     """The sources, if they belong together."""
     if not sources:
         raise DatasetError("merge: no datasets given; name one or more folders")
     datasets = [Dataset(source) for source in sources]
     first = datasets[0].facts
     for dataset in datasets:
-        for key in _SAME:
+        for key in _SAME if several else ("game", *_OF_A_GAME, *_SAME):
             if dataset.facts.get(key) != first.get(key):
                 raise DatasetError(
                     f"{dataset.folder}: {key} is {dataset.facts.get(key)!r}, that of {datasets[0].folder} is "
-                    f"{first.get(key)!r}; merge datasets of one game"
+                    f"{first.get(key)!r}; merge datasets of one game, or say that they are of several"
                 )
         _check_facts(dataset)
         if dataset.facts.get("world", "real") != "real":
@@ -121,14 +149,15 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def main(sources: Annotated[list[Path], tyro.conf.Positional], out: Path) -> None:
-    """Merge datasets of one game.
+def main(sources: Annotated[list[Path], tyro.conf.Positional], out: Path, several: bool = False) -> None:
+    """Merge datasets of one game, or of several.
 
     Args:
         sources: dataset folders.
         out: the new dataset folder.
+        several: whether they may be of several games.
     """
-    print(merge(sources, out))
+    print(merge(sources, out, several))
 
 
 if __name__ == "__main__":

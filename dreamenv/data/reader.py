@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dreamenv.artifacts import checksum, open_array, present, read_json, sha256_file
-from dreamenv.data.manifest import read_manifest
+from dreamenv.data.manifest import games_of, read_manifest
 from dreamenv.data.writer import COLUMNS, OPTIONAL
 from dreamenv.errors import DatasetError
 
@@ -32,6 +32,7 @@ class Shard:
     level_seeds: np.ndarray
     policies: np.ndarray
     columns: dict[str, np.ndarray]
+    game: str = ""
 
     def __len__(self) -> int:
         """Steps in the shard."""
@@ -48,6 +49,7 @@ class Dataset:
     Attributes:
         manifest: the parsed manifest.
         facts: how it was collected (game, levels, policy mix ...).
+        games: names of its games, usually one.
         shards: list of `Shard`.
 
     Raises:
@@ -64,6 +66,7 @@ class Dataset:
                 "run the same collection again to finish it"
             )
         self.facts: dict[str, Any] = self.manifest["facts"]
+        self.games = games_of(self.manifest)
         if verify == "sha256":  # before any of it is parsed
             with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
                 list(pool.map(self._check_bytes, self.manifest["shards"]))
@@ -102,4 +105,4 @@ class Dataset:
                 )
             columns[name] = column
         further = {name: columns.pop(name) for name in optional}
-        return Shard(entry["name"], **columns, columns=further)
+        return Shard(entry["name"], **columns, columns=further, game=entry.get("game", self.games[0]))

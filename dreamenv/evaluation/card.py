@@ -165,7 +165,7 @@ def main(file: Path, game: str) -> None:
         file: a Markdown file with the two markers.
         game: which game.
     """
-    write_table(file, load_bundle(resolve_bundle(None, game), "cpu").card, game)
+    write_table(file, load_bundle(resolve_bundle(None, game), "cpu", game=game).card, game)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def demo(
         The contents of `metrics.json`.
     """
     sampler = sampler or SamplerConfig()
-    loaded = load_bundle(resolve_bundle(bundle, game), device)
+    loaded = load_bundle(resolve_bundle(bundle, game), device, game=game)
     facts = loaded.game
     envs = 32
     print(f"playing {play_steps} steps of the real {facts.name} on held-out levels ...", flush=True)

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dreamenv.config import check, to_dict
+from dreamenv.config import to_dict
 from dreamenv.contract.actions import NOOP, NUM_ACTIONS
 from dreamenv.models.latents import LatentSpec, Prediction, Reconstruction, to_frames, to_images
+from dreamenv.models.outcomes import OutcomeHead, OutcomeHeadConfig
 from dreamenv.models.state import State
 
 __all__ = [
@@ -140,6 +141,11 @@ class Dynamics(nn.Module, ABC):
         return self.config.context
 
     @property
+    def games(self) -> int:
+        """How many games it knows. A state of one that knows several has `game` int64 (B,), which of them it is of."""
+        return getattr(self.config, "games", 1)
+
+    @property
     def sees_noise(self) -> bool:
         """Whether what it says at tau = 0 depends on the noise `x`."""
         return False
@@ -257,75 +263,3 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor, cond: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Maps (B, c_in, H, W), conditions (B, cond), actions (B, n, tokens) -> features (B, width, H, W)."""
-
-
-@dataclass(frozen=True)
-class OutcomeHeadConfig:
-    """Shape of a head, and the joint outcomes it tells apart."""
-
-    latent: LatentSpec = LatentSpec((16, 16, 16))
-    """What the latents are; training takes it from the codec."""
-    context: int = 4
-    """K latents and actions it sees: the dynamics' context."""
-    width: int = 48
-    """Channels."""
-    rewards: tuple[float, ...] = (0.0, 0.0, 10.0)
-    """Reward of each joint outcome, in the game's own magnitude."""
-    terminated: tuple[bool, ...] = (False, True, True)
-    """Whether each joint outcome ends the episode."""
-    bias: tuple[float, ...] = ()
-    """Added to the logits: the prior correction for class-balanced training (King & Zeng 2001), and calibration."""
-    scale: float = 1.0
-    """Multiplies the logits before the bias (calibration, Platt 1999)."""
-
-    def __post_init__(self) -> None:
-        """Validate ranges; raises `ConfigError`."""
-        check(1 <= len(self.rewards) <= 1024, f"rewards: must have 1..1024 outcomes, got {len(self.rewards)}")
-        check(
-            len(self.terminated) == len(self.rewards),
-            f"terminated {self.terminated}: must have one entry per outcome, {len(self.rewards)}",
-        )
-        check(len(self.bias) in (0, len(self.rewards)), f"bias {self.bias}: must be empty or one per outcome")
-        check(1 <= self.context <= 64, f"context {self.context}: must be 1..64")
-        check(8 <= self.width <= 2048, f"width {self.width}: must be 8..2048")
-
-
-class OutcomeHead(nn.Module, ABC):
-    """A categorical over the joint (reward, terminated) outcomes that occur in the game.
-
-    One joint distribution keeps them consistent (a coin that ends the episode always does); the probabilities of reward
-    and end are its marginals. It sees only the past and the action, because Procgen shows no terminal frame.
-
-    Attributes:
-        hinted: whether it cannot do without the dynamics' hints.
-    """
-
-    hinted: ClassVar[bool] = False
-    prior: Tensor
-
-    def __init__(self, config: OutcomeHeadConfig) -> None:
-        super().__init__()
-        self.config = config
-        prior = torch.tensor(config.bias or (0.0,) * len(config.rewards))
-        self.register_buffer("prior", prior, persistent=False)
-
-    @property
-    def spec(self) -> LatentSpec:
-        """What its latents are."""
-        return self.config.latent
-
-    @abstractmethod
-    def logits(self, state: State, action: Tensor, hints: Mapping[str, Tensor]) -> Tensor:
-        """Uncorrected logits float32 (B, outcomes) of what `action` int64 (B,) brings at `state`."""
-
-    def forward(self, state: State, action: Tensor, hints: Mapping[str, Tensor]) -> Tensor:
-        """`logits`, by the name under which data-parallel training calls it."""
-        return self.logits(state, action, hints)
-
-    def log_probabilities(self, state: State, action: Tensor, hints: Mapping[str, Tensor]) -> Tensor:
-        """Calibrated log-probabilities (B, outcomes) of the joint outcomes; takes what `logits` takes."""
-        return (self.config.scale * self.logits(state, action, hints) + self.prior).log_softmax(1)
-
-    def grown(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See `Dynamics.grown`."""
-        return weights

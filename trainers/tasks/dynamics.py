@@ -20,7 +20,7 @@ from dreamenv.models.io import initialise
 from dreamenv.models.registry import build, register
 from dreamenv.video import check_film, save_video
 from trainers.latent_data import LatentDataset, channel_weights
-from trainers.models import completed
+from trainers.models import check_games, completed, of_game
 from trainers.rollout import DynamicsBatch, RolloutConfig, Rollouts
 from trainers.terms.interface import Setting, Term
 
@@ -94,7 +94,9 @@ class DynamicsTask:
         )
         self.codec: Codec = self.data.codec.requires_grad_(False)
         torch.manual_seed(seed)
-        self.model: Dynamics = build("dynamics", completed("dynamics", model, self.codec), where="model")
+        wanted = completed("dynamics", model, self.codec, games=len(self.data.games))
+        self.model: Dynamics = build("dynamics", wanted, where="model")
+        check_games(self.model.games, self.data.games, model)
         spec = self.model.spec
         check(spec == self.codec.spec, f"model.latent {spec}: the latents of {config.latents} are {self.codec.spec}")
         if config.init_from:
@@ -168,6 +170,7 @@ class DynamicsTask:
             past=past,
             columns=columns,
             extra=extra,
+            game=self.data.game_of(now),
         )
 
     def _past(
@@ -264,7 +267,9 @@ class DynamicsTask:
         """Frames uint8 (B, H, ...) and latents (B, H, ...) of dreams, and the error (B,) expected of the first step."""
         k, codec = self.context, self.codec.to(device)
         actions = torch.from_numpy(self.data.actions[indices]).to(device)
+        game = self.data.game_of(indices[:, 0])
         state = model.begin(self.data.gather(indices[:, :k]).float().to(device), actions[:, : k - 1])
+        state = of_game(state, None if game is None else game.to(device))
         generator = torch.Generator(device).manual_seed(0)
         frames, latents, expected = [], [], torch.zeros(())
         for h in range(indices.shape[1] - k):

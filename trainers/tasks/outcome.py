@@ -24,7 +24,7 @@ from trainers.batch import Batch
 from trainers.dreams import Dreams, dream
 from trainers.labels import calibrate, outcome_labels, trained_head
 from trainers.latent_data import LatentDataset
-from trainers.models import completed
+from trainers.models import check_games, completed, of_game
 from trainers.moments import Moments
 
 _DEPTHS = 8  # depths at which each uneventful dream of the validation is asked: there are few, and they weigh much
@@ -78,11 +78,15 @@ class OutcomeTaskConfig:
 
 @dataclass(frozen=True)
 class OutcomeBatch(Batch):
-    """Contexts float16 (B, K, C, H, W), actions int64 (B, K), labels int64 (B,); the first rows' are dreamt."""
+    """Contexts float16 (B, K, C, H, W), actions int64 (B, K), labels and, of several, games int64 (B,).
+
+    The first rows' contexts are dreamt.
+    """
 
     context: Tensor
     actions: Tensor
     labels: Tensor
+    game: Tensor | None = None
 
 
 @register("task", "outcome", OutcomeTaskConfig)
@@ -97,12 +101,16 @@ class OutcomeTask:
         self.data = LatentDataset(Path(config.latents), config.val_ratio)
         before = trained_head(config.init_from, "init_from") if config.init_from else None
         outcomes, labels = outcome_labels(self.data, before, config.max_outcomes)
-        told = {"rewards": [r for r, _ in outcomes], "terminated": [t for _, t in outcomes]}
+        self.outcomes = outcomes
+        told: dict[str, Any] = {"rewards": [r for _, r, _ in outcomes], "terminated": [t for *_, t in outcomes]}
+        if len(self.data.games) > 1:
+            told["owners"] = [game for game, *_ in outcomes]
         dynamics = _fitting_dynamics(config.dynamics, self.data) if config.dynamics else None
         more = {} if dynamics is None else {"context": dynamics.context}
         torch.manual_seed(seed)
         spec = completed("head", model, self.data.codec, **more) | told
         self.model: OutcomeHead = build("head", spec, where="model")
+        check_games(self.model.config.games, self.data.games, model)
         found = self.model.spec
         check(found == self.data.codec.spec, f"model.latent {found}: the latents are {self.data.codec.spec}")
         if before is not None:
@@ -149,7 +157,11 @@ class OutcomeTask:
         ends = np.concatenate([*far, rng.choice(every, count - each * len(rare))])
         begin = np.maximum(ends - length, self.moments.start[ends])
         moments_of = self.moments
-        latents = dream(dynamics, moments_of.contexts, moments_of.taken, begin, ends, drift, rng, pick_device("auto"))
+
+        def contexts(now: np.ndarray) -> tuple[Tensor, Tensor, Tensor | None]:
+            return *moments_of.contexts(now), moments_of.game_of(now)
+
+        latents = dream(dynamics, contexts, moments_of.taken, begin, ends, drift, rng, pick_device("auto"))
         return Dreams(latents, begin, ends - begin, each * len(rare))
 
     def batch(self, rng: np.random.Generator, size: int) -> OutcomeBatch:
@@ -179,7 +191,8 @@ class OutcomeTask:
         if dreams is not None:
             context = torch.cat([dreams.contexts(row, depth, self.context), context])
             actions = torch.cat([self.moments.actions(now[:rows]), actions])
-        return OutcomeBatch(context, actions, torch.from_numpy(self.moments.labels[now]))
+        labels = torch.from_numpy(self.moments.labels[now])
+        return OutcomeBatch(context, actions, labels, self.moments.game_of(now))
 
     def loss(
         self, model: nn.Module, batch: OutcomeBatch, generator: torch.Generator, progress: float
@@ -189,8 +202,9 @@ class OutcomeTask:
         level = torch.rand(len(context), generator=generator, device=context.device) * self.config.context_noise
         noise = torch.randn(context.shape, generator=generator, device=context.device)
         noised = self.data.codec.noised(context, noise * level[:, None, None, None, None])
-        hints = self._hints(context, actions)
-        logits = model(State({"latents": noised, "actions": actions[:, :-1]}), actions[:, -1], hints)
+        hints = self._hints(context, actions, batch.game)
+        state = of_game(State({"latents": noised, "actions": actions[:, :-1]}), batch.game)
+        logits = self.model.own(model(state, actions[:, -1], hints), state)
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
         return F.cross_entropy(logits, labels), {"accuracy": accuracy}
 
@@ -219,17 +233,23 @@ class OutcomeTask:
         figures = {"nll": nll}
         for name in logits:
             probabilities = (scale * logits[name] + torch.tensor(bias)).softmax(1)
-            for c in range(1, len(model.config.rewards)):
-                outcome = f"reward {model.config.rewards[c]:g}{' end' if model.config.terminated[c] else ''}"
+            for c, (game, reward, end) in enumerate(self.outcomes):
+                if not reward and not end:
+                    continue
+                outcome = f"{self._called(game)}reward {reward:g}{' end' if end else ''}"
                 figures[f"ap {name}{outcome}"] = average_precision(
                     probabilities[:, c].numpy(), (labels[name] == c).numpy(), weights[name].numpy()
                 )
         return figures
 
+    def _called(self, game: int) -> str:
+        """A game's name before its figures, where there are several."""
+        return f"{self.data.games[game]} " if len(self.data.games) > 1 else ""
+
     def _validation_sets(self) -> dict[str, tuple[np.ndarray, Tensor | None]]:
         """Steps, and their dreamt contexts if they are not the real ones."""
         *rare, val = self._val
-        calm = val[self.moments.labels[val] == 0]
+        calm = val[self.moments.calm[val]]
         kept = np.random.default_rng(0).permutation(calm)[:12000]
         sets: dict[str, tuple[np.ndarray, Tensor | None]] = {"": (np.concatenate([*rare, kept]), None)}
         if (dreams := self.val_dreams) is not None:
@@ -238,7 +258,7 @@ class OutcomeTask:
             row = np.concatenate([np.arange(dreams.eventful), long])
             depth = np.concatenate([dreams.length[: dreams.eventful], depth])
             at = dreams.begin[row] + depth
-            fair = (row < dreams.eventful) == (self.moments.labels[at] > 0)
+            fair = (row < dreams.eventful) == ~self.moments.calm[at]
             sets["dreamt "] = (at[fair], dreams.contexts(row[fair], depth[fair], self.context))
         return sets
 
@@ -250,15 +270,18 @@ class OutcomeTask:
             if contexts is not None:
                 context = contexts[at : at + 256]
             context, actions = context.float().to(device), actions.to(device)
-            state = State({"latents": context, "actions": actions[:, :-1]})
-            out.append(head.logits(state, actions[:, -1], self._hints(context, actions)).cpu())
+            game = self.moments.game_of(now[at : at + 256])
+            game = None if game is None else game.to(device)
+            state = of_game(State({"latents": context, "actions": actions[:, :-1]}), game)
+            logits = head.logits(state, actions[:, -1], self._hints(context, actions, game))
+            out.append(head.own(logits, state).cpu())
         return torch.cat(out)
 
-    def _hints(self, context: Tensor, actions: Tensor) -> Mapping[str, Tensor]:
+    def _hints(self, context: Tensor, actions: Tensor, game: Tensor | None) -> Mapping[str, Tensor]:
         """What the head is told of the next step, of a context without noise, as when it is used."""
         if self._dynamics is None:
             return {}
-        state = State({"latents": context, "actions": actions[:, :-1]})
+        state = of_game(State({"latents": context, "actions": actions[:, :-1]}), game)
         with torch.no_grad():
             return self._dynamics.to(context.device).hints(state, actions[:, -1])
 

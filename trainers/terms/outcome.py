@@ -12,7 +12,8 @@ from torch import Tensor
 from dreamenv.config import check
 from dreamenv.models.interface import State
 from dreamenv.models.registry import register
-from trainers.labels import outcome_labels, trained_head
+from trainers.labels import outcome_labels, trained_head, uneventful
+from trainers.models import of_game
 from trainers.rollout import DynamicsBatch, Rollout, Rollouts
 from trainers.terms.interface import Setting, Term
 
@@ -54,8 +55,9 @@ class Outcome(Term):
             f"{setting.dynamics.spec}, {setting.dynamics.context}",
         )
         self._head, data = [head], setting.data  # in a list: its weights are none of this term's
-        _, self._labels = outcome_labels(data, head, len(head.config.rewards))
-        rare = [np.flatnonzero((self._labels == c) & ~data.validation) for c in range(1, self._labels.max() + 1)]
+        outcomes, self._labels = outcome_labels(data, head, len(head.config.rewards))
+        eventful = np.flatnonzero(~uneventful(outcomes))
+        rare = [np.flatnonzero((self._labels == c) & ~data.validation) for c in eventful]
         self._rare, self._start = [steps for steps in rare if len(steps)], data.start
         self._query: np.ndarray | None = None
 
@@ -95,7 +97,9 @@ class Outcome(Term):
         rows = torch.arange(len(query), device=query.device)[:, None]
         steps = query[:, None] + torch.arange(k, device=query.device)
         taken = rollout.actions[rows, steps]
-        state = State({"latents": rollout.trail[rows, steps], "actions": taken[:, :-1]})
+        game = None if batch.game is None else batch.game.repeat(rollout.copies)
+        state = of_game(State({"latents": rollout.trail[rows, steps], "actions": taken[:, :-1]}), game)
         with torch.no_grad():  # the head's answer must not bend the player's path
             hints = rollouts.dynamics.hints(state, taken[:, -1])
-        return F.cross_entropy(self._head[0].to(query.device).logits(state, taken[:, -1], hints), labels)
+        head = self._head[0].to(query.device)
+        return F.cross_entropy(head.own(head.logits(state, taken[:, -1], hints), state), labels)

@@ -33,6 +33,8 @@ class CanvasFlowConfig:
     """The network that mixes cells, see `dreamenv.models.backbones`."""
     embedding: int = 128
     """Width of the conditioning vector."""
+    games: int = 1
+    """How many games it knows; training takes it from the data."""
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
@@ -44,6 +46,7 @@ class CanvasFlowConfig:
             8 <= self.embedding <= 4096 and self.embedding % 4 == 0,
             f"embedding {self.embedding}: must be a multiple of 4 in 8..4096",
         )
+        check(1 <= self.games <= 1024, f"games {self.games}: must be 1..1024")
 
 
 @register("dynamics", "canvas_flow", CanvasFlowConfig)
@@ -69,7 +72,9 @@ class CanvasFlow(Dynamics):
         self.backbone: Backbone = build("backbone", config.backbone, seen, e, e // 2, where="backbone")
         self.out = zero_init(nn.Conv2d(self.backbone.width, c + 2 * self.pixels + 1, 3, padding=1))
         self.action_embedding = nn.Embedding(NULL_ACTION + 1, e // 2)
-        self.condition = nn.Sequential(nn.Linear((k + 2) * (e // 2), 2 * e), nn.SiLU(), nn.Linear(2 * e, e), nn.SiLU())
+        self.game_embedding = nn.Embedding(config.games, e // 2) if config.games > 1 else None
+        told = (k + 2 + (config.games > 1)) * (e // 2)
+        self.condition = nn.Sequential(nn.Linear(told, 2 * e), nn.SiLU(), nn.Linear(2 * e, e), nn.SiLU())
 
     def begin(
         self,
@@ -119,6 +124,8 @@ class CanvasFlow(Dynamics):
         half = self.config.embedding // 2
         actions = self.action_embedding(torch.cat([state.actions, action[:, None]], 1))
         told = [actions.flatten(1), *(sinusoidal(s, half).to(actions.dtype) for s in (tau, level))]
+        if self.game_embedding is not None:
+            told.append(self.game_embedding(state["game"]))
         order = torch.linspace(0, 1, actions.shape[1], device=actions.device)
         tokens = actions + sinusoidal(order, half).to(actions.dtype) if self.backbone.attends else None
         maps = torch.cat([noisy, context.flatten(1, 2), background, state["votes"] / _VOTES], 1)

@@ -31,6 +31,8 @@ class LatentPredictorConfig:
     """Dynamic filters; 0 turns them off."""
     filter_size: int = 5
     """Their kernel size, in cells."""
+    games: int = 1
+    """How many games it knows; training takes it from the data."""
     gate: bool = False
     """Whether each cell's change is multiplied by a gate in 0..1, so that what stands still can be copied exactly."""
 
@@ -43,6 +45,7 @@ class LatentPredictorConfig:
             f"embedding {self.embedding}: must be a multiple of 4 in 8..4096",
         )
         check(0 <= self.filter_bank <= 512, f"filter_bank {self.filter_bank}: must be 0..512")
+        check(1 <= self.games <= 1024, f"games {self.games}: must be 1..1024")
         odd = self.filter_size % 2 == 1 and 1 <= self.filter_size <= 15
         check(odd, f"filter_size {self.filter_size}: must be odd, 1..15")
 
@@ -72,7 +75,9 @@ class LatentPredictor(Dynamics):
         zero_init(out)
         self.out = out
         self.action_embedding = nn.Embedding(NULL_ACTION + 1, e // 2)
-        seen = (k + scalars) * (e // 2) + extra
+        several = config.games > 1
+        self.game_embedding = nn.Embedding(config.games, e // 2) if several else None
+        seen = (k + several + scalars) * (e // 2) + extra
         self.condition = nn.Sequential(nn.Linear(seen, 2 * e), nn.SiLU(), nn.Linear(2 * e, e), nn.SiLU())
         if config.gate and out.bias is not None:
             nn.init.constant_(out.bias[c + 1 :], 4.0)  # begins open
@@ -112,6 +117,8 @@ class LatentPredictor(Dynamics):
         """
         context, c = state.latents, self.config.latent.shape[0]
         actions = self.action_embedding(torch.cat([state.actions, action[:, None]], 1))
+        if self.game_embedding is not None:
+            told = [self.game_embedding(state["game"]), *told]
         cond = self.condition(torch.cat([actions.flatten(1), *told], 1))
         tokens = None
         if self.backbone.attends:

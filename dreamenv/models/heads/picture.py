@@ -34,7 +34,9 @@ class PictureOutcomeHead(OutcomeHead):
         w, side = config.width, size // step // 4
         self.stem = nn.Conv2d(c * config.context, w, step + 2, step, padding=1)
         self.action = nn.Embedding(NULL_ACTION + 1, 32)
-        self.blocks = nn.ModuleList([ResBlock(w, w, 32 * config.context) for _ in range(3)])
+        several = config.games > 1
+        self.game = nn.Embedding(config.games, 32) if several else None
+        self.blocks = nn.ModuleList([ResBlock(w, w, 32 * (config.context + several)) for _ in range(3)])
         self.norm = group_norm(w)
         self.hidden = nn.Linear(w * side * side + w, 128)
         self.out = nn.Linear(128, len(config.rewards))
@@ -42,6 +44,8 @@ class PictureOutcomeHead(OutcomeHead):
     def logits(self, state: State, action: Tensor, hints: Mapping[str, Tensor]) -> Tensor:
         """See `OutcomeHead.logits`."""
         cond = self.action(torch.cat([state.actions, action[:, None]], 1)).flatten(1)
+        if self.game is not None:
+            cond = torch.cat([cond, self.game(state["game"])], 1)
         x = self.stem(state.latents.flatten(1, 2))
         for i, block in enumerate(self.blocks):
             if i:
