@@ -167,7 +167,7 @@ def embedded_games() -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in sorted(EMBEDDED.glob("*/bundle.json")):
         described = read_json(path, BundleError, _REMEDY)
-        names = [facts["name"] for facts in described.get("games", [described["game"]])]
+        names = [facts["name"] for facts in (described["games"] if "games" in described else [described["game"]])]
         found |= {name: path.parent for name in names if len(names) == 1 or name not in found}
     return dict(sorted(found.items()))
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dreamenv.models.codecs.exact import ExactPatches, ExactPatchesConfig
-from dreamenv.models.dynamics.canvas import CanvasFlow, CanvasFlowConfig, blend
+from dreamenv.models.dynamics.canvas import CanvasFlow, CanvasFlowConfig, blend, moved
 from dreamenv.models.interface import to_frames, to_images
 
 CODEC = ExactPatches(ExactPatchesConfig())
@@ -76,3 +76,18 @@ def test_a_share_that_is_nothing_still_learns() -> None:
     assert mixed[0, :, 0].tolist() == [[0.0, 1.0]] * 3
     mixed.sum().backward()
     assert logit.grad is not None and (logit.grad > 0).all()
+
+
+@torch.no_grad()
+def test_a_cell_s_picture_is_moved_by_whole_pixels() -> None:
+    picture = np.random.default_rng(1).integers(256, size=(1, 64, 64, 3), dtype=np.uint8)
+    latents = latents_of(picture[None])[0]
+    logits = torch.full((1, 25, 16, 16), -60.0)
+    logits[:, 12] = 0  # at rest
+    logits[:, 12, 5, 7], logits[:, 1 * 5 + 4, 5, 7] = -60, 0  # this cell shows what was one pixel up and two right
+    shown = to_frames(CODEC.decode(moved(latents, logits))).numpy()[0]
+    expected = picture[0].copy()
+    expected[20:24, 28:32] = picture[0, 19:23, 30:34]
+    assert np.array_equal(shown, expected)
+    fresh = CanvasFlow(CanvasFlowConfig())
+    assert fresh.out.bias is not None and fresh.out.bias[-25:].argmax() == 12

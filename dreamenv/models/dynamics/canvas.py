@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamenv.config import check
@@ -33,6 +34,8 @@ class CanvasFlowConfig:
     """The network that mixes cells, see `dreamenv.models.backbones`."""
     embedding: int = 128
     """Width of the conditioning vector."""
+    motion: int = 2
+    """How many pixels a cell's picture may be moved each way before it is drawn over; 0 moves none."""
     games: int = 1
     """How many games it knows; training takes it from the data."""
 
@@ -46,6 +49,7 @@ class CanvasFlowConfig:
             8 <= self.embedding <= 4096 and self.embedding % 4 == 0,
             f"embedding {self.embedding}: must be a multiple of 4 in 8..4096",
         )
+        check(0 <= self.motion <= 8, f"motion {self.motion}: must be 0..8")
         check(1 <= self.games <= 1024, f"games {self.games}: must be 1..1024")
 
 
@@ -56,6 +60,8 @@ class CanvasFlow(Dynamics):
     Both shares can be 0 and 1 exactly (the stretched and clamped sigmoid of Louizos et al. 2018), so what stands still
     stays the same to the byte for ever, and ground that is uncovered comes back as it was. The background is a vote
     over time: each pixel's colour is the one that had the majority of the pictures seen so far (Boyer & Moore 1991).
+
+    What is drawn is a change of the last picture, whose cells are moved by whole pixels first.
 
     A state keeps `background` (B, C, H, W) and `votes` (B, C / 3, H, W), the majority's lead in pictures.
     """
@@ -70,7 +76,12 @@ class CanvasFlow(Dynamics):
         self.pixels = c // 3
         seen = c * (k + 2) + self.pixels
         self.backbone: Backbone = build("backbone", config.backbone, seen, e, e // 2, where="backbone")
-        self.out = zero_init(nn.Conv2d(self.backbone.width, c + 2 * self.pixels + 1, 3, padding=1))
+        self.moves = (2 * config.motion + 1) ** 2 if config.motion else 0
+        out = nn.Conv2d(self.backbone.width, c + 2 * self.pixels + 1 + self.moves, 3, padding=1)
+        zero_init(out)
+        self.out = out
+        if self.moves and out.bias is not None:
+            nn.init.constant_(out.bias[-1 - self.moves // 2], 3.0)  # begins at rest
         self.action_embedding = nn.Embedding(NULL_ACTION + 1, e // 2)
         self.game_embedding = nn.Embedding(config.games, e // 2) if config.games > 1 else None
         told = (k + 2 + (config.games > 1)) * (e // 2)
@@ -131,12 +142,25 @@ class CanvasFlow(Dynamics):
         maps = torch.cat([noisy, context.flatten(1, 2), background, state["votes"] / _VOTES], 1)
         features = self.backbone(maps, self.condition(torch.cat(told, 1)), tokens)
         out = self.out(features).float()
-        change, new, uncovered, log_error = out.split(
-            [out.shape[1] - 2 * self.pixels - 1, self.pixels, self.pixels, 1], 1
-        )
-        drawn = last + change
+        parts = [last.shape[1], self.pixels, self.pixels, 1, self.moves]
+        change, new, uncovered, log_error, moves = out.split(parts, 1)
+        drawn = (moved(last, moves) if self.moves else last) + change
         fresh = blend(drawn, background, uncovered - 2)  # begins as what is drawn
         return Prediction(blend(last, fresh, new).float(), log_error[:, 0])
+
+
+def moved(latent: Tensor, logits: Tensor) -> Tensor:
+    """Patches of pixels (B, C, H, W), each cell's picture a mixture of itself moved by whole pixels.
+
+    Sprites mostly move as they are. The mixture is a softmax of logits (B, n^2, H, W), n odd, over the moves of up to
+    n // 2 pixels each way (dynamic neural advection, Finn et al. 2016).
+    """
+    patch, size = math.isqrt(latent.shape[1] // 3), math.isqrt(logits.shape[1])
+    picture = F.pixel_shuffle(latent, patch)
+    around = F.unfold(F.pad(picture, (size // 2,) * 4, mode="replicate"), size)
+    around = around.view(len(latent), 3, size * size, *picture.shape[2:])
+    shares = logits.softmax(1).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    return F.pixel_unshuffle((around * shares[:, None].to(around.dtype)).sum(2), patch)
 
 
 def blend(first: Tensor, second: Tensor, logit: Tensor) -> Tensor:
