@@ -77,7 +77,12 @@ def algorithm_config(config: RllibConfig) -> Any:
     register_env("DreamProcgen-v0", make_dreams)
     algorithm = PPOConfig().environment(
         "DreamProcgen-v0",
-        env_config={"bundle": str(bundle), "sampler": {"nfe": config.nfe}, "autoreset_mode": "NextStep"},
+        env_config={
+            "bundle": str(bundle),
+            "game": config.game,
+            "sampler": {"nfe": config.nfe},
+            "autoreset_mode": "NextStep",
+        },
     )
     algorithm = algorithm.env_runners(
         num_env_runners=config.runners,

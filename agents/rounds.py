@@ -145,7 +145,7 @@ def _round(
     merging = program("dreamenv.data.merge", *sources, out=merged)
     stage(out, f"merge-{r}", partial(run_command, merging))
     options = {"minutes": config.minutes, "steps": config.model_steps, "seed": config.seed, "latents": out / "latents"}
-    modelling = program("trainers.finetune", data=merged, bundle=bundle, out=model, **options)
+    modelling = program("trainers.finetune", data=merged, bundle=bundle, game=config.game, out=model, **options)
     stage(out, f"model-{r}", partial(run_command, modelling))
     bundle = model / "bundle"
     row = {"round": r, **stage(out, f"measure-{r}", partial(_measure, config, bundle, here / "compare"))}
@@ -173,7 +173,14 @@ def _round(
 def _measure(config: LoopConfig, bundle: Path, folder: Path) -> dict[str, Any]:
     """A short comparison of a bundle with the real game, in a process of its own."""
     clips = config.clips
-    options = {"bundle": bundle, "out": folder, "seed": config.seed, "clips": clips, "random_clips": clips}
+    options = {
+        "bundle": bundle,
+        "game": config.game,
+        "out": folder,
+        "seed": config.seed,
+        "clips": clips,
+        "random_clips": clips,
+    }
     options |= {"branches": clips, "horizon": 10, "steps": max(400 * clips, 6400), "samples": 1, "negatives": 1000}
     options |= {"drift": 0, "endless_steps": 0}
     figures = _last(program("dreamenv", "compare", **options, policies=[]))

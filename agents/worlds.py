@@ -56,25 +56,28 @@ def dream_world(
 
 
 def dataset_starts(
-    folder: Path, count: int, context: int, seed: int = 0, frame: tuple[int, int, int] = NATIVE
+    folder: Path, game: str, count: int, context: int, seed: int = 0, frame: tuple[int, int, int] = NATIVE
 ) -> Starts:
-    """`count` real contexts drawn from anywhere in a dataset's episodes, their frames as (H, W, C) `frame`.
+    """`count` real contexts drawn from anywhere in a dataset's episodes of a game, their frames as (H, W, C) `frame`.
 
     Raises:
-        DatasetError: damaged, too short, or it holds held-out levels.
+        DatasetError: damaged, too short, of other games, or it holds held-out levels.
     """
     dataset = Dataset(folder)
-    if (highest := max(int(s.level_seeds.max()) for s in dataset.shards)) >= HELD_OUT_FROM:
+    shards = [shard for shard in dataset.shards if shard.game == game]
+    if not shards:
+        raise DatasetError(f"{folder}: is of {', '.join(dataset.games)}, not of {game}; collect that")
+    if (highest := max(int(s.level_seeds.max()) for s in shards)) >= HELD_OUT_FROM:
         raise DatasetError(
             f"{folder}: holds level {highest}; levels from {HELD_OUT_FROM} on are held out, use others to train"
         )
-    windows = Windows([s.first for s in dataset.shards], context)
+    windows = Windows([s.first for s in shards], context)
     if not len(windows):
         raise DatasetError(f"{folder}: no episode has {context} consecutive frames; collect more")
     chosen = np.sort(np.random.default_rng(seed).choice(len(windows), min(count, len(windows)), replace=False))
     frames, actions, levels = [], [], []
     for shard, start in zip(windows.shard[chosen], windows.start[chosen], strict=True):
-        part, rows = dataset.shards[shard], slice(start, start + context)
+        part, rows = shards[shard], slice(start, start + context)
         frames.append(observe(part.frames[rows], frame))
         actions.append(part.actions[rows][:-1])
         levels.append(part.level_seeds[start])
@@ -104,7 +107,9 @@ def make_world(
     if world == "real":
         return real_world(game, num_envs, frame=loaded.world_model.frame_shape)
     model = loaded.world_model
-    starts = None if data is None else dataset_starts(data, 2000, model.context, frame=model.frame_shape)
+    starts = (
+        None if data is None else dataset_starts(data, loaded.game.name, 2000, model.context, frame=model.frame_shape)
+    )
     dreams = num_envs if world == "dream" else round(num_envs * share)
     if not 1 <= dreams <= num_envs or (world == "mix" and dreams == num_envs):
         raise ConfigError(f"share {share}: leaves {dreams} dreams of {num_envs} environments; a mix needs both worlds")

@@ -11,57 +11,35 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save as save_tensors
+from torch import nn
 
-from dreamenv.artifacts import atomic_folder, parse_json, present, read_json, readable_folder, sha256_file, write_json
+from dreamenv.artifacts import atomic_folder, parse_json, present, readable_folder, sha256_file, write_json
 from dreamenv.config import check, from_dict, to_dict
-from dreamenv.contract.games import get_game
+from dreamenv.description import (
+    FORMAT_VERSION,
+    NETWORKS,
+    GameFacts,
+    compute_identity,
+    described_games,
+    part_names,
+    read_description,
+)
 from dreamenv.device import own_settings, pick_device, pick_precision
 from dreamenv.errors import BundleError, ConfigError
 from dreamenv.models.io import build_for, fill, read_part
-from dreamenv.models.migrations import bundle_from_1
 from dreamenv.models.registry import spec_of
 from dreamenv.starts import Starts, pack_starts, parse_starts
 from dreamenv.world_model import WorldModel
 
-FORMAT_VERSION = 2
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: bundle_from_1}
-"""Version -> function that turns that version's description into the next one's, in memory."""
-NETWORKS = ("codec", "dynamics", "head")
 _REMEDY = "re-download or retrain"
 EMBEDDED = Path(__file__).parent / "bundles"
-
-
-@dataclass(frozen=True)
-class GameFacts:
-    """Which game a bundle is of; all else about it is in the table of games."""
-
-    name: str
-    """Procgen's name."""
-    distribution_mode: str
-    """Procgen's difficulty."""
-    max_steps: int
-    """Step limit; reaching it truncates."""
-
-    def __post_init__(self) -> None:
-        """Validate; raises `ConfigError`."""
-        modes = get_game(self.name).distribution_modes
-        check(
-            self.distribution_mode in modes,
-            f"distribution_mode {self.distribution_mode!r}: {self.name} has {', '.join(modes)}",
-        )
-        check(self.max_steps >= 1, f"max_steps {self.max_steps}: must be >= 1")
-
-    @property
-    def action_meanings(self) -> tuple[str, ...]:
-        """What each of the 15 actions does."""
-        return get_game(self.name).meanings
 
 
 @dataclass(frozen=True)
@@ -100,15 +78,6 @@ class Bundle:
     games: tuple[str, ...] = ()
 
 
-def part_names(games: tuple[str, ...]) -> dict[tuple[str, str], str]:
-    """The file of each part: ("weights", network), and ("starts" or "card", game)."""
-    names = {("weights", n): f"{n}.safetensors" for n in NETWORKS}
-    for game in games:
-        mark = f"-{game}" if len(games) > 1 else ""
-        names |= {("starts", game): f"starts{mark}.safetensors", ("card", game): f"card{mark}.json"}
-    return names
-
-
 def save_bundle(
     folder: str | Path,
     world_model: WorldModel,
@@ -131,8 +100,27 @@ def save_bundle_of(
     provenance: dict[str, Any],
     cards: Mapping[str, dict[str, Any]],
 ) -> Path:
-    """Write the bundle folder of one or several games, in the order in which the model counts them; returns it."""
-    folder, names = Path(folder), part_names(tuple(game.name for game in games))
+    """Write the bundle folder of one or several games, see `save_bundle`; returns it.
+
+    Args:
+        games: in the order in which the model counts them.
+        folder: of the bundle.
+        world_model: whose networks are saved.
+        limits: of its latents.
+        starts: of each game, by name.
+        provenance: where it comes from, JSON.
+        cards: measured fidelity in each game, by name; a game without one gets an empty one.
+
+    Raises:
+        ConfigError: the model is of other games.
+    """
+    called = tuple(game.name for game in games)
+    told = world_model.dynamics.games
+    check(
+        told == (called if len(games) > 1 else ()),
+        f"games {', '.join(called)}: the model is of {', '.join(told) or 'one'}",
+    )
+    folder, names = Path(folder), part_names(called)
     networks = {n: getattr(world_model, n) for n in NETWORKS}
     with atomic_folder(folder) as temporary:
         for name, network in networks.items():
@@ -154,20 +142,11 @@ def save_bundle_of(
     return folder
 
 
-def compute_identity(description: dict[str, Any]) -> str:
-    """sha256 of all that decides what a bundle dreams: its description but for the cards, which are measurements."""
-    kept = {k: v for k, v in description.items() if k != "identity"}
-    if isinstance(kept.get("sha256"), dict):
-        kept["sha256"] = {k: v for k, v in kept["sha256"].items() if not k.startswith("card")}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-
-
 def embedded_games() -> dict[str, Path]:
     """Games of the bundles in the package, in order, and the folder that holds each."""
     found: dict[str, Path] = {}
     for path in sorted(EMBEDDED.glob("*/bundle.json")):
-        described = read_json(path, BundleError, _REMEDY)
-        names = [facts["name"] for facts in (described["games"] if "games" in described else [described["game"]])]
+        names = bundle_games(path.parent)
         found |= {name: path.parent for name in names if len(names) == 1 or name not in found}
     return dict(sorted(found.items()))
 
@@ -182,9 +161,9 @@ def resolve_bundle(bundle: str | Path | None, game: str) -> Path:
         if not isinstance(bundle, (str, Path)) or not str(bundle):
             raise BundleError(f"bundle {bundle!r}: expected the path of a bundle folder")
         return Path(bundle)
-    if not isinstance(game, str):
-        raise BundleError(f"game {game!r}: expected a name, such as {next(iter(embedded_games()))!r}")
     embedded = embedded_games()
+    if not isinstance(game, str):
+        raise BundleError(f"game {game!r}: expected a name, one of {', '.join(embedded) or 'none'}")
     if game not in embedded:
         raise BundleError(
             f"game {game!r}: no embedded bundle; embedded are: {', '.join(embedded) or 'none'}. "
@@ -209,7 +188,7 @@ def load_bundle(
 ) -> Bundle:
     """Load and verify a bundle; environments of one process share the networks of equal bundles.
 
-    Every file is read and hashed once, whether or not an equal bundle is loaded already.
+    Every file that is of the game is read and hashed once, whether or not an equal bundle is loaded already.
 
     Args:
         folder: where bundle.json is.
@@ -224,8 +203,8 @@ def load_bundle(
     picked = pick_device(device)
     precision = pick_precision(precision, picked)
     folder = readable_folder(folder)
-    description = _read_description(folder / "bundle.json")
-    games = _games(description, folder / "bundle.json")
+    description = read_description(folder / "bundle.json")
+    games = described_games(description, folder / "bundle.json")
     chosen = _chosen(games, game, folder)
     parts, digests = part_names(tuple(known.name for known in games)), description.get("sha256")
     if not isinstance(digests, dict) or set(digests) != set(parts.values()):
@@ -240,28 +219,14 @@ def load_bundle(
     with _loading:
         if key not in _loaded:
             with own_settings(picked), torch.inference_mode(False):
-                _loaded[key] = _build(folder, description, games, chosen, contents, paths, str(picked), precision)
-            while len(_loaded) > _KEPT:
+                other = next((b for k, b in _loaded.items() if k[:-1] == key[:-1]), None)  # of another game
+                networks = None if other is None else {n: getattr(other.world_model, n) for n in NETWORKS}
+                where = (str(picked), precision)
+                _loaded[key] = _build(folder, description, games, chosen, contents, paths, where, networks)
+            while len({k[:-1] for k in _loaded}) > _KEPT:
                 _loaded.popitem(last=False)
         _loaded.move_to_end(key)
         return _loaded[key]
-
-
-def _games(description: dict[str, Any], path: Path) -> list[GameFacts]:
-    """What a description says of its games."""
-    try:
-        facts = description["games"] if "games" in description else [description["game"]]
-        if not isinstance(facts, list) or not facts:
-            raise TypeError(f"games {str(facts)[:80]}: expected a list of facts")
-        games = [from_dict(GameFacts, each, "game") for each in facts]
-    except KeyError as error:
-        raise BundleError(f"{path}: key {error} is missing; {_REMEDY}") from None
-    except (ConfigError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise BundleError(f"{path}: {error}; {_REMEDY}") from None
-    names = [game.name for game in games]
-    if len(set(names)) < len(names):
-        raise BundleError(f"{path}: games {', '.join(names)}: one is named twice; {_REMEDY}")
-    return games
 
 
 def _chosen(games: list[GameFacts], game: str | None, folder: Path) -> int:
@@ -281,25 +246,28 @@ def _build(
     chosen: int,
     parts: dict[tuple[str, str], bytes],
     paths: dict[tuple[str, str], Path],
-    device: str,
-    precision: str,
+    where: tuple[str, str],
+    loaded: dict[str, nn.Module] | None,
 ) -> Bundle:
     path = folder / "bundle.json"
     try:
         limits = from_dict(Limits, description["limits"], "limits")
-        networks = {n: build_for(n, description["models"][n], parts["weights", n], f"models.{n}") for n in NETWORKS}
+        networks = loaded or {
+            n: build_for(n, description["models"][n], parts["weights", n], f"models.{n}") for n in NETWORKS
+        }
         provenance = dict(description["provenance"])
     except KeyError as error:
         raise BundleError(f"{path}: key {error} is missing; {_REMEDY}") from None
     except (ConfigError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise BundleError(f"{path}: {error}; {_REMEDY}") from None
     version = 1 if "files" in description else FORMAT_VERSION
-    for name, network in networks.items():
+    for name, network in networks.items() if loaded is None else ():
         fill(network, parts["weights", name], paths["weights", name], version)
     codec, dynamics, head = (networks[name] for name in NETWORKS)
     try:
-        check(dynamics.games == len(games), f"dynamics: know {dynamics.games} games, the bundle is of {len(games)}")
-        world_model = WorldModel(codec, dynamics, head, device, precision, chosen)
+        wanted = tuple(known.name for known in games) if len(games) > 1 else ()
+        check(dynamics.games == wanted, f"dynamics: of the games {dynamics.games}, the bundle of {wanted}")
+        world_model = WorldModel(codec, dynamics, head, *where, chosen)
     except ConfigError as error:
         raise BundleError(f"{path}: {error}; {_REMEDY}") from None
     card = parse_json(parts["card", ""], paths["card", ""], BundleError, _REMEDY)
@@ -311,28 +279,10 @@ def _build(
     return Bundle(folder, identity, world_model, game, limits, starts, provenance, card, names)
 
 
-def _read_description(path: Path) -> dict[str, Any]:
-    """Read bundle.json, the version first; older ones are migrated in memory and keep their identity."""
-    description = read_json(path, BundleError, "is this a bundle folder? Re-download or retrain")
-    version = description.get("format_version")
-    if not isinstance(version, int) or isinstance(version, bool):
-        raise BundleError(f"{path}: format_version {version!r} is not an integer; {_REMEDY}")
-    if version > FORMAT_VERSION:
-        raise BundleError(
-            f"{path}: format_version {version} is newer than this release reads ({FORMAT_VERSION}); upgrade dreamenv"
-        )
-    if description.get("identity") != compute_identity(description):
-        raise BundleError(f"{path}: its contents do not match its identity, it was altered; {_REMEDY}")
-    description = {key: value for key, value in description.items() if key != "files"}  # migrations alone say that
-    while version < FORMAT_VERSION:
-        if version not in MIGRATIONS:
-            raise BundleError(f"{path}: format_version {version} is too old to migrate; retrain")
-        try:
-            description = MIGRATIONS[version](description)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise BundleError(f"{path}: is no bundle of version {version} ({error!r}); {_REMEDY}") from None
-        version += 1
-    return description
+def bundle_games(folder: Path) -> tuple[str, ...]:
+    """The games of a bundle, by its description alone; raises `BundleError` if that is damaged."""
+    path = folder / "bundle.json"
+    return tuple(game.name for game in described_games(read_description(path), path))
 
 
 def short_name(folder: Path) -> str:

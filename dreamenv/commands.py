@@ -40,7 +40,7 @@ def demo(
 
     Args:
         out: folder for side_by_side.mp4 and .gif, film_strip.png, horizon.png and metrics.json.
-        game: which embedded bundle.
+        game: which embedded bundle; of a bundle of several games, which game.
         bundle: a bundle folder instead.
         clips: how many real clips, each of which the model continues.
         horizon: steps dreamt in each.
@@ -59,8 +59,9 @@ def demo(
         f"{'autoencoder':>14} {figures['autoencoder_psnr']:>9.2f}   rare colours {figures['autoencoder_psnr_rare']:.2f}"
     )
     for name in sorted(k[:-3] for k in figures if k.endswith("_ap")):
+        precision = figures[f"{name}_ap"]
         print(
-            f"{name:>14} average precision {figures[f'{name}_ap']:.3f} "
+            f"{name:>14} average precision {'unknown' if precision is None else format(precision, '.3f')} "
             f"(base rate {figures[f'{name}_base_rate']:.4f}, {figures[f'{name}_events']} events)"
         )
     print(
@@ -120,7 +121,7 @@ def compare(
     Args:
         settings: how much is measured.
         out: folder for report.html, metrics.json, tables, pictures and films.
-        game: which embedded bundle.
+        game: which embedded bundle; of a bundle of several games, which game.
         bundle: a bundle folder instead.
         nfe: network function evaluations per step.
         solver: euler or heun.
@@ -130,7 +131,7 @@ def compare(
         device: auto, cpu, cuda ...
         quick: measure less of everything and leave out the closed loop, in under a minute.
         thorough: twice the steps, negatives and so on, four long dreams; what the embedded card is measured with.
-        card: store the figures in the bundle's card.json.
+        card: store the figures in the bundle, as its card of this game.
     """
     from tqdm import tqdm
 
@@ -182,7 +183,7 @@ def generate(
 
     Args:
         out: folder for clip-0000.mp4 and so on, for the dataset, for grid.png or futures.png.
-        game: which embedded bundle.
+        game: which embedded bundle; of a bundle of several games, which game.
         bundle: a bundle folder instead.
         form: video; dataset, which says that it is of a dream; grid, eight dreams from fixed starts under
             fixed actions; or futures, four dreams of one start under the same actions.
@@ -231,7 +232,7 @@ def bench(
     """Measure frames/s of one dream and of many, and peak memory; the last line printed is JSON.
 
     Args:
-        game: which embedded bundle.
+        game: which embedded bundle; of a bundle of several games, which game.
         bundle: a bundle folder instead.
         nfe: numbers of function evaluations, separated by commas.
         num_envs: the large batch.
@@ -262,7 +263,7 @@ def info(game: str = "coinrun", bundle: Path | None = None) -> None:
     """Verify a bundle and print what it is, where it comes from and how faithful it was measured to be.
 
     Args:
-        game: which embedded bundle.
+        game: which embedded bundle; of a bundle of several games, which game.
         bundle: a bundle folder instead.
     """
     from dreamenv.artifacts import read_json

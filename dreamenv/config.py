@@ -35,6 +35,12 @@ def unknown(what: str, name: Any, known: Iterable[str]) -> ConfigError:
     return ConfigError(f"{what}; {hint}There are: {', '.join(names) or 'none'}")
 
 
+def check_games(games: tuple[str, ...]) -> None:
+    """Raise `ConfigError` unless names of games tell several apart: none, or 2 to 1024 different ones."""
+    sound = len(games) != 1 and len(games) <= 1024 and len(set(games)) == len(games)
+    check(sound, f"games {', '.join(games[:16])}: must be none or 2..1024 different ones")
+
+
 def whole(value: Any, name: str, least: int, most: int | None = None) -> int:
     """Return `value` as an int; raises `ConfigError` unless it is an integer, NumPy's too, in least..most."""
     limits = f"an integer >= {least}" if most is None else f"an integer in {least}..{most}"

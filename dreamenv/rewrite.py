@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from dreamenv.artifacts import atomic_folder, read_json, readable_folder, sha256_file, write_json
-from dreamenv.bundle import FORMAT_VERSION, bundled_agent, compute_identity, load_bundle, part_names, save_bundle
+from dreamenv.bundle import (
+    FORMAT_VERSION,
+    bundle_games,
+    bundled_agent,
+    compute_identity,
+    load_bundle,
+    part_names,
+    save_bundle_of,
+)
 from dreamenv.console import run_command_line
 from dreamenv.errors import BundleError
 
@@ -37,8 +45,10 @@ def rewrite_bundle(folder: str | Path, out: str | Path) -> Path:
 
     Weights are stored as they are loaded, rounded to fp16: those of a bundle are fp16 already, so it dreams the same.
     """
-    old = load_bundle(folder, "cpu", "fp32")
-    save_bundle(out, old.world_model, old.game, old.limits, old.starts, old.provenance, old.card)
+    each = [load_bundle(folder, "cpu", "fp32", game) for game in bundle_games(readable_folder(folder))]
+    old, games = each[0], [one.game for one in each]
+    starts, cards = {one.game.name: one.starts for one in each}, {one.game.name: one.card for one in each}
+    save_bundle_of(games, out, old.world_model, old.limits, starts, old.provenance, cards)
     agent = bundled_agent(old.folder)
     if agent is not None:
         shutil.copytree(agent, Path(out) / "agent")

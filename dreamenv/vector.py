@@ -45,7 +45,7 @@ class DreamVectorEnv(Branching):
 
     Args:
         num_envs: batch size.
-        game: which embedded bundle.
+        game: which embedded bundle; of a bundle of several games, which game.
         bundle: a bundle folder instead.
         device: "auto", "cpu", "cuda" ...
         sampler: `SamplerConfig`, a mapping of its fields, e.g. {"nfe": 2, "temperature": 0.8}, or a YAML file of one.

@@ -20,10 +20,10 @@ class WorldModel:
         device: where they run.
         precision: "fp32", or "bf16" autocast of dynamics and head, and of a codec's decoder that allows it; the rest of
             a codec is always fp32, for bf16 has no more digits than a pixel.
-        game: which of the games that dynamics and head know, counted from 0, it is to dream.
+        game: which of the games that dynamics and head are told apart it is to dream, counted from 0.
 
     Raises:
-        ConfigError: the three disagree on what a latent is, how many a state holds, or how many games there are.
+        ConfigError: the three disagree on what a latent is, how many a state holds, or which games there are.
     """
 
     def __init__(
@@ -41,9 +41,10 @@ class WorldModel:
             )
         told = (dynamics.context, head.config.context)
         check(told[0] == told[1], f"context: dynamics and head disagree, {told[0]} and {told[1]}")
-        known = (dynamics.games, head.config.games)
-        check(known[0] == known[1], f"games: dynamics and head disagree, {known[0]} and {known[1]}")
-        check(0 <= game < known[0], f"game {game}: must be one of the {known[0]} that the model knows, from 0")
+        names = dynamics.games
+        check(names == head.config.games, f"games: dynamics and head disagree, {names} and {head.config.games}")
+        count = max(len(names), 1)
+        check(0 <= game < count, f"game {game}: must be one of the {count} that the model knows, from 0")
         self.device, self.game = torch.device(device), game
         self.precision = precision
         self.codec, self.dynamics, self.head = codec, dynamics, head
@@ -54,8 +55,10 @@ class WorldModel:
         self.context = dynamics.context
         self.latent_shape = codec.spec.shape
         self.frame_shape = codec.frame
-        self.rewards = np.asarray(head.config.rewards, np.float64)
-        self.terminated = np.asarray(head.config.terminated, bool)
+        own = [i for i, owner in enumerate(head.config.owners) if owner == game] if names else slice(None)
+        self._own = own  # the outcomes of this game
+        self.rewards = np.asarray(head.config.rewards, np.float64)[own]
+        self.terminated = np.asarray(head.config.terminated, bool)[own]
 
     def _autocast(self, wanted: bool = True) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted and self.precision == "bf16")
@@ -94,9 +97,9 @@ class WorldModel:
     def _begin(self, latents: Tensor, actions: Tensor) -> State:
         """The dynamics' state, which says the game where they know several."""
         state = self.dynamics.begin(latents, actions)
-        return (
-            state if self.dynamics.games == 1 else state.replace(game=torch.full_like(state.actions[:, 0], self.game))
-        )
+        if not self.dynamics.games:
+            return state
+        return state.replace(game=torch.full((len(latents),), self.game, dtype=torch.int64, device=self.device))
 
     @torch.inference_mode()
     def blank(self, size: int) -> State:
@@ -122,7 +125,7 @@ class WorldModel:
             prediction = sample(self.dynamics, state, action, noise, sampler)
         following = self.dynamics.advance(state, action, prediction.latent)
         with self._autocast():
-            outcomes = self.head.log_probabilities(state, action, prediction.hints)
+            outcomes = self.head.log_probabilities(state, action, prediction.hints)[:, self._own]
         return Transition(following, outcomes, prediction.log_error.exp().mean((1, 2)).sqrt())
 
     @torch.inference_mode()
@@ -131,4 +134,4 @@ class WorldModel:
         action = torch.as_tensor(actions, device=self.device).long()
         hints = self.dynamics.hints(state, action)
         with self._autocast():
-            return self.head.log_probabilities(state, action, hints)
+            return self.head.log_probabilities(state, action, hints)[:, self._own]

@@ -17,6 +17,7 @@ from dreamenv.bundle import Bundle, load_bundle, resolve_bundle
 from dreamenv.config import check, to_dict
 from dreamenv.console import errors_in_one_line
 from dreamenv.contract.games import get_game
+from dreamenv.data import Dataset
 from dreamenv.errors import ConfigError
 from dreamenv.models.io import save_model
 from dreamenv.models.registry import spec_of
@@ -29,7 +30,7 @@ from trainers.train import override
 
 _DREAMS = 8192
 _SHARES = {"dynamics": 0.97, "head": 0.03}  # of the minutes: the head soon knows its events
-_MEASURED = ("rewards", "terminated", "bias", "scale")  # what of a head's configuration training decides
+_MEASURED = ("rewards", "terminated", "owners", "bias", "scale")  # what of a head's configuration training decides
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class FinetuneConfig:
     bundle: Path | None = None
     """Bundle to go on from; the embedded one by default."""
     game: str = "coinrun"
-    """Which embedded bundle."""
+    """Which embedded bundle. A bundle of several games goes on with all of them."""
     recipe: str = ""
     """Whose last stages to take; by default that of the bundle, or of its game."""
     minutes: float = 30.0
@@ -134,6 +135,11 @@ def finetune(config: FinetuneConfig) -> Path:
     """
     out, latents = config.out, config.latents or config.out / "latents"
     bundle = load_bundle(resolve_bundle(config.bundle, config.game), "cpu", game=config.game)
+    games = Dataset(config.data).games
+    check(
+        len(games) == 1 == len(bundle.games) or games == bundle.games,
+        f"data {config.data}: is of {', '.join(games)}, the bundle of {', '.join(bundle.games)}; they must be the same",
+    )
     stages = {kind: stage_values(config, bundle, kind, latents) for kind in ("dynamics", "head")}
     for values in stages.values():
         check_values(values)

@@ -13,35 +13,37 @@ from dreamenv.models.interface import OutcomeHead
 from dreamenv.models.io import load_model
 from trainers.latent_data import LatentDataset
 
-Outcome = tuple[int, float, bool]
+JointOutcome = tuple[int, float, bool]
 """Which game, the reward, and whether it ends the episode."""
 
 
-def outcome_labels(data: LatentDataset, head: OutcomeHead | None, limit: int) -> tuple[list[Outcome], np.ndarray]:
+def outcome_labels(
+    data: LatentDataset, head: OutcomeHead | None, limit: int = 0
+) -> tuple[list[JointOutcome], np.ndarray]:
     """The outcomes of a dataset, `joint_outcomes` of each of its games, and each step's label int64 (N,).
 
-    Where there is a trained head, its outcomes in its order.
+    Where there is a trained head, its outcomes in its order, and no more of a game than it has; else `limit`.
 
     Raises:
         ConfigError: the data holds an outcome that the head does not know.
     """
-    outcomes: list[Outcome] = []
+    owners = () if head is None else head.config.owners or (0,) * len(head.config.rewards)
+    outcomes: list[JointOutcome] = []
     labels = np.zeros(len(data.rewards), np.int64)
     for game in range(len(data.games)):
         own = data.game == game
-        found, places = joint_outcomes(data.rewards[own], data.terminated[own], limit)
+        found, places = joint_outcomes(data.rewards[own], data.terminated[own], owners.count(game) or limit)
         labels[own] = places + len(outcomes)
         outcomes += [(game, *outcome) for outcome in found]
     if head is None:
         return outcomes, labels
-    owners = head.config.owners or (0,) * len(head.config.rewards)
     known = list(zip(owners, head.config.rewards, head.config.terminated, strict=True))
     unknown = [o for o in outcomes if o not in known]
     check(not unknown, f"head: does not know the outcomes {unknown} of this data; train a new one")
     return known, np.array([known.index(o) for o in outcomes])[labels]
 
 
-def uneventful(outcomes: list[Outcome]) -> np.ndarray:
+def uneventful(outcomes: list[JointOutcome]) -> np.ndarray:
     """Bool (outcomes,): those without a reward that end nothing."""
     return np.array([not reward and not end for _, reward, end in outcomes])
 

@@ -12,6 +12,11 @@ from dreamenv.models.interface import Codec, State
 from dreamenv.models.registry import lookup
 
 
+def told_apart(games: tuple[str, ...]) -> tuple[str, ...]:
+    """The setting `games` of models of a dataset: none where it is of one game."""
+    return games if len(games) > 1 else ()
+
+
 def of_game(state: State, game: Tensor | None) -> State:
     """A state that says which of several games it is of, int64 (B,); the same state where there is but one."""
     return state if game is None else state.replace(game=game)
@@ -34,10 +39,10 @@ def completed(kind: str, model: dict[str, Any], codec: Codec, **more: Any) -> di
     return {name: value for name, value in (codec.shared() | more).items() if name in known} | model
 
 
-def check_games(known: int, games: tuple[str, ...], model: dict[str, Any]) -> None:
-    """Raise `ConfigError` unless a model knows as many games as its data holds."""
+def check_told(known: tuple[str, ...], games: tuple[str, ...], name: str) -> None:
+    """Raise `ConfigError`, which begins with `name`, unless a model is told just the games of its data apart."""
     check(
-        known == len(games),
-        f"model.type {model.get('type')!r}: knows {known} games, the data holds {', '.join(games)}; train a model that "
-        "has a setting games, or one game alone",
+        known == told_apart(games),
+        f"{name}: is of {', '.join(known) or 'one game'}, the data of {', '.join(games)}; models with a setting games "
+        "can learn several, all others one game alone",
     )

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainers.labels import Outcome, uneventful
+from trainers.labels import JointOutcome, uneventful
 from trainers.latent_data import LatentDataset
 
 
@@ -22,19 +22,25 @@ class Moments:
 
     Attributes:
         labels: int64 (M,), of all steps; those of outcomes that the main data does not know are uneventful.
-        calm: bool (M,), the uneventful steps.
+        uneventful: bool (M,), steps without a reward that end nothing.
         start: int64 (M,), the first step of each one's episode that has a whole context where it matters.
     """
 
     def __init__(
-        self, data: LatentDataset, also: LatentDataset | None, labels: np.ndarray, outcomes: list[Outcome], context: int
+        self,
+        data: LatentDataset,
+        also: LatentDataset | None,
+        labels: np.ndarray,
+        outcomes: list[JointOutcome],
+        context: int,
     ) -> None:
         self.data, self.also, self.context, self._own = data, also, context, len(labels)
         self.labels, self.start = labels, data.start
-        calm = uneventful(outcomes)
+        quiet = uneventful(outcomes)
         self._added = (np.zeros(0, np.int64),) * 2  # the other data's moments of training and of validation
         if also is not None:
-            further = np.zeros(len(also.start), np.int64)
+            none = {outcomes[i][0]: i for i in np.flatnonzero(quiet)[::-1]}  # the first of each game
+            further = np.array([none[game] for game in range(len(data.games))])[also.game]
             for i, (game, reward, end) in enumerate(outcomes):
                 same = (np.round(also.rewards.astype(np.float64), 4) == reward) & (also.terminated == end)
                 further[same & (also.game == game)] = i
@@ -45,13 +51,13 @@ class Moments:
             parts = (whole & ~also.validation, whole & also.validation)
             self._added = (self._own + np.flatnonzero(parts[0]), self._own + np.flatnonzero(parts[1]))
 
-        self.calm = calm[self.labels]
+        self.uneventful = quiet[self.labels]
 
     def split(self, validation: bool) -> list[np.ndarray]:
         """The steps int64 of each outcome in one part, the uneventful last and with all others of the main data."""
         every = np.flatnonzero(self.data.validation == validation)
         steps = np.concatenate([every, self._added[validation]])
-        rare = [steps[self.labels[steps] == c] for c in np.unique(self.labels[~self.calm])]
+        rare = [steps[self.labels[steps] == c] for c in np.unique(self.labels[~self.uneventful])]
         return [*(c for c in rare if len(c)), every]
 
     def _of(self, now: np.ndarray) -> list[tuple[LatentDataset, np.ndarray, np.ndarray]]:

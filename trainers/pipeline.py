@@ -44,7 +44,7 @@ class PipelineConfig:
     """What to make, and how much time to spend."""
 
     game: str = "coinrun"
-    """Game name."""
+    """Game name; with data of several games, one of them."""
     recipe: str = ""
     """A recipe of `trainers/recipes`, or the path of a YAML file; the game's own by default."""
     minutes: float = 90.0
@@ -53,7 +53,7 @@ class PipelineConfig:
     out: Path | None = None
     """Run folder, runs/<game> by default; the bundle is <out>/bundle."""
     data: Path | None = None
-    """A dataset of the game to train on, in place of collecting one."""
+    """A dataset of the game, or of several and this one, to train on, in place of collecting one."""
     steps: int | None = None
     """Transitions to collect; the recipe's number by default."""
     ends: int | None = None
@@ -70,7 +70,7 @@ class PipelineConfig:
     stage_steps: int | None = None
     """Steps of every trained stage instead of minutes: a run that can be repeated bit for bit."""
     starts: int = 60
-    """Start contexts in the bundle."""
+    """Start contexts in the bundle, of each game."""
     set: tuple[str, ...] = ()
     """Overrides for every trained stage, e.g. loop.batch_size=256; prefix one stage as unrolled:loop.lr=0.001."""
 
@@ -101,6 +101,9 @@ class PipelineConfig:
                 game.name in given.games and found == mode,
                 f"data {self.data}: is of {', '.join(given.games)} in {found}, not of {game.name} in {mode}",
             )
+            several = len(given.games) > 1
+            ends = self.numbers(recipe)["ends"]
+            check(not (several and ends), f"ends {ends}: are of one game, the data of several; say --ends 0")
         made = self.numbers(recipe) | {name: Path(name) for name in recipe.stages}
         for name, settings in recipe.stages.items():
             if "build" in settings:

@@ -41,14 +41,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise DatasetError(f"{path}: a shard's entry is damaged; {_REMEDY}")
         if entry.get("name") != shard_name(entry["index"]):
             raise DatasetError(f"{path}: shard {entry['index']} is named {entry.get('name')!r}; {_REMEDY}")
-    games = facts.get("games")
-    if games is not None and not (
-        isinstance(games, dict) and games and all(isinstance(g, dict) for g in games.values())
-    ):
-        raise DatasetError(f"{path}: facts.games {str(games)[:80]} is not what is known of each game; {_REMEDY}")
-    for entry in shards:
-        if games is not None and entry.get("game") not in games:
-            raise DatasetError(f"{path}: {entry['name']} is of game {entry.get('game')!r}, not of {', '.join(games)}")
+    if "games" in facts:
+        _check_games(path, facts["games"], shards, facts["num_shards"])
     indices = [entry["index"] for entry in shards]
     if indices != sorted(set(indices)) or any(not 0 <= i < facts["num_shards"] for i in indices):
         raise DatasetError(f"{path}: shard indices {indices[:8]} are not distinct and in order; {_REMEDY}")
@@ -60,6 +54,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"shards; {_REMEDY}"
         )
     return manifest
+
+
+def _check_games(path: Path, games: Any, shards: list[dict[str, Any]], whole: int) -> None:
+    """Raise `DatasetError` unless each game's facts are there, and when all `whole` shards are there, some of each."""
+    sound = isinstance(games, dict) and games and all(isinstance(g, dict) for g in games.values())
+    if not sound or not all(type(g.get("max_steps")) is int and g["max_steps"] >= 1 for g in games.values()):
+        raise DatasetError(f"{path}: facts.games {str(games)[:80]} is not what is known of each game; {_REMEDY}")
+    named = [entry.get("game") for entry in shards]
+    for entry, game in zip(shards, named, strict=True):
+        if not isinstance(game, str) or game not in games:
+            raise DatasetError(f"{path}: {entry['name']} is of game {game!r}, not of {', '.join(games)}; {_REMEDY}")
+    missing = [game for game in games if game not in named]
+    if missing and len(shards) == whole:
+        raise DatasetError(f"{path}: no shard is of {', '.join(missing)}; {_REMEDY}")
 
 
 def games_of(manifest: dict[str, Any]) -> tuple[str, ...]:

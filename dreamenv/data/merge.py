@@ -116,11 +116,16 @@ def _opened(sources: list[Path], several: bool) -> list[Dataset]:
     datasets = [Dataset(source) for source in sources]
     first = datasets[0].facts
     for dataset in datasets:
-        for key in _SAME if several else ("game", *_OF_A_GAME, *_SAME):
+        if not several and dataset.games != datasets[0].games:
+            raise DatasetError(
+                f"{dataset.folder}: is of {', '.join(dataset.games)}, {datasets[0].folder} of "
+                f"{', '.join(datasets[0].games)}; to make one dataset of several games of them, say --several"
+            )
+        for key in _SAME if several else (*_OF_A_GAME, *_SAME):
             if dataset.facts.get(key) != first.get(key):
                 raise DatasetError(
                     f"{dataset.folder}: {key} is {dataset.facts.get(key)!r}, that of {datasets[0].folder} is "
-                    f"{first.get(key)!r}; merge datasets of one game, or say that they are of several"
+                    f"{first.get(key)!r}; merge datasets that were collected alike"
                 )
         _check_facts(dataset)
         if dataset.facts.get("world", "real") != "real":

@@ -16,6 +16,9 @@ a segment:
 | camera.npy | float32 (S, 2) | the picture's top left corner in tiles, x right, y down; only of games that scroll |
 
 A terminal transition keeps its reward and flags; there is no next frame, because Procgen never shows one.
+
+In a dataset of several games the manifest's facts have `games`, what is known of each by name, and each shard's entry
+has the `game` that it is of.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ def bench(
     """Step dreams with random actions.
 
     Args:
-        game: which embedded bundle; `bundle`: a folder instead.
-        bundle: see `game`.
+        game: which embedded bundle, or which game of `bundle`.
+        bundle: a folder instead.
         device: where.
         nfes: numbers of function evaluations a step.
         num_envs: the large batch.

@@ -141,9 +141,9 @@ class Dynamics(nn.Module, ABC):
         return self.config.context
 
     @property
-    def games(self) -> int:
-        """How many games it knows. A state of one that knows several has `game` int64 (B,), which of them it is of."""
-        return getattr(self.config, "games", 1)
+    def games(self) -> tuple[str, ...]:
+        """The games that it is told apart, none if of one; states then have `game` int64 (B,), which it is."""
+        return getattr(self.config, "games", ())
 
     @property
     def sees_noise(self) -> bool:

@@ -147,6 +147,10 @@ def initialise(model: nn.Module, folder: str, option: str = "init_from") -> dict
         ConfigError: it holds another architecture; the message names the option.
     """
     other, facts = load_model(folder, locate(model)[0])
+    told = [getattr(getattr(m, "config", None), "games", ()) for m in (other, model)]
+    if told[0] != told[1]:
+        found, wanted = (", ".join(games) or "one game" for games in told)
+        raise ConfigError(f"{option} {folder}: is of {found}, not of {wanted}; start anew")
     weights = other.state_dict()
     grown, same = getattr(model, "grown", None), getattr(model, "goes_on_from", None)
     if same is not None and type(other) is type(model) and not same(other):

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from dreamenv.config import check
+from dreamenv.config import check, check_games
 from dreamenv.models.latents import LatentSpec
 from dreamenv.models.state import State
 
@@ -35,8 +35,10 @@ class OutcomeHeadConfig:
     """Added to the logits: the prior correction for class-balanced training (King & Zeng 2001), and calibration."""
     scale: float = 1.0
     """Multiplies the logits before the bias (calibration, Platt 1999)."""
+    games: tuple[str, ...] = ()
+    """The games that it is told apart, none for a head of one; training takes them from the data."""
     owners: tuple[int, ...] = ()
-    """Which game each outcome is of, for a head that knows several; each has its own."""
+    """Which of the games each outcome is of; each game has its own."""
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
@@ -48,16 +50,16 @@ class OutcomeHeadConfig:
         check(len(self.bias) in (0, len(self.rewards)), f"bias {self.bias}: must be empty or one per outcome")
         check(1 <= self.context <= 64, f"context {self.context}: must be 1..64")
         check(8 <= self.width <= 2048, f"width {self.width}: must be 8..2048")
-        check(len(self.owners) in (0, len(self.rewards)), f"owners {self.owners}: must be empty or one per outcome")
+        check_games(self.games)
+        wanted = len(self.rewards) if self.games else 0
         check(
-            set(self.owners) == set(range(self.games)) if self.owners else True,
-            f"owners {self.owners}: must count the games from 0, and each must have an outcome",
+            len(self.owners) == wanted,
+            f"owners: {len(self.owners)}, must be one per outcome of several games, else none",
         )
-
-    @property
-    def games(self) -> int:
-        """How many games it knows."""
-        return max(self.owners, default=0) + 1
+        check(
+            set(self.owners) == set(range(len(self.games))),
+            f"owners {self.owners[:16]}: must count the games from 0, and each must have an outcome",
+        )
 
 
 class OutcomeHead(nn.Module, ABC):
@@ -68,14 +70,19 @@ class OutcomeHead(nn.Module, ABC):
 
     Attributes:
         hinted: whether it cannot do without the dynamics' hints.
+        several: whether it can be told which of several games a state is of.
     """
 
     hinted: ClassVar[bool] = False
+    several: ClassVar[bool] = False
     prior: Tensor
     owners: Tensor
 
     def __init__(self, config: OutcomeHeadConfig) -> None:
         super().__init__()
+        check(
+            self.several or not config.games, f"games {', '.join(config.games)}: this head cannot be told which it is"
+        )
         self.config = config
         prior = torch.tensor(config.bias or (0.0,) * len(config.rewards))
         self.register_buffer("prior", prior, persistent=False)
@@ -96,11 +103,11 @@ class OutcomeHead(nn.Module, ABC):
 
     def log_probabilities(self, state: State, action: Tensor, hints: Mapping[str, Tensor]) -> Tensor:
         """Calibrated log-probabilities (B, outcomes) of the joint outcomes; takes what `logits` takes."""
-        return self.own(self.config.scale * self.logits(state, action, hints) + self.prior, state).log_softmax(1)
+        return self.masked(self.config.scale * self.logits(state, action, hints) + self.prior, state).log_softmax(1)
 
-    def own(self, logits: Tensor, state: State) -> Tensor:
-        """Logits (B, outcomes) without the outcomes of other games than the states' own."""
-        if not self.config.owners:
+    def masked(self, logits: Tensor, state: State) -> Tensor:
+        """Logits (B, outcomes), those of other games than the states' own without a chance."""
+        if not self.config.games:
             return logits
         return logits.masked_fill(self.owners != state["game"][:, None], _NEVER)
 

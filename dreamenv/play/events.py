@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from dreamenv.bundle import find_bundles, short_name
+from dreamenv.bundle import bundle_games, find_bundles, short_name
 from dreamenv.contract.actions import NAMES, keys_to_action
-from dreamenv.errors import ConfigError
+from dreamenv.errors import BundleError, ConfigError
 from dreamenv.play.keys import Gamepads
 from dreamenv.play.recording import FilmRecorder
 from dreamenv.play.screen import Screen
@@ -36,7 +36,7 @@ class Input:
     fps: float
     paused: bool
     _pygame: Any
-    _open: Callable[[Path], Session]
+    _open: Callable[[Path, str], Session]
     _surface: Any
     _screen: Screen
     _pads: Gamepads
@@ -238,7 +238,7 @@ class Input:
             self._ask(session.stop_recording, self._say_written)
 
     def _open_menu(self) -> None:
-        def to_bundle(folder: Path) -> Callable[[], None]:
+        def to_bundle(folder: Path, game: str) -> Callable[[], None]:
             def chosen(session: Session) -> None:
                 old, self._overlay = self.session, ""
 
@@ -251,17 +251,30 @@ class Input:
                 self._ask(leave, lambda path: None if path is None else self._say_written(path))
                 self._adopt(folder, session)
 
-            return lambda: self._ask(lambda: self._open(folder), chosen)
+            return lambda: self._ask(lambda: self._open(folder, game), chosen)
 
         def to_game(name: str) -> Callable[[], None]:
             return lambda: self._load_real(name)
 
-        self._menu = [(short_name(folder), f"bundle in {folder}", to_bundle(folder)) for folder in find_bundles()]
+        self._menu = []
+        for folder in find_bundles():
+            games = _games_of(folder)
+            for game in games:
+                name = f"{short_name(folder)}: {game}" if len(games) > 1 else short_name(folder)
+                self._menu.append((name, f"bundle in {folder}", to_bundle(folder, game)))
         games = () if self.session.real is None else self.session.real.vector.metadata["games"]
         dreamt = self.session.bundle.game.name
         kinds = {name: "real game, with its dream" if name == dreamt else "real game alone" for name in games}
         self._menu += [(name, kind, to_game(name)) for name, kind in kinds.items()]
         self._selected, self._overlay = 0, "menu"
+
+
+def _games_of(folder: Path) -> tuple[str, ...]:
+    """The games of a bundle; one without a name if it is damaged, for whoever opens it is told why."""
+    try:
+        return bundle_games(folder)
+    except BundleError:
+        return ("",)
 
 
 def _beside(values: Sequence[int], value: int, direction: int) -> int:

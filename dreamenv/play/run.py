@@ -21,7 +21,7 @@ class PlayConfig:
     """What is played, how it is dreamt, and what is filmed."""
 
     game: str = "coinrun"
-    """Which embedded bundle dreams."""
+    """Which embedded bundle dreams, or which game of a bundle of several."""
     bundle: Path | None = None
     """A bundle folder instead."""
     world: Mode = "both"
@@ -86,8 +86,8 @@ def run(config: PlayConfig) -> dict[str, Any]:
     folder = resolve_bundle(config.bundle, config.game)
     script = None if config.actions is None else parse_script(config.actions)
 
-    def open_session(folder: Path) -> Session:
-        loaded: Bundle = load_bundle(folder, config.device)
+    def open_session(folder: Path, game: str) -> Session:
+        loaded: Bundle = load_bundle(folder, config.device, game=game)
         shipped, agent = bundled_agent(folder), config.agent
         known = agent != "bundled" or shipped is not None
         check(known, f"agent 'bundled': {folder} ships none; give an agent's folder")
@@ -99,8 +99,8 @@ def run(config: PlayConfig) -> dict[str, Any]:
         return session
 
     if config.headless is None:
-        return Window(open_session, folder, config.scale, config.fps, config.out).run()
-    session = open_session(folder)
+        return Window(open_session, folder, config.game, config.scale, config.fps, config.out).run()
+    session = open_session(folder, config.game)
     if script is None and config.player == "human":  # nobody is at the controls
         session.player = "agent" if "agent" in session.players else "random"
     try:

@@ -74,7 +74,7 @@ class Viewer:
         kind = int(shard.policies[t])
         end = "terminated" if shard.terminated[t] else "truncated" if shard.truncated[t] else "goes on"
         return [
-            (f"{self.dataset.facts['game']}, {self.dataset.facts.get('world', 'real')}", ""),
+            (f"{shard.game}, {self.dataset.facts.get('world', 'real')}", ""),
             ("episode", f"{self.episode + 1} of {len(self.episodes)}"),
             ("step", f"{self.step + 1} of {len(self)}"),
             ("level", str(int(shard.level_seeds[t]))),

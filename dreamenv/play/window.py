@@ -34,8 +34,9 @@ class Window(Input):
     """The window and its loop; `dreamenv.play.run.run` makes one.
 
     Args:
-        open_session: bundle folder -> a session on it.
+        open_session: bundle folder, game -> a session on it.
         folder: the first bundle's folder.
+        game: which of its games, where it holds several.
         scale: window pixels per game pixel, to begin with.
         fps: steps per second, to begin with.
         out: folder for films, recorded episodes and the saved moment.
@@ -45,7 +46,7 @@ class Window(Input):
     """
 
     def __init__(
-        self, open_session: Callable[[Path], Session], folder: Path, scale: int, fps: float, out: Path
+        self, open_session: Callable[[Path, str], Session], folder: Path, game: str, scale: int, fps: float, out: Path
     ) -> None:
         import pygame
 
@@ -84,7 +85,7 @@ class Window(Input):
         self._windowed: tuple[int, int] | None = None  # the window's size while the screen is full
         self._dirty = True
         try:
-            self._adopt(folder, open_session(folder))
+            self._adopt(folder, open_session(folder, game))
         except BaseException:
             pygame.quit()
             raise

@@ -148,7 +148,7 @@ def test_a_mix_is_its_parts(toy_bundle: Path) -> None:
 def test_short_dreams_start_from_real_contexts(toy_bundle: Path, tmp_path: Path) -> None:
     wanted = CollectConfig(out=str(tmp_path / "d"), steps=400, num_envs=4, shard_steps=50, policy="biased")
     data = collect(wanted, progress=False)
-    starts = dataset_starts(data, 30, 4)
+    starts = dataset_starts(data, "coinrun", 30, 4)
     assert starts.frames.shape == (30, 4, 64, 64, 3) and starts.actions.shape == (30, 3)
     envs = dream_world(load_bundle(toy_bundle, "cpu"), 3, horizon=5, starts=starts)
     envs.reset()

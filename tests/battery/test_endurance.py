@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from gymnasium.vector import AutoresetMode
 
-from dreamenv.bundle import EMBEDDED, embedded_games
+from dreamenv.bundle import embedded_games
 from envs.procgen import RealProcgenVectorEnv
 from tests.battery.common import FULL, many, marks, record
 from tests.battery.endurance import endure, resident
@@ -62,8 +62,8 @@ PROGRAM = """
     import hashlib, sys
     import numpy as np
     from dreamenv.vector import DreamVectorEnv
-    folder, seed, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    envs = DreamVectorEnv(4, bundle=folder, device="cpu", precision="fp32", sampler={"nfe": 2})
+    folder, game, seed, steps = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    envs = DreamVectorEnv(4, bundle=folder, game=game, device="cpu", precision="fp32", sampler={"nfe": 2})
     rng = np.random.default_rng(seed)
     digest = hashlib.sha256(envs.reset(seed=seed)[0].tobytes())
     for _ in range(steps // 4):
@@ -79,7 +79,7 @@ def test_another_process_dreams_the_same(game: str) -> None:
 
     for seed in range(many(3, 1)):
         steps = str(many(10_000, 80))
-        command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(EMBEDDED / game), str(seed), steps]
+        command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(embedded_games()[game]), game, str(seed), steps]
         seen = {subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)}
         assert len(seen) == 1 and len(seen.pop()) == 65
     record(f"determinism-{game}", seeds=many(3, 1), steps=many(10_000, 80))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -89,5 +90,7 @@ def test_a_cell_s_picture_is_moved_by_whole_pixels() -> None:
     expected = picture[0].copy()
     expected[20:24, 28:32] = picture[0, 19:23, 30:34]
     assert np.array_equal(shown, expected)
-    fresh = CanvasFlow(CanvasFlowConfig())
-    assert fresh.out.bias is not None and fresh.out.bias[-25:].argmax() == 12
+    for motion in (1, 2, 4):
+        fresh, moves = CanvasFlow(CanvasFlowConfig(motion=motion)), (2 * motion + 1) ** 2
+        assert fresh.out.bias is not None
+        assert fresh.out.bias[-moves:].softmax(0)[moves // 2] == pytest.approx(0.95, abs=0.01), "begins at rest"

@@ -235,7 +235,7 @@ def test_a_thousand_random_keys(toy_bundle: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_gamepad_presses_keys(toy_bundle: Path, calm_bundle: Bundle, tmp_path: Path) -> None:
-    window = Window(lambda _: Session(calm_bundle), toy_bundle, 1, 15.0, tmp_path)
+    window = Window(lambda *_: Session(calm_bundle), toy_bundle, "coinrun", 1, 15.0, tmp_path)
     try:
         event = pygame.event.Event
         for given, expected in (

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
-from dreamenv.bundle import load_bundle
+from agents.worlds import dataset_starts
+from dreamenv.bundle import bundle_games, load_bundle
 from dreamenv.data import Dataset
 from dreamenv.data.merge import merge
 from dreamenv.errors import BundleError, ConfigError, DatasetError, SnapshotError
-from dreamenv.rewrite import update_card
+from dreamenv.evaluation.demo import demo
+from dreamenv.flow import SamplerConfig, sample
+from dreamenv.models.registry import build
+from dreamenv.play.run import PlayConfig, run
+from dreamenv.rewrite import rewrite_bundle, update_card
 from dreamenv.vector import DreamVectorEnv
 from envs.collect import CollectConfig, collect
+from trainers.encode import encode_dataset
+from trainers.finetune import FinetuneConfig, finetune
 from trainers.latent_data import LatentDataset
 from trainers.pipeline import PipelineConfig, run_pipeline
+from trainers.train import train
 
-GAMES = ("chaser", "maze", "starpilot")  # sparse and dense rewards, 500 and 1,000 steps
+GAMES = ("starpilot", "chaser", "maze")  # dense and sparse rewards, 1,000 and 500 steps; their order must not matter
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -57,8 +69,32 @@ def test_a_merged_dataset_knows_the_game_of_each_step(parts: list[Path], data: P
     for part, game in zip(parts, GAMES, strict=True):
         first = next(s for s in merged.shards if s.game == game)
         assert np.array_equal(first.frames, Dataset(part).shards[0].frames)
-    with pytest.raises(DatasetError, match="several"):
+    with pytest.raises(DatasetError, match="say --several"):
         merge(parts, tmp_path / "x")
+
+
+@pytest.mark.parametrize("games", [None, {}, [], {"maze": {}}, {"maze": {"max_steps": 500}}, {"maze": None}])
+def test_damaged_facts_of_games_are_refused(data: Path, tmp_path: Path, games: object) -> None:
+    folder = tmp_path / "d"
+    shutil.copytree(data, folder, copy_function=os.link)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["facts"]["games"] = games
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DatasetError, match=r"manifest\.json"):
+        Dataset(folder)
+
+
+def test_a_shard_of_no_known_game_is_refused(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "d", copy_function=os.link)
+    path = tmp_path / "d" / "manifest.json"
+    for bad in ([], "pong", 3):
+        manifest = json.loads(path.read_text())
+        manifest["shards"][1]["game"] = bad
+        path.unlink()
+        path.write_text(json.dumps(manifest))
+        with pytest.raises(DatasetError, match="shard-00001 is of game"):
+            Dataset(tmp_path / "d")
 
 
 def test_each_game_has_its_own_outcomes(data: Path, bundle: Path) -> None:
@@ -68,11 +104,12 @@ def test_each_game_has_its_own_outcomes(data: Path, bundle: Path) -> None:
         model, own = loaded.world_model, latents.game == number
         state = model.start(loaded.starts.frames, loaded.starts.actions)
         probabilities = model.outcomes(state, np.zeros(len(loaded.starts.frames), np.int64)).exp().numpy()
-        possible = probabilities.max(0) > 0
         seen = set(np.unique(np.round(latents.rewards[own].astype(np.float64), 4)).tolist())
-        assert set(model.rewards[possible].tolist()) == seen and np.allclose(probabilities.sum(1), 1)
+        assert set(model.rewards.tolist()) == seen and np.allclose(probabilities.sum(1), 1, atol=1e-5)
+        assert probabilities.shape[1] == len(model.rewards) == len(model.terminated) and (probabilities > 0).all()
         assert loaded.game.max_steps == Dataset(data).facts["games"][game]["max_steps"]
-        assert set(loaded.starts.level_seeds) <= set(np.concatenate([s.level_seeds for s in latents.dataset.shards]))
+        begun = np.concatenate([s.frames[s.first] for s in latents.dataset.shards if s.game == game])
+        assert {f[-1].tobytes() for f in loaded.starts.frames} <= {f.tobytes() for f in begun}
 
 
 def test_game_decides_what_one_bundle_dreams(bundle: Path) -> None:
@@ -86,7 +123,7 @@ def test_game_decides_what_one_bundle_dreams(bundle: Path) -> None:
         env.close()
     for frames in zip(*seen.values(), strict=True):
         assert len({frame.tobytes() for frame in frames}) == len(GAMES)
-    with pytest.raises(BundleError, match="chaser, maze, starpilot, not 'coinrun'"):
+    with pytest.raises(BundleError, match="starpilot, chaser, maze, not 'coinrun'"):
         gym.make("DreamProcgen-v0", bundle=str(bundle))
 
 
@@ -116,5 +153,76 @@ def test_each_game_has_its_own_card(bundle: Path) -> None:
 def test_a_model_of_one_game_refuses_several(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not of coinrun"):
         PipelineConfig(game="coinrun", recipe="canvas", data=data, out=tmp_path)
-    with pytest.raises(ConfigError):
-        run_pipeline(PipelineConfig(game="maze", recipe="pixels_gray", data=data, out=tmp_path / "p", stage_steps=1))
+    for kind in ("pixels_gray", "patches"):
+        with pytest.raises(ConfigError, match="say --ends 0" if kind == "patches" else "ended with status"):
+            run_pipeline(PipelineConfig(game="maze", recipe=kind, data=data, out=tmp_path / kind, stage_steps=1))
+    told = {"games": ["maze", "heist"], "owners": [0, 0, 1]}
+    with pytest.raises(ConfigError, match="this head cannot be told"):
+        build("head", {"type": "player_head", **told})
+    for owners in ([0, 0, 0], [0, 1, 10**12], [0, 1], [-1, 0, 1]):
+        with pytest.raises(ConfigError, match="owners"):
+            build("head", {"type": "picture_head", **told, "owners": owners})
+
+
+@pytest.mark.parametrize("kind", ["latent_predictor", "latent_flow", "canvas_flow"])
+def test_dynamics_heed_the_game(kind: str) -> None:
+    torch.manual_seed(0)
+    backbone = {"type": "unet", "channels": [16, 16], "blocks": [1, 1]}
+    spec = {"type": kind, "games": ["maze", "heist"], "backbone": backbone, "embedding": 32}
+    if kind == "canvas_flow":
+        spec |= {"latent": {"shape": [48, 16, 16]}}
+    model = build("dynamics", spec)
+    torch.nn.init.normal_(model.out.weight, std=0.05)
+    shape = model.spec.shape
+    begun = model.begin(torch.randn(2, 4, *shape), torch.zeros(2, 3, dtype=torch.int64))
+    action, noise = torch.tensor([7, 7]), torch.randn(2, *shape)
+    found = [
+        sample(model, begun.replace(game=torch.tensor([0, game])), action, noise, SamplerConfig(nfe=2)).latent
+        for game in (0, 1)
+    ]
+    assert torch.equal(found[0][0], found[1][0]) and not torch.allclose(found[0][1], found[1][1])
+
+
+def test_fine_tuning_goes_on_with_the_same_games(
+    parts: list[Path], data: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainers.finetune.train_stage", lambda values, out: train(values, out, resume=True))
+    monkeypatch.setattr("trainers.finetune.encode", encode_dataset)
+    options = {"bundle": bundle, "game": "maze", "steps": 2, "batch_size": 4, "starts": 3}
+    tuned = finetune(FinetuneConfig(data=data, out=tmp_path / "tuned", **options))  # pyright: ignore
+    assert bundle_games(tuned) == GAMES
+    assert [len(load_bundle(b, "cpu", game="chaser").world_model.rewards) for b in (tuned, bundle)].count(2) in (0, 2)
+    other = merge(parts[::-1], tmp_path / "other", several=True)
+    for wrong in (other, parts[0]):
+        with pytest.raises(ConfigError, match="must be the same"):
+            finetune(FinetuneConfig(data=wrong, out=tmp_path / "wrong", **options))  # pyright: ignore
+
+
+def test_a_bundle_of_several_is_rewritten_whole(bundle: Path, tmp_path: Path) -> None:
+    written = rewrite_bundle(bundle, tmp_path / "new")
+    assert bundle_games(written) == GAMES
+    for game in GAMES:
+        old, new = (load_bundle(folder, "cpu", game=game) for folder in (bundle, written))
+        assert np.array_equal(old.starts.frames, new.starts.frames) and old.identity == new.identity
+
+
+def test_the_games_of_a_bundle_share_its_networks(bundle: Path) -> None:
+    first, second = (load_bundle(bundle, "cpu", game=game) for game in GAMES[:2])
+    assert first.world_model.dynamics is second.world_model.dynamics and first.identity != second.identity
+
+
+def test_dreams_start_from_moments_of_their_own_game(data: Path) -> None:
+    own = {f.tobytes() for shard in Dataset(data).shards if shard.game == "chaser" for f in shard.frames}
+    starts = dataset_starts(data, "chaser", 20, 4)
+    assert {f.tobytes() for f in starts.frames.reshape(-1, 64, 64, 3)} <= own
+    with pytest.raises(DatasetError, match="not of coinrun"):
+        dataset_starts(data, "coinrun", 20, 4)
+
+
+def test_one_game_of_several_is_played_and_judged(bundle: Path, tmp_path: Path) -> None:
+    film = tmp_path / "film.gif"
+    run(PlayConfig(game="chaser", bundle=bundle, headless=film, player="random", steps=4, device="cpu"))
+    assert film.stat().st_size > 0
+    figures = demo(tmp_path / "demo", "starpilot", bundle, 4, 4, 4, 640, device="cpu")["figures"]
+    own = {f"reward_{r:g}" for r in load_bundle(bundle, "cpu", game="starpilot").world_model.rewards if r}
+    assert {"_".join(name.split("_")[:2]) for name in figures if name.startswith("reward_")} == own

@@ -20,7 +20,7 @@ from dreamenv.models.io import initialise
 from dreamenv.models.registry import build, register
 from dreamenv.video import check_film, save_video
 from trainers.latent_data import LatentDataset, channel_weights
-from trainers.models import check_games, completed, of_game
+from trainers.models import check_told, completed, of_game, told_apart
 from trainers.rollout import DynamicsBatch, RolloutConfig, Rollouts
 from trainers.terms.interface import Setting, Term
 
@@ -94,9 +94,9 @@ class DynamicsTask:
         )
         self.codec: Codec = self.data.codec.requires_grad_(False)
         torch.manual_seed(seed)
-        wanted = completed("dynamics", model, self.codec, games=len(self.data.games))
+        wanted = completed("dynamics", model, self.codec, games=told_apart(self.data.games))
         self.model: Dynamics = build("dynamics", wanted, where="model")
-        check_games(self.model.games, self.data.games, model)
+        check_told(self.model.games, self.data.games, f"model.type {model.get('type')!r}")
         spec = self.model.spec
         check(spec == self.codec.spec, f"model.latent {spec}: the latents of {config.latents} are {self.codec.spec}")
         if config.init_from:

@@ -24,7 +24,7 @@ from trainers.batch import Batch
 from trainers.dreams import Dreams, dream
 from trainers.labels import calibrate, outcome_labels, trained_head
 from trainers.latent_data import LatentDataset
-from trainers.models import check_games, completed, of_game
+from trainers.models import check_told, completed, of_game, told_apart
 from trainers.moments import Moments
 
 _DEPTHS = 8  # depths at which each uneventful dream of the validation is asked: there are few, and they weigh much
@@ -103,14 +103,13 @@ class OutcomeTask:
         outcomes, labels = outcome_labels(self.data, before, config.max_outcomes)
         self.outcomes = outcomes
         told: dict[str, Any] = {"rewards": [r for _, r, _ in outcomes], "terminated": [t for *_, t in outcomes]}
-        if len(self.data.games) > 1:
-            told["owners"] = [game for game, *_ in outcomes]
+        if told_apart(self.data.games):
+            told |= {"games": list(self.data.games), "owners": [game for game, *_ in outcomes]}
         dynamics = _fitting_dynamics(config.dynamics, self.data) if config.dynamics else None
         more = {} if dynamics is None else {"context": dynamics.context}
         torch.manual_seed(seed)
         spec = completed("head", model, self.data.codec, **more) | told
         self.model: OutcomeHead = build("head", spec, where="model")
-        check_games(self.model.config.games, self.data.games, model)
         found = self.model.spec
         check(found == self.data.codec.spec, f"model.latent {found}: the latents are {self.data.codec.spec}")
         if before is not None:
@@ -144,6 +143,8 @@ class OutcomeTask:
         check(
             same, f"also {also.folder}: was encoded by another codec than {self.data.folder}; encode it with that one"
         )
+        found, wanted = (", ".join(data.games) for data in (also, self.data))
+        check(found == wanted, f"also {also.folder}: is of {found}, not of {wanted}")
         return also
 
     def _imagine(self, dynamics: Dynamics, moments: list[np.ndarray], count: int, rng: np.random.Generator) -> Dreams:
@@ -204,7 +205,7 @@ class OutcomeTask:
         noised = self.data.codec.noised(context, noise * level[:, None, None, None, None])
         hints = self._hints(context, actions, batch.game)
         state = of_game(State({"latents": noised, "actions": actions[:, :-1]}), batch.game)
-        logits = self.model.own(model(state, actions[:, -1], hints), state)
+        logits = self.model.masked(model(state, actions[:, -1], hints), state)
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
         return F.cross_entropy(logits, labels), {"accuracy": accuracy}
 
@@ -249,7 +250,7 @@ class OutcomeTask:
     def _validation_sets(self) -> dict[str, tuple[np.ndarray, Tensor | None]]:
         """Steps, and their dreamt contexts if they are not the real ones."""
         *rare, val = self._val
-        calm = val[self.moments.calm[val]]
+        calm = val[self.moments.uneventful[val]]
         kept = np.random.default_rng(0).permutation(calm)[:12000]
         sets: dict[str, tuple[np.ndarray, Tensor | None]] = {"": (np.concatenate([*rare, kept]), None)}
         if (dreams := self.val_dreams) is not None:
@@ -258,7 +259,7 @@ class OutcomeTask:
             row = np.concatenate([np.arange(dreams.eventful), long])
             depth = np.concatenate([dreams.length[: dreams.eventful], depth])
             at = dreams.begin[row] + depth
-            fair = (row < dreams.eventful) == ~self.moments.calm[at]
+            fair = (row < dreams.eventful) == ~self.moments.uneventful[at]
             sets["dreamt "] = (at[fair], dreams.contexts(row[fair], depth[fair], self.context))
         return sets
 
@@ -274,7 +275,7 @@ class OutcomeTask:
             game = None if game is None else game.to(device)
             state = of_game(State({"latents": context, "actions": actions[:, :-1]}), game)
             logits = head.logits(state, actions[:, -1], self._hints(context, actions, game))
-            out.append(head.own(logits, state).cpu())
+            out.append(head.masked(logits, state).cpu())
         return torch.cat(out)
 
     def _hints(self, context: Tensor, actions: Tensor, game: Tensor | None) -> Mapping[str, Tensor]:
@@ -301,4 +302,5 @@ def _fitting_dynamics(folder: str, data: LatentDataset) -> Dynamics:
     if facts.get("codec_sha256") != data.facts["codec_sha256"]:
         raise ConfigError(f"dynamics {folder}: is no dynamics trained on these latents")
     assert isinstance(dynamics, Dynamics)
+    check_told(dynamics.games, data.games, f"dynamics {folder}")
     return dynamics.eval().requires_grad_(False)

@@ -22,7 +22,7 @@ from dreamenv.models.registry import build, register
 from dreamenv.video import check_film, save_video
 from trainers.batch import Batch
 from trainers.encode import load_codec, training_data
-from trainers.models import check_games, completed
+from trainers.models import check_told, completed
 
 _HORIZON = 10  # steps of the validation's open loop
 
@@ -83,7 +83,7 @@ class PixelTask:
         self.codec, self._digest = load_codec(config.codec)
         torch.manual_seed(seed)
         self.model: PixelWorldModel = build("dynamics", completed("dynamics", model, self.codec), where="model")
-        check_games(1, self.dataset.games, model)
+        check_told((), self.dataset.games, f"model.type {model.get('type')!r}")
         found = isinstance(self.model, PixelWorldModel)
         check(found, f"model.type {model.get('type')!r}: the task pixel trains a pixel_world_model")
         spec = self.model.spec

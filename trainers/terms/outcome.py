@@ -13,7 +13,7 @@ from dreamenv.config import check
 from dreamenv.models.interface import State
 from dreamenv.models.registry import register
 from trainers.labels import outcome_labels, trained_head, uneventful
-from trainers.models import of_game
+from trainers.models import check_told, of_game
 from trainers.rollout import DynamicsBatch, Rollout, Rollouts
 from trainers.terms.interface import Setting, Term
 
@@ -54,8 +54,9 @@ class Outcome(Term):
             f"outcome.head {config.head}: takes {head.spec}, context {head.config.context}, the dynamics "
             f"{setting.dynamics.spec}, {setting.dynamics.context}",
         )
+        check_told(head.config.games, setting.data.games, f"outcome.head {config.head}")
         self._head, data = [head], setting.data  # in a list: its weights are none of this term's
-        outcomes, self._labels = outcome_labels(data, head, len(head.config.rewards))
+        outcomes, self._labels = outcome_labels(data, head)
         eventful = np.flatnonzero(~uneventful(outcomes))
         rare = [np.flatnonzero((self._labels == c) & ~data.validation) for c in eventful]
         self._rare, self._start = [steps for steps in rare if len(steps)], data.start
@@ -102,4 +103,5 @@ class Outcome(Term):
         with torch.no_grad():  # the head's answer must not bend the player's path
             hints = rollouts.dynamics.hints(state, taken[:, -1])
         head = self._head[0].to(query.device)
-        return F.cross_entropy(head.own(head.logits(state, taken[:, -1], hints), state), labels)
+        logits = head.logits(state, taken[:, -1], hints)
+        return F.cross_entropy(logits if game is None else head.masked(logits, state), labels)

@@ -13,6 +13,7 @@ from dreamenv.flow import SamplerConfig, interpolate, sample
 from dreamenv.models.interface import Dynamics
 from dreamenv.models.io import load_model
 from dreamenv.models.registry import register
+from trainers.models import check_told, of_game
 from trainers.rollout import DynamicsBatch, Rollouts
 from trainers.terms.flow import flow_weights
 from trainers.terms.interface import Setting, Term
@@ -63,6 +64,7 @@ class Reflow(Term):
         assert isinstance(teacher, Dynamics)
         same = teacher.spec == setting.dynamics.spec and teacher.context == setting.dynamics.context
         check(same, f"reflow.teacher {config.teacher}: is of other latents, or another context, than the dynamics")
+        check_told(teacher.games, setting.data.games, f"reflow.teacher {config.teacher}")
         check(not teacher.deterministic, f"reflow.teacher {config.teacher}: draws no samples; give a trained flow")
         self._teacher = [teacher.requires_grad_(False)]  # in a list: its weights are none of this term's
 
@@ -76,7 +78,7 @@ class Reflow(Term):
         noise = rollouts.normal(step.target[:n].shape)
         part, k = rollouts.batch.rows(slice(0, n)), rollouts.dynamics.context
         with torch.no_grad():  # the teacher sees the context without noise
-            begun = teacher.begin(part.latents[:, :k], state.actions, part.past, part.columns)
+            begun = of_game(teacher.begin(part.latents[:, :k], state.actions, part.past, part.columns), part.game)
             drawn = sample(teacher, begun, action, noise, SamplerConfig(nfe=config.nfe))
         clean, tau = drawn.latent, rollouts.uniform(n)
         x = interpolate(noise, clean, tau)

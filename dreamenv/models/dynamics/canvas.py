@@ -1,4 +1,4 @@
-"""Dynamics that copy: each pixel of the next picture is the last one's, the background's, or drawn anew."""
+"""Dynamics that copy: each pixel of the next picture is the last one's, the background's, or moved and drawn over."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreamenv.config import check
+from dreamenv.config import check, check_games
 from dreamenv.models.blocks import sinusoidal, zero_init
 from dreamenv.models.interface import NULL_ACTION, Backbone, Dynamics, LatentSpec, Prediction, State
 from dreamenv.models.registry import build, register
@@ -34,10 +34,10 @@ class CanvasFlowConfig:
     """The network that mixes cells, see `dreamenv.models.backbones`."""
     embedding: int = 128
     """Width of the conditioning vector."""
-    motion: int = 2
+    motion: int = 0
     """How many pixels a cell's picture may be moved each way before it is drawn over; 0 moves none."""
-    games: int = 1
-    """How many games it knows; training takes it from the data."""
+    games: tuple[str, ...] = ()
+    """The games that it is told apart, none for a model of one; training takes them from the data."""
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
@@ -50,7 +50,7 @@ class CanvasFlowConfig:
             f"embedding {self.embedding}: must be a multiple of 4 in 8..4096",
         )
         check(0 <= self.motion <= 8, f"motion {self.motion}: must be 0..8")
-        check(1 <= self.games <= 1024, f"games {self.games}: must be 1..1024")
+        check_games(self.games)
 
 
 @register("dynamics", "canvas_flow", CanvasFlowConfig)
@@ -81,10 +81,10 @@ class CanvasFlow(Dynamics):
         zero_init(out)
         self.out = out
         if self.moves and out.bias is not None:
-            nn.init.constant_(out.bias[-1 - self.moves // 2], 3.0)  # begins at rest
+            nn.init.constant_(out.bias[-1 - self.moves // 2], 3.0 + math.log(self.moves))  # begins at rest
         self.action_embedding = nn.Embedding(NULL_ACTION + 1, e // 2)
-        self.game_embedding = nn.Embedding(config.games, e // 2) if config.games > 1 else None
-        told = (k + 2 + (config.games > 1)) * (e // 2)
+        self.game_embedding = nn.Embedding(len(config.games), e // 2) if config.games else None
+        told = (k + 2 + bool(config.games)) * (e // 2)
         self.condition = nn.Sequential(nn.Linear(told, 2 * e), nn.SiLU(), nn.Linear(2 * e, e), nn.SiLU())
 
     def begin(

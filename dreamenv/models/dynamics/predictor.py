@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreamenv.config import check
+from dreamenv.config import check, check_games
 from dreamenv.models.blocks import DynamicFilters, sinusoidal, zero_init
 from dreamenv.models.interface import NULL_ACTION, Backbone, Dynamics, LatentSpec, Prediction, State
 from dreamenv.models.registry import build, register
@@ -31,8 +31,8 @@ class LatentPredictorConfig:
     """Dynamic filters; 0 turns them off."""
     filter_size: int = 5
     """Their kernel size, in cells."""
-    games: int = 1
-    """How many games it knows; training takes it from the data."""
+    games: tuple[str, ...] = ()
+    """The games that it is told apart, none for a model of one; training takes them from the data."""
     gate: bool = False
     """Whether each cell's change is multiplied by a gate in 0..1, so that what stands still can be copied exactly."""
 
@@ -45,7 +45,7 @@ class LatentPredictorConfig:
             f"embedding {self.embedding}: must be a multiple of 4 in 8..4096",
         )
         check(0 <= self.filter_bank <= 512, f"filter_bank {self.filter_bank}: must be 0..512")
-        check(1 <= self.games <= 1024, f"games {self.games}: must be 1..1024")
+        check_games(self.games)
         odd = self.filter_size % 2 == 1 and 1 <= self.filter_size <= 15
         check(odd, f"filter_size {self.filter_size}: must be odd, 1..15")
 
@@ -75,8 +75,8 @@ class LatentPredictor(Dynamics):
         zero_init(out)
         self.out = out
         self.action_embedding = nn.Embedding(NULL_ACTION + 1, e // 2)
-        several = config.games > 1
-        self.game_embedding = nn.Embedding(config.games, e // 2) if several else None
+        several = bool(config.games)
+        self.game_embedding = nn.Embedding(len(config.games), e // 2) if several else None
         seen = (k + several + scalars) * (e // 2) + extra
         self.condition = nn.Sequential(nn.Linear(seen, 2 * e), nn.SiLU(), nn.Linear(2 * e, e), nn.SiLU())
         if config.gate and out.bias is not None:

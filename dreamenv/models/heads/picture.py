@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,8 @@ class PictureOutcomeHead(OutcomeHead):
             are made about 16 a side first.
     """
 
+    several: ClassVar[bool] = True
+
     def __init__(self, config: OutcomeHeadConfig) -> None:
         super().__init__(config)
         c, size, width = config.latent.shape
@@ -34,8 +37,8 @@ class PictureOutcomeHead(OutcomeHead):
         w, side = config.width, size // step // 4
         self.stem = nn.Conv2d(c * config.context, w, step + 2, step, padding=1)
         self.action = nn.Embedding(NULL_ACTION + 1, 32)
-        several = config.games > 1
-        self.game = nn.Embedding(config.games, 32) if several else None
+        several = bool(config.games)
+        self.game = nn.Embedding(len(config.games), 32) if several else None
         self.blocks = nn.ModuleList([ResBlock(w, w, 32 * (config.context + several)) for _ in range(3)])
         self.norm = group_norm(w)
         self.hidden = nn.Linear(w * side * side + w, 128)
