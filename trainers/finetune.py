@@ -30,7 +30,7 @@ from trainers.train import override
 
 _DREAMS = 8192
 _SHARES = {"dynamics": 0.97, "head": 0.03}  # of the minutes: the head soon knows its events
-_MEASURED = ("rewards", "terminated", "owners", "bias", "scale")  # what of a head's configuration training decides
+_MEASURED = ("rewards", "terminated", "games", "owners", "bias", "scale")  # what of a head's configuration training decides
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,14 @@ def stage_values(config: FinetuneConfig, bundle: Bundle, kind: str, latents: Pat
     check(kind in recipe.finetune, f"recipe {recipe.name}: does not go on from a bundle; these do: {', '.join(known)}")
     chosen = recipe.finetune[kind]
     made: dict[str, Any] = {stage: out / stage for stage in recipe.stages}
-    values = recipe.values(chosen["stage"], made | {"dreams": dreams_for(_DREAMS, config.minutes, config.steps)})
+    dreams = dreams_for(_DREAMS, config.minutes, config.steps)
+    values = recipe.values(chosen["stage"], made | {"dreams": dreams})
     spec = json.loads(json.dumps(spec_of(getattr(bundle.world_model, kind))))
     for key, value in values["model"].items():  # what older bundles lack begins without effect
         if spec["type"] == values["model"]["type"] and isinstance(value, bool):
             spec[key] = value
     before = {"dynamics": "before", "head": "head-before"}[kind]
-    values["model"] = {k: v for k, v in spec.items() if k not in _MEASURED}
+    values["model"] = {k: v for k, v in spec.items() if kind == "dynamics" or k not in _MEASURED}
     values["task"] |= {"latents": str(latents), "init_from": str(out / before / "model")}
     budget = {"steps": config.steps} if config.steps else {"minutes": config.minutes * _SHARES[kind]}
     values["loop"] |= budget | {"seed": config.seed}
@@ -122,7 +123,7 @@ def stage_values(config: FinetuneConfig, bundle: Bundle, kind: str, latents: Pat
         judge = {"weight": config.outcome, "head": str(out / "head-before" / "model")}
         values["task"]["terms"]["outcome"] = values["task"]["terms"].get("outcome", {}) | judge
     else:
-        values["task"] |= {"also": "", "dynamics": str(out / "dynamics" / "model")}
+        values["task"] = {"dreams": dreams} | values["task"] | {"also": "", "dynamics": str(out / "dynamics" / "model")}
     return override(values, tuple(f"{k}={json.dumps(v)}" for k, v in chosen.get("set", {}).items()))
 
 
