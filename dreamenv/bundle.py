@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save as save_tensors
-from torch import nn
 
 from dreamenv.artifacts import atomic_folder, parse_json, present, readable_folder, sha256_file, write_json
 from dreamenv.config import check, from_dict, to_dict
@@ -247,7 +246,7 @@ def _build(
     parts: dict[tuple[str, str], bytes],
     paths: dict[tuple[str, str], Path],
     where: tuple[str, str],
-    loaded: dict[str, nn.Module] | None,
+    loaded: dict[str, Any] | None,
 ) -> Bundle:
     path = folder / "bundle.json"
     try:

@@ -30,7 +30,7 @@ from trainers.train import override
 
 _DREAMS = 8192
 _SHARES = {"dynamics": 0.97, "head": 0.03}  # of the minutes: the head soon knows its events
-_MEASURED = ("rewards", "terminated", "games", "owners", "bias", "scale")  # what of a head's configuration training decides
+_MEASURED = ("rewards", "terminated", "games", "owners", "bias", "scale")  # what training decides of a head
 
 
 @dataclass(frozen=True)
