@@ -217,25 +217,28 @@ def write_table(out: Path, name: str, rows: dict[str, dict[str, Any]], docs: Pat
 
 
 def losses(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Minutes and losses of the stage that trained a recipe's dynamics last, smoothed over a twentieth of them."""
+    """Share of its time and loss of the stage that trained a recipe's dynamics last, smoothed over a twentieth."""
     with open(folder / "metrics.csv", newline="") as file:
         rows = [(int(step), name, float(value)) for step, name, value in list(csv.reader(file))[1:]]
-    minutes = {step: value for step, name, value in rows if name == "minutes"}
+    progress = {step: value for step, name, value in rows if name == "progress"}
     loss = {step: value for step, name, value in rows if name == "loss"}
-    steps = sorted(set(minutes) & set(loss))
+    steps = sorted(set(progress) & set(loss))
     values = np.array([loss[s] for s in steps])
     width = max(len(values) // 20, 1)
     smooth = np.convolve(values, np.ones(width) / width, "valid")
-    return np.array([minutes[s] for s in steps])[width - 1 :], smooth
+    return np.array([progress[s] for s in steps])[width - 1 :], smooth
 
 
 def _plot(path: Path, folders: dict[str, Path]) -> None:
     def draw(axes: Any) -> None:
         for name, folder in folders.items():
-            minutes, values = losses(folder)
-            axes.plot(minutes, values / values[0], label=name)
+            progress, values = losses(folder)
+            axes.plot(progress, values / values[0], label=name)
         axes.set(
-            xlabel="training minutes", ylabel="loss, relative to the first", yscale="log", title="last dynamics stage"
+            xlabel="share of the stage's time",
+            ylabel="loss, relative to the first",
+            yscale="log",
+            title="last dynamics stage",
         )
         axes.legend(fontsize=7)
 
