@@ -119,7 +119,7 @@ def _opened(sources: list[Path], several: bool) -> list[Dataset]:
         if not several and dataset.games != datasets[0].games:
             raise DatasetError(
                 f"{dataset.folder}: is of {', '.join(dataset.games)}, {datasets[0].folder} of "
-                f"{', '.join(datasets[0].games)}; to make one dataset of several games of them, say --several"
+                f"{', '.join(datasets[0].games)}; say --several to make a dataset of several games"
             )
         for key in _SAME if several else (*_OF_A_GAME, *_SAME):
             if dataset.facts.get(key) != first.get(key):
