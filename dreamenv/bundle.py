@@ -259,7 +259,7 @@ def _build(
         raise BundleError(f"{path}: key {error} is missing; {_REMEDY}") from None
     except (ConfigError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise BundleError(f"{path}: {error}; {_REMEDY}") from None
-    version = 1 if "files" in description else FORMAT_VERSION
+    version = 1 if "files" in description else 2  # of the names in files of weights
     for name, network in networks.items() if loaded is None else ():
         fill(network, parts["weights", name], paths["weights", name], version)
     codec, dynamics, head = (networks[name] for name in NETWORKS)

@@ -7,15 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamenv.artifacts import atomic_folder, read_json, readable_folder, sha256_file, write_json
-from dreamenv.bundle import (
-    FORMAT_VERSION,
-    bundle_games,
-    bundled_agent,
-    compute_identity,
-    load_bundle,
-    part_names,
-    save_bundle_of,
-)
+from dreamenv.bundle import bundle_games, bundled_agent, compute_identity, load_bundle, part_names, save_bundle_of
 from dreamenv.console import run_command_line
 from dreamenv.errors import BundleError
 
@@ -31,8 +23,8 @@ def update_card(folder: str | Path, card: dict[str, Any], game: str | None = Non
     loaded = load_bundle(folder, "cpu", game=game)
     name = part_names(loaded.games)["card", loaded.game.name]
     description = read_json(path, BundleError, "re-download or retrain")
-    if description["format_version"] != FORMAT_VERSION:
-        raise BundleError(f"{path}: is of an older format; rewrite it with python -m dreamenv.rewrite OLD NEW")
+    if description["format_version"] == 1:  # later ones keep their version: only the card changes
+        raise BundleError(f"{path}: is of an older format, 1; rewrite it with python -m dreamenv.rewrite OLD NEW")
     with atomic_folder(folder) as temporary:
         shutil.copytree(folder, temporary, dirs_exist_ok=True)
         write_json(temporary / name, card)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import math
 import zlib
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from dreamenv.contract.actions import NUM_ACTIONS
 from dreamenv.errors import BundleError
 
 _LIMIT = 2**28  # bytes of frames, unpacked
+_XZ = b"\xfd7zXZ\x00"  # how an .xz stream begins; zlib's, of bundles before version 3, begin otherwise
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Starts:
 
 
 def pack_starts(starts: Starts) -> bytes:
-    """A bank as a safetensors file, its frames compressed."""
-    packed = np.frombuffer(zlib.compress(np.ascontiguousarray(starts.frames).tobytes(), 9), np.uint8)
+    """A bank as a safetensors file, its frames compressed as one: many of a game's pictures share a background."""
+    packed = np.frombuffer(lzma.compress(np.ascontiguousarray(starts.frames).tobytes()), np.uint8)
     return save_arrays({"frames": packed, "actions": starts.actions, "level_seeds": starts.level_seeds})
 
 
@@ -48,9 +50,9 @@ def parse_starts(data: bytes, path: Path, frame: tuple[int, int, int], remedy: s
             shape = (actions.shape[0], actions.shape[1] + 1, *frame)
             if math.prod(shape) > _LIMIT:
                 raise ValueError(f"{math.prod(shape)} bytes of frames, at most {_LIMIT} are read")
-            unpacked = zlib.decompressobj().decompress(frames.tobytes(), math.prod(shape) + 1)
-            frames = np.frombuffer(bytearray(unpacked), np.uint8).reshape(shape)
-    except (KeyError, ValueError, zlib.error) as error:
+            frames = np.frombuffer(bytearray(_unpacked(frames.tobytes(), math.prod(shape) + 1)), np.uint8)
+            frames = frames.reshape(shape)
+    except (KeyError, ValueError, zlib.error, lzma.LZMAError, EOFError) as error:
         raise BundleError(f"{path}: is malformed ({error}); {remedy}") from None
     s, t = frames.shape[:2] if frames.ndim == 5 else (0, 0)
     sound = s >= 1 and t >= 1 and frames.shape[2:] == frame and frames.dtype == np.uint8 and levels.shape == (s,)
@@ -61,3 +63,13 @@ def parse_starts(data: bytes, path: Path, frame: tuple[int, int, int], remedy: s
             f"not a bank of start contexts; {remedy}"
         )
     return Starts(frames, actions, levels)
+
+
+def _unpacked(packed: bytes, most: int) -> bytes:
+    """What was compressed, at most so many bytes of it: a damaged file must not fill the memory."""
+    xz = packed.startswith(_XZ)
+    stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**27) if xz else zlib.decompressobj()
+    unpacked = stream.decompress(packed, most)
+    if not stream.eof:
+        raise ValueError(f"it goes on after {len(unpacked)} bytes, or is cut short")
+    return unpacked
