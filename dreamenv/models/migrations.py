@@ -70,5 +70,5 @@ def bundle_from_1(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def bundle_from_2(description: dict[str, Any]) -> dict[str, Any]:
-    """`bundle.json` of version 2 as one of version 3, which packs start frames otherwise; both are told by their bytes."""
+    """`bundle.json` of version 2 as one of version 3, which packs start frames otherwise: their bytes say how."""
     return {**description, "format_version": 3}
