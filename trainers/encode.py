@@ -66,7 +66,7 @@ def shard_names(dataset: Dataset) -> list[str]:
 def encode_dataset(data: Path, codec: Path, out: Path, device: str = "auto") -> Path:
     """Encode every frame; resumes shard by shard. Returns `out`.
 
-    Writes per shard `latents-<frames>.npy` float16 (S, C, H, W) and `importance-<frames>.npy` uint8 (S, H, W), the mean
+    Writes per shard `latents-<frames>.npy` (S, C, H, W), float16 or what `Codec.stored` says, and `importance-<frames>.npy` uint8 (S, H, W), the mean
     rare-colour weight of each cell's pixels, times 16; `files.json` with their digests; `latents.json` last. <frames>
     begins the sha256 of the shard's frames, so one folder serves a dataset that grows by merging: what it has encoded
     before is not encoded again.
@@ -127,9 +127,9 @@ def _rarity(dataset: Dataset, frame: tuple[int, int, int]) -> torch.Tensor:
 
 
 def _encode(shard: Shard, model: Codec, weights: torch.Tensor, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
-    """Latents float16 and importance uint8 of one shard."""
+    """Latents, as the codec stores them, and importance uint8 of one shard."""
     size, shape = _BATCH.get(device.type, 64), model.spec.shape
-    latents = np.empty((len(shard), *shape), np.float16)
+    latents = torch.empty((len(shard), *shape), dtype=torch.float16)
     importance = np.empty((len(shard), *shape[1:]), np.uint8)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=False):
         for at in range(0, len(shard), size):
@@ -138,12 +138,13 @@ def _encode(shard: Shard, model: Codec, weights: torch.Tensor, device: torch.dev
             images = to_images(frames).contiguous(memory_format=torch.channels_last)
             columns = {n: torch.from_numpy(np.array(shard.columns[n][rows])).to(device) for n in model.columns}
             encoded = model.encode(images, **columns)
-            latents[rows] = encoded.half().cpu().numpy()
+            latents[rows] = encoded.half().cpu()
             cells = model.pool(weights[colour_bins(frames)], encoded)
             importance[rows] = (cells * 16).round().clamp(0, 255).byte().cpu().numpy()
     columns = {n: torch.from_numpy(np.array(shard.columns[n]))[None] for n in model.columns}
     first = torch.from_numpy(np.array(shard.first))[None]
-    return model.sequence(torch.from_numpy(latents)[None], first, **columns)[0].numpy(), importance
+    whole = model.sequence(latents[None], first, **columns)[0]
+    return torch.cat([model.pack(part) for part in whole.split(1024)]).numpy(), importance
 
 
 if __name__ == "__main__":

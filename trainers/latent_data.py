@@ -24,7 +24,7 @@ class LatentDataset:
     """All latents of a dataset, flat in time, in RAM.
 
     Attributes:
-        latents: float16 (N, C, H, W).
+        stored: (N, C, H, W), latents as the codec stores them; see `latents_at`.
         importance: uint8 (N, H, W), 16 x the cell's mean rare-colour weight.
         actions: int64 (N,); rewards: float32 (N,); terminated: bool (N,).
         game: int64 (N,), which of the dataset's games a step is of.
@@ -53,10 +53,11 @@ class LatentDataset:
         if encoded != {"format_version": FORMAT_VERSION, "codec": digest}:
             raise DatasetError(f"{self.folder}: was encoded by another codec; encode again")
         latent = self.codec.spec.shape
-        self._shapes = {"latents": ("float16", latent), "importance": ("uint8", latent[1:])}
+        stored = str(self.codec.stored).removeprefix("torch.")
+        self._shapes = {"latents": (stored, latent), "importance": ("uint8", latent[1:])}
         self._digests = read_json(self.folder / "files.json", DatasetError, "encode the dataset again")
         shards = self.dataset.shards
-        self.latents, self.importance = self._read("latents"), self._read("importance")
+        self.stored, self.importance = self._read("latents"), self._read("importance")
         self.actions = np.concatenate([s.actions for s in shards]).astype(np.int64)
         self.rewards = np.concatenate([s.rewards for s in shards])
         self.terminated = np.concatenate([s.terminated for s in shards])
@@ -97,11 +98,15 @@ class LatentDataset:
         """Start indices int64 (W,) of windows of `length` observations in one part of the split."""
         return Windows([self.first], length, [self.validation == validation]).start
 
+    def latents_at(self, indices: np.ndarray | slice) -> Tensor:
+        """Latents float16 (..., C, H, W) at flat indices (...)."""
+        return self.codec.unpack(torch.from_numpy(self.stored[indices]))
+
     def gather(self, indices: np.ndarray) -> Tensor:
         """Latents float16 (B, T, C, H, W) at flat indices (B, T), in time's order; one may repeat the one before."""
         repeated = np.zeros(indices.shape, bool)
         repeated[:, 1:] = indices[:, 1:] == indices[:, :-1]
-        return self.codec.hold(torch.from_numpy(self.latents[indices]), torch.from_numpy(repeated))
+        return self.codec.hold(self.latents_at(indices), torch.from_numpy(repeated))
 
     def contexts(self, now: np.ndarray, length: int, after: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Indices and actions of contexts that end at `now` (B,), padded at the start of an episode.
@@ -115,6 +120,14 @@ class LatentDataset:
         raw = now[:, None] + np.arange(-length + 1, after + 1)
         indices = np.maximum(raw, self.start[now][:, None])
         return indices, np.where(raw == indices, self.actions[np.minimum(indices, len(self.actions) - 1)], NOOP)
+
+    def changes(self, now: np.ndarray, channels: Tensor) -> np.ndarray:
+        """How much the latents change from steps (B,) to the next, float64 (B,): squares, weighted by (C, 1, 1)."""
+        found = []
+        for part in np.array_split(now, -(-len(now) // 1024)):
+            change = self.latents_at(part + 1).float() - self.latents_at(part).float()
+            found.append((change.square() * channels).mean((1, 2, 3)).numpy())
+        return np.concatenate(found).astype(np.float64)
 
     def game_of(self, now: np.ndarray) -> Tensor | None:
         """Which games the steps (B,) are of, int64 (B,); None where there is but one."""

@@ -82,7 +82,7 @@ class Moments:
 
     def contexts(self, now: np.ndarray) -> tuple[Tensor, Tensor]:
         """Contexts float16 (B, K, C, H, W) and actions int64 (B, K) of steps (B,)."""
-        shape = self.data.latents.shape[1:]
+        shape = self.data.stored.shape[1:]
         context = torch.empty((len(now), self.context, *shape), dtype=torch.float16)
         taken = np.empty((len(now), self.context), np.int64)
         for data, rows, at in self._of(now):

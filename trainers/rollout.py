@@ -29,6 +29,7 @@ class DynamicsBatch(Batch):
         columns: the codec's columns at the past moments and at the context's first, each (B, P + 1, ...).
         extra: what terms want besides, by their own names.
         game: int64 (B,), which of several games each sample is of; None where there is but one.
+        weight: float32 (B,), how much each sample's errors count; None is 1.
     """
 
     latents: Tensor
@@ -39,6 +40,7 @@ class DynamicsBatch(Batch):
     columns: dict[str, Tensor] = field(default_factory=dict)
     extra: dict[str, Tensor] = field(default_factory=dict)
     game: Tensor | None = None
+    weight: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,7 @@ class Rollouts:
         actions = batch.actions.repeat(times, 1)
         given = given.repeat(times, 1)
         cells = 1 + self.config.importance * (batch.importance.float() / 16 - 1).clamp_min(0)
+        cells = cells if batch.weight is None else cells * batch.weight[:, None, None, None]
         steps, trail = [], list(state.latents.unbind(1))
         half = torch.full((len(given),), 0.5, device=given.device)
         for u in range(self.config.unroll):

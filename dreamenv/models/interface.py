@@ -49,6 +49,7 @@ class Codec(nn.Module, ABC):
         columns: names of dataset columns that `encode` and `sequence` want beside the frames, where data has them.
         keeps: names of tensors of a `State` that `decode` wants beside the latent.
         autocast: whether `decode` may run under bf16 autocast (it must then keep its last layers in fp32).
+        stored: dtype of latents in encoded datasets.
     """
 
     config: Any
@@ -57,6 +58,7 @@ class Codec(nn.Module, ABC):
     columns: ClassVar[tuple[str, ...]] = ()
     keeps: ClassVar[tuple[str, ...]] = ()
     autocast: ClassVar[bool] = False
+    stored: ClassVar[torch.dtype] = torch.float16
 
     @property
     def content_channels(self) -> int:
@@ -79,6 +81,14 @@ class Codec(nn.Module, ABC):
         """Encode and decode images (B, c, h, w), for training; `noise` (B, C, H, W) is added to the latents."""
         latents = self.encode(images)
         return Reconstruction(self.decode(latents + noise), latents, torch.zeros((), device=images.device))
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Latents as encoded datasets store them, of dtype `stored`."""
+        return latents.to(self.stored)
+
+    def unpack(self, stored: Tensor) -> Tensor:
+        """Latents, float16 or as they were, of what `pack` made."""
+        return stored
 
     def sequence(self, latents: Tensor, first: Tensor | None = None, **columns: Tensor) -> Tensor:
         """Fill in what only pictures in a row can tell.

@@ -25,6 +25,12 @@ def a_model(new: float, uncovered: float) -> CanvasFlow:
     return model.eval()
 
 
+def moved_cell(latents: torch.Tensor, down: int, across: int) -> torch.Tensor:
+    """Latents of the pictures moved so that each pixel shows what was so many below and to the right of it."""
+    picture = CODEC.decode(latents).roll((-down, -across), (2, 3))
+    return CODEC.encode(picture)
+
+
 def a_film(steps: int) -> tuple[np.ndarray, np.ndarray]:
     """A random still scene uint8 (64, 64, 3), and frames (1, T, 64, 64, 3) in which a square crosses it."""
     scene = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
@@ -83,14 +89,21 @@ def test_a_share_that_is_nothing_still_learns() -> None:
 def test_a_cell_s_picture_is_moved_by_whole_pixels() -> None:
     picture = np.random.default_rng(1).integers(256, size=(1, 64, 64, 3), dtype=np.uint8)
     latents = latents_of(picture[None])[0]
-    logits = torch.full((1, 25, 16, 16), -60.0)
-    logits[:, 12] = 0  # at rest
-    logits[:, 12, 5, 7], logits[:, 1 * 5 + 4, 5, 7] = -60, 0  # this cell shows what was one pixel up and two right
+    logits = torch.full((1, 2, 5, 16, 16), -60.0)
+    logits[:, :, 2] = 0  # at rest
+    logits[:, :, 2, 5, 7] = -60
+    logits[:, 0, 1, 5, 7] = logits[:, 1, 4, 5, 7] = 0  # this cell shows what was one pixel up and two right
+    logits = logits.flatten(1, 2)
     shown = to_frames(CODEC.decode(moved(latents, logits))).numpy()[0]
     expected = picture[0].copy()
     expected[20:24, 28:32] = picture[0, 19:23, 30:34]
     assert np.array_equal(shown, expected)
+    logits[:, 2, 5, 7] = 0  # and half of what was two right of it
+    half = moved(latents, logits)[0, :, 5, 7]
+    expected = [moved_cell(latents, y, 2)[0, :, 5, 7] for y in (-1, 0)]
+    assert torch.allclose(half, (expected[0] + expected[1]) / 2, atol=1e-5)
     for motion in (1, 2, 4):
-        fresh, moves = CanvasFlow(CanvasFlowConfig(motion=motion)), (2 * motion + 1) ** 2
+        fresh, moves = CanvasFlow(CanvasFlowConfig(motion=motion)), 2 * motion + 1
         assert fresh.out.bias is not None
-        assert fresh.out.bias[-moves:].softmax(0)[moves // 2] == pytest.approx(0.95, abs=0.01), "begins at rest"
+        begins = fresh.out.bias[-2 * moves :].view(2, moves).softmax(1)[:, motion]
+        assert begins.tolist() == pytest.approx([0.95, 0.95], abs=0.01), "at rest"

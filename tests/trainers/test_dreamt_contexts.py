@@ -40,16 +40,16 @@ def test_dreamt_contexts_of_the_head_lead_to_the_moment_they_are_labelled_with(l
     assert not data.validation[ends].any()
     assert (labels[ends[: dreams.eventful]] > 0).all() and dreams.eventful > 140
     begins = data.contexts(dreams.begin, 4)[0]
-    assert np.array_equal(dreams.latents[:, :4], data.latents[begins])
-    assert not np.array_equal(dreams.latents[:, 4], data.latents[dreams.begin + 1])
+    assert np.array_equal(dreams.latents[:, :4], data.stored[begins])
+    assert not np.array_equal(dreams.latents[:, 4], data.stored[dreams.begin + 1])
     for step in range(5):  # a perfect dream
-        dreams.latents[:, 4 + step] = data.latents[np.minimum(dreams.begin + step + 1, ends)]
+        dreams.latents[:, 4 + step] = data.stored[np.minimum(dreams.begin + step + 1, ends)]
     seen = 0
     for seed in range(5):
         batch = task.batch(np.random.default_rng(seed), 64)
         for row in range(64):
             window = batch.context[row].numpy()
-            moments = np.flatnonzero((data.latents == window[-1]).all((1, 2, 3)))
+            moments = np.flatnonzero((data.stored == window[-1]).all((1, 2, 3)))
             answers = [(int(labels[m]), data.contexts(np.array([m]), 4)[1][0].tolist()) for m in moments]
             assert (int(batch.labels[row]), batch.actions[row].tolist()) in answers
             seen += int(batch.labels[row] > 0)
@@ -123,7 +123,7 @@ def test_the_outcome_term_asks_about_the_moment_the_dream_has_reached(latents: P
         reached = cast(torch.Tensor, oracle.latents.grad)[torch.arange(64), 3 + query, :3]
         assert (reached.flatten(1).abs().sum(1) > 0).all(), "the answer's gradient reaches what was dreamt"
         for row in range(64):
-            moments = np.flatnonzero((data.latents == judge.context[row, -1].detach().half().numpy()).all((1, 2, 3)))
+            moments = np.flatnonzero((data.stored == judge.context[row, -1].detach().half().numpy()).all((1, 2, 3)))
             known = {(int(term._labels[m]), int(data.actions[m])) for m in moments}
             assert (int(labels[row]), int(judge.action[row])) in known
             assert not data.validation[moments].all()

@@ -74,13 +74,13 @@ def test_training_reads_phases_and_draws_pictures(trained: Path) -> None:
     frames = torch.from_numpy(data.frames(chosen))
     images = frames.movedim(-1, 1).float() / 255
     with torch.no_grad():
-        error = (autoencoder.decode(torch.from_numpy(data.latents[chosen]).float()) - images).square().mean()
+        error = (autoencoder.decode(data.latents_at(chosen).float()) - images).square().mean()
         flat = (images.mean((0, 2, 3), keepdim=True) - images).square().mean()
     assert error < 0.4 * flat
     camera = torch.from_numpy(data.columns["camera"][chosen])
     off = (autoencoder.read_phase(images) - phase_of(camera) + 0.5) % 1 - 0.5
     assert off.abs().median() < 0.15  # by chance 0.25
-    assert torch.allclose(phases(torch.from_numpy(data.latents[chosen])), phase_of(camera), atol=1e-3)
+    assert torch.allclose(phases(data.latents_at(chosen)), phase_of(camera), atol=1e-3)
 
 
 def test_the_phase_reader_trains_alone(trained: Path, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_dynamics_follow_the_camera(trained: Path) -> None:
         _, name, value = row.split(",")
         values.setdefault(name, []).append(float(value))
     data = LatentDataset(trained / "latents", 0.2)
-    resting = moves(torch.from_numpy(data.latents[data.validation])).norm(dim=1).mean()
+    resting = moves(data.latents_at(data.validation)).norm(dim=1).mean()
     assert values["val_camera_1"][-1] < 0.7 * resting and values["val_camera_1"][-1] < values["val_camera_10"][-1]
     assert 0 < values["error_2"][-1] < 0.8 * values["error_2"][0]
 
@@ -228,7 +228,7 @@ def test_outcomes_are_learnt_from_ends_of_more_episodes_too(trained: Path, tmp_p
     seen = [0, 0]
     for latent, action, label in zip(batch.context[:, -1].numpy(), batch.actions[:, -1], batch.labels, strict=True):
         for k, data in enumerate((own, also)):
-            here = np.flatnonzero((data.latents == latent).all((1, 2, 3)) & (data.actions == int(action)))
+            here = np.flatnonzero((data.stored == latent).all((1, 2, 3)) & (data.actions == int(action)))
             if len(here):
                 assert (data.rewards[here[0]] > 0 or data.terminated[here[0]]) == (label > 0) and not data.validation[
                     here[0]
@@ -247,7 +247,7 @@ def test_outcomes_are_learnt_from_ends_of_more_episodes_too(trained: Path, tmp_p
             k, data = int(now >= len(own.start)), (own, also)[int(now >= len(own.start))]
             begin = now - k * len(own.start)
             end = begin + int(dreams.length[row])
-            assert np.array_equal(dreams.latents[row, 3], data.latents[begin]) and data.validation[end] == part
+            assert np.array_equal(dreams.latents[row, 3], data.stored[begin]) and data.validation[end] == part
             assert data.terminated[end] and data.start[end] == data.start[begin] and begin - data.start[begin] >= 3 * k
             into[k] += 1
         assert into.min() > 0 or part, "dreams lead to events of both"

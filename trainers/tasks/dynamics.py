@@ -57,6 +57,11 @@ class DynamicsTaskConfig:
     """Most steps between two of them."""
     forget: float = 0.25
     """Share of samples without them, as at the start of a dream."""
+    changes: float = 0.0
+    """Share of samples drawn the more often, the more their first step changes; the others are drawn evenly."""
+    even: float = 0.0
+    """How far several games' errors count alike: each is divided by what copying the last latent costs in that game, to
+    this power. 0 leaves them as they are: games in which much moves decide nearly all of the loss."""
     val_ratio: float = 0.02
     """Share of levels kept for validation."""
 
@@ -72,6 +77,8 @@ class DynamicsTaskConfig:
         check(self.importance >= 0, f"importance {self.importance}: must be >= 0")
         check(0 <= self.past <= 64, f"past {self.past}: must be in 0..64")
         check(1 <= self.gap <= 1000, f"gap {self.gap}: must be in 1..1000")
+        check(0 <= self.changes <= 1, f"changes {self.changes}: must be in 0..1")
+        check(0 <= self.even <= 1, f"even {self.even}: must be in 0..1")
         for name in ("drop_actions", "pad", "forget"):
             check(0 <= getattr(self, name) < 1, f"{name} {getattr(self, name)}: must be in [0, 1)")
         check(0 < self.val_ratio < 1, f"val_ratio {self.val_ratio}: must be in (0, 1)")
@@ -112,9 +119,24 @@ class DynamicsTask:
         networks = nn.ModuleDict({name: term for name, term in self.terms.items() if list(term.parameters())})
         self.auxiliary: nn.Module | None = networks if len(networks) else None
         self._split()
-        probe = np.random.default_rng(0).choice(len(self.data.latents), 256)
-        latents = torch.from_numpy(self.data.latents[np.sort(probe)]).float()
+        probe = np.random.default_rng(0).choice(len(self.data.stored), 256)
+        latents = self.data.latents_at(np.sort(probe)).float()
         self.channels = channel_weights(self.codec, latents)[:, None, None]
+        self._weigh()
+
+    def _weigh(self) -> None:
+        """How often each training step is drawn, and how much its game's errors count."""
+        config, self._often, self.weights = self.config, None, None
+        if not config.changes and not config.even:
+            return
+        cost = self.data.changes(self.train, self.channels)
+        games = self.data.game[self.train]
+        sums = np.bincount(games, cost**0.5, len(self.data.games))
+        often = np.cumsum(cost**0.5 / np.maximum(sums, 1e-12)[games])  # each game as often as any other
+        self._often = often / often[-1] if config.changes else None
+        mean = np.bincount(games, cost, len(self.data.games)) / np.bincount(games, minlength=len(self.data.games))
+        weights = np.maximum(mean, 1e-6) ** -config.even
+        self.weights = torch.from_numpy(weights / weights.mean()).float() if config.even else None
 
     def _split(self) -> None:
         """Where samples may begin."""
@@ -132,7 +154,11 @@ class DynamicsTask:
 
     def moments(self, rng: np.random.Generator, size: int) -> np.ndarray:
         """Draw training steps int64 (B,) with a whole context before them and `unroll` steps after."""
-        return self.train[rng.integers(len(self.train), size=size)]
+        evenly = rng.integers(len(self.train), size=size)
+        if self._often is None:
+            return self.train[evenly]
+        changing = np.searchsorted(self._often, rng.random(size)).clip(max=len(self.train) - 1)
+        return self.train[np.where(rng.random(size) < self.config.changes, changing, evenly)]
 
     def batch(self, rng: np.random.Generator, size: int, now: np.ndarray | None = None) -> DynamicsBatch:
         """Samples that begin at `now` (B,), by default at `moments`."""
@@ -171,6 +197,7 @@ class DynamicsTask:
             columns=columns,
             extra=extra,
             game=self.data.game_of(now),
+            weight=None if self.weights is None else self.weights[self.data.game[now]],
         )
 
     def _past(
@@ -285,7 +312,7 @@ class DynamicsTask:
 
     def facts(self) -> dict[str, Any]:
         """The data it was trained on and the latents' range, beyond which a dream has diverged."""
-        sample = self.data.latents[:: max(len(self.data.latents) // 4096, 1)].astype(np.float32)
+        sample = self.data.latents_at(slice(None, None, max(len(self.data.stored) // 4096, 1))).float().numpy()
         return {
             "data": self.data.dataset.facts,
             "codec_sha256": self.data.facts["codec_sha256"],

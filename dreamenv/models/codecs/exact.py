@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -33,6 +35,8 @@ class ExactPatches(Codec):
     For games whose picture mostly stands still: what a bottleneck loses of it is more than what moves.
     """
 
+    stored: ClassVar[torch.dtype] = torch.uint8
+
     def __init__(self, config: ExactPatchesConfig) -> None:
         super().__init__()
         self.config = config
@@ -50,6 +54,14 @@ class ExactPatches(Codec):
     def decode(self, latents: Tensor, **kept: Tensor) -> Tensor:
         """Latents (B, C, H, W) -> images (B, 3, 64, 64), about [0, 1] and not clamped."""
         return F.pixel_shuffle(latents / _SCALE + 0.5, self.config.patch)
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """See `Codec.pack`: the pixels' own values."""
+        return ((latents.float() / _SCALE + 0.5) * 255).round().clamp(0, 255).byte()
+
+    def unpack(self, stored: Tensor) -> Tensor:
+        """See `Codec.unpack`."""
+        return ((stored.float() / 255 - 0.5) * _SCALE).half()
 
     def pool(self, values: Tensor, latents: Tensor) -> Tensor:
         """Means over each cell of pictures' values (B, 64, 64) -> (B, H, W)."""

@@ -76,12 +76,13 @@ class CanvasFlow(Dynamics):
         self.pixels = c // 3
         seen = c * (k + 2) + self.pixels
         self.backbone: Backbone = build("backbone", config.backbone, seen, e, e // 2, where="backbone")
-        self.moves = (2 * config.motion + 1) ** 2 if config.motion else 0
-        out = nn.Conv2d(self.backbone.width, c + 2 * self.pixels + 1 + self.moves, 3, padding=1)
+        self.moves = 2 * config.motion + 1 if config.motion else 0  # along each axis
+        out = nn.Conv2d(self.backbone.width, c + 2 * self.pixels + 1 + 2 * self.moves, 3, padding=1)
         zero_init(out)
         self.out = out
         if self.moves and out.bias is not None:
-            nn.init.constant_(out.bias[-1 - self.moves // 2], 3.0 + math.log(self.moves))  # begins at rest
+            rest = out.bias[-2 * self.moves :].view(2, self.moves)[:, config.motion]
+            nn.init.constant_(rest, 3.0 + math.log(self.moves - 1))  # begins at rest
         self.action_embedding = nn.Embedding(NULL_ACTION + 1, e // 2)
         self.game_embedding = nn.Embedding(len(config.games), e // 2) if config.games else None
         told = (k + 2 + bool(config.games)) * (e // 2)
@@ -142,7 +143,7 @@ class CanvasFlow(Dynamics):
         maps = torch.cat([noisy, context.flatten(1, 2), background, state["votes"] / _VOTES], 1)
         features = self.backbone(maps, self.condition(torch.cat(told, 1)), tokens)
         out = self.out(features).float()
-        parts = [last.shape[1], self.pixels, self.pixels, 1, self.moves]
+        parts = [last.shape[1], self.pixels, self.pixels, 1, 2 * self.moves]
         change, new, uncovered, log_error, moves = out.split(parts, 1)
         drawn = (moved(last, moves) if self.moves else last) + change
         fresh = blend(drawn, background, uncovered - 2)  # begins as what is drawn
@@ -152,15 +153,22 @@ class CanvasFlow(Dynamics):
 def moved(latent: Tensor, logits: Tensor) -> Tensor:
     """Patches of pixels (B, C, H, W), each cell's picture a mixture of itself moved by whole pixels.
 
-    Sprites mostly move as they are. The mixture is a softmax of logits (B, n^2, H, W), n odd, over the moves of up to
-    n // 2 pixels each way (dynamic neural advection, Finn et al. 2016).
+    Sprites mostly move as they are. The mixture is of moves up to m pixels each way (dynamic neural advection, Finn et
+    al. 2016), by the product of two softmaxes of logits (B, 2 (2 m + 1), H, W): of moves down and of moves across.
     """
-    patch, size = math.isqrt(latent.shape[1] // 3), math.isqrt(logits.shape[1])
-    picture = F.pixel_shuffle(latent, patch)
-    around = F.unfold(F.pad(picture, (size // 2,) * 4, mode="replicate"), size)
-    around = around.view(len(latent), 3, size * size, *picture.shape[2:])
-    shares = logits.softmax(1).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
-    return F.pixel_unshuffle((around * shares[:, None].to(around.dtype)).sum(2), patch)
+    b, c, height, width = latent.shape
+    patch, moves = math.isqrt(c // 3), logits.shape[1] // 2
+    most = moves // 2
+    picture = F.pad(F.pixel_shuffle(latent, patch), (most,) * 4, mode="replicate")
+    around = F.unfold(picture, patch + 2 * most, stride=patch).view(b, 3, patch + 2 * most, -1, height, width)
+    down, across = (part.softmax(1).to(around.dtype) for part in logits.split(moves, 1))
+    rows = around.new_zeros(b, 3, patch, patch + 2 * most, height, width)
+    for move in range(moves):
+        rows = rows + down[:, move, None, None, None] * around[:, :, move : move + patch]
+    out = around.new_zeros(b, 3, patch, patch, height, width)
+    for move in range(moves):
+        out = out + across[:, move, None, None, None] * rows[:, :, :, move : move + patch]
+    return out.reshape(b, c, height, width)
 
 
 def blend(first: Tensor, second: Tensor, logit: Tensor) -> Tensor:
