@@ -66,10 +66,10 @@ def shard_names(dataset: Dataset) -> list[str]:
 def encode_dataset(data: Path, codec: Path, out: Path, device: str = "auto") -> Path:
     """Encode every frame; resumes shard by shard. Returns `out`.
 
-    Writes per shard `latents-<frames>.npy` (S, C, H, W), float16 or what `Codec.stored` says, and `importance-<frames>.npy` uint8 (S, H, W), the mean
-    rare-colour weight of each cell's pixels, times 16; `files.json` with their digests; `latents.json` last. <frames>
-    begins the sha256 of the shard's frames, so one folder serves a dataset that grows by merging: what it has encoded
-    before is not encoded again.
+    Writes per shard `latents-<frames>.npy` (S, C, H, W), float16 or what `Codec.stored` says, and
+    `importance-<frames>.npy` uint8 (S, H, W), the mean rare-colour weight of each cell's pixels, times 16; `files.json`
+    with their digests; `latents.json` last. <frames> begins the sha256 of the shard's frames, so one folder serves a
+    dataset that grows by merging: what it has encoded before is not encoded again.
 
     Args:
         data: dataset folder.
