@@ -91,7 +91,7 @@ class TrainConfig:
     eval_every: int = 0
     """Environment steps between evaluations in the other world; 0 evaluates at the end only."""
     eval_episodes: int = 64
-    """Episodes of each evaluation, on training levels."""
+    """Episodes of each evaluation, on training levels; 0 evaluates never, for games that no bundle knows yet."""
     checkpoint_every: int = 10
     """Rollouts between checkpoints."""
     device: str = "auto"
@@ -105,9 +105,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
-        for name in ("steps", "eval_episodes", "checkpoint_every"):
+        for name in ("steps", "checkpoint_every"):
             check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
-        check(self.eval_every >= 0, f"eval_every {self.eval_every}: must be >= 0")
+        for name in ("eval_every", "eval_episodes"):
+            check(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: must be >= 0")
+        check(not self.eval_every or self.eval_episodes > 0, f"eval_every {self.eval_every}: needs eval_episodes")
         check(
             self.precision in ("auto", "fp32", "bf16"),
             f"precision {self.precision!r}: must be 'auto', 'fp32' or 'bf16'",
@@ -286,7 +288,7 @@ def _train(config: TrainConfig, algorithm: AlgorithmConfig, progress: bool) -> d
         model.learn(left, callbacks, reset_num_timesteps=not resumed, **extra)
     seconds = time.perf_counter() - began
     keeper.init_callback(model)
-    figures = keeper.judge()
+    figures = keeper.judge() if config.eval_episodes else {}
     if isinstance(model, OnPolicyAlgorithm):
         save_checkpoint(config.out / "checkpoint", model, identity)
     folder = save_algorithm(config.out / "agent", model, _facts(config))

@@ -250,9 +250,18 @@ def make_bundle(out: Path, data: Path, starts: int, stages: dict[str, str], reci
     return bundle
 
 
+_LATE = 100  # steps into an episode
+
+
 def start_bank(dataset: Dataset, count: int, frame: tuple[int, int, int] = NATIVE, game: str | None = None) -> Starts:
-    """First frames of `count` different levels, evenly spread over the dataset's, or a game's of it, as `frame`."""
+    """Frames where `count` dreams may start, of a dataset or a game's part of it, as `frame`.
+
+    First frames of different levels, evenly spread over those that there are. Where episodes are long, so that a
+    quarter of all steps lie 100 steps or more into theirs, half of the bank are such later moments, evenly spread too.
+    """
     first: dict[int, tuple[int, int]] = {}
+    later: list[tuple[int, int]] = []
+    steps = 0
     for k, shard in enumerate(dataset.shards):
         if game not in (None, shard.game):
             continue
@@ -260,11 +269,20 @@ def start_bank(dataset: Dataset, count: int, frame: tuple[int, int, int] = NATIV
         after_end = began[(began == 0) | (shard.terminated | shard.truncated)[began - 1]]
         for t in after_end:
             first.setdefault(int(shard.level_seeds[t]), (k, int(t)))
-    levels = sorted(first)
-    spread = np.linspace(0, len(levels) - 1, min(count, len(levels))).round().astype(int)
-    chosen = [levels[i] for i in np.unique(spread)]
-    frames = np.stack([dataset.shards[k].frames[t] for k, t in (first[level] for level in chosen)])[:, None]
-    return Starts(observe(frames, frame), np.zeros((len(chosen), 0), np.uint8), np.array(chosen, np.int32))
+        age = np.arange(len(shard)) - np.maximum.accumulate(np.where(shard.first, np.arange(len(shard)), 0))
+        later += [(k, int(t)) for t in np.flatnonzero(age >= _LATE)]
+        steps += len(shard)
+    late = count // 2 if 4 * len(later) >= steps else 0
+    begins = [first[level] for level in sorted(first)]
+    chosen = _spread(begins, count - late) + _spread(later, late)
+    frames = np.stack([dataset.shards[k].frames[t] for k, t in chosen])[:, None]
+    levels = np.array([dataset.shards[k].level_seeds[t] for k, t in chosen], np.int32)
+    return Starts(observe(frames, frame), np.zeros((len(chosen), 0), np.uint8), levels)
+
+
+def _spread(items: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """`count` of the items, or all if there are fewer, evenly spread."""
+    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int))]
 
 
 def main(arguments: list[str] | None = None) -> None:

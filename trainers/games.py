@@ -1,0 +1,154 @@
+"""From the real games to a bundle of all of them: `python -m trainers.games --minutes 90`.
+
+For each game a short agent is trained in the real game, which then plays for the data beside random, sticky and biased
+players; first frames of many levels become the places where dreams start. Then one model of all games is trained, or
+one a game. Run the same line again after a kill: finished stages are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from dreamenv.config import check, to_dict, whole
+from dreamenv.console import errors_in_one_line
+from dreamenv.contract.games import GAMES, get_game
+from dreamenv.data.merge import merge
+from dreamenv.policies.simple import parse_mix
+from dreamenv.stages import begun, program, run_command, stage, together
+from trainers.pipeline import PipelineConfig, run_pipeline
+
+_AGENT = Path("agents/configs/ppo_hasty.yaml")
+
+
+@dataclass(frozen=True)
+class GamesConfig:
+    """What to make, and how much time to spend."""
+
+    games: tuple[str, ...] = tuple(GAMES)
+    """Which games."""
+    minutes: float = 90.0
+    """Training minutes of the models in all; agents, collecting and encoding come on top."""
+    apart: bool = False
+    """One model a game, each with its share of the minutes, in place of one of all."""
+    recipe: str = "canvas"
+    """By which the model of all is trained; one a game is trained by its game's own if this is empty."""
+    out: Path = Path("runs/games")
+    """Run folder; the bundle of all games is <out>/all/bundle, one of a single game <out>/<game>/model/bundle."""
+    steps: int = 49_152
+    """Transitions of each game."""
+    policy: str = "mix"
+    """Who plays them beside the agent; see `python -m envs.collect --help`."""
+    agent_steps: int = 500_000
+    """Steps for which each game's agent is trained in the real game; 0 goes without agents."""
+    agent_share: float = 0.4
+    """Share of the transitions that the agent plays."""
+    agent_config: Path = _AGENT
+    """The agent's algorithm."""
+    starts: int = 2000
+    """Places where dreams start, of each game."""
+    distribution_mode: str = "easy"
+    """Procgen's difficulty."""
+    jobs: int = 1
+    """Games whose agents are trained and data collected at the same time; and models, where there is one a game."""
+    stage_steps: int | None = None
+    """Steps of every trained stage instead of minutes, for a trial."""
+    seed: int = 0
+    """Decides everything but the wall clock."""
+    set: tuple[str, ...] = ()
+    """Overrides for every trained stage, as in `trainers.pipeline`."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises `ConfigError`."""
+        check(bool(self.games), "games: name one or more")
+        for name in self.games:
+            get_game(name)
+            twice = self.games.count(name) > 1
+            check(not twice, f"games: {name} is named twice")
+        for name in ("steps", "starts", "jobs"):
+            whole(getattr(self, name), name, 1)
+        check(self.agent_steps >= 0, f"agent_steps {self.agent_steps}: must be >= 0")
+        check(0 < self.agent_share < 1, f"agent_share {self.agent_share}: must be between 0 and 1")
+        parse_mix(self.policy)
+        for game in self.games:
+            self.run(game)
+
+    @property
+    def together(self) -> bool:
+        """Whether there is one model of several games."""
+        return len(self.games) > 1 and not self.apart
+
+    def run(self, game: str, data: Path | None = None) -> PipelineConfig:
+        """How a model that knows a game is trained; raises `ConfigError` for bad settings."""
+        where = self.out / "all" if self.together else self.out / game / "model"
+        names = ("recipe", "starts", "distribution_mode", "stage_steps", "seed", "set")
+        minutes = self.minutes if self.together else self.minutes / len(self.games)
+        shared = {name: getattr(self, name) for name in names}
+        return PipelineConfig(**shared, game=game, minutes=minutes, out=where, data=data, ends=0)
+
+
+def run_games(config: GamesConfig) -> list[Path]:
+    """Do whatever is not done yet; returns the bundles' folders.
+
+    Raises:
+        ConfigError: bad settings, or a stage that failed.
+    """
+    free = ("out", "jobs")
+    with begun(config.out, {k: str(v) for k, v in to_dict(config).items() if k not in free}):
+        together(config.jobs, [partial(_collect, config, game) for game in config.games])
+        parts = {game: [config.out / game / "data", config.out / game / "starts"] for game in config.games}
+        whole = parts if not config.together else {config.games[0]: [path for p in parts.values() for path in p]}
+        works = [partial(_train, config, game, sources) for game, sources in whole.items()]
+        together(config.jobs, works)
+    return [Path(config.run(game).out or "", "bundle") for game in whole]
+
+
+def _collect(config: GamesConfig, game: str) -> None:
+    """The agent of a game, and its data."""
+    out, agent, policy = config.out / game, config.out / game / "agent", config.policy
+    seed, mode = config.seed, config.distribution_mode
+    if config.agent_steps:
+        options: dict[str, Any] = {"world": "real", "game": game, "steps": config.agent_steps, "seed": seed}
+        options |= {"config": config.agent_config, "eval-episodes": 0, "resume": True, "out": agent}
+        stage(config.out, f"{game}-agent", lambda: run_command(program("agents.train", **options)))
+        policy = mixed(config.policy, f"agent:{agent / 'agent'}:0.1", config.agent_share)
+    shared = {"game": game, "distribution_mode": mode}
+    played = shared | {"steps": config.steps, "policy": policy, "seed": seed, "out": out / "data", "workers": 1}
+    stage(config.out, f"{game}-data", lambda: run_command(program("envs.collect", **played)))
+    firsts = {"steps": config.starts, "num-envs": config.starts, "shard-steps": 1, "seed": seed + 1, "workers": 1}
+    begin = shared | firsts | {"out": out / "starts"}
+    stage(config.out, f"{game}-starts", lambda: run_command(program("envs.collect", **begin)))
+
+
+def mixed(policy: str, other: str, share: float) -> str:
+    """A mix of players in which another has a share, and those of `policy` share the rest as before."""
+    pairs = parse_mix(policy)
+    total = sum(weight for _, weight in pairs)
+    kept = [f"{name}={weight / total * (1 - share):.6g}" for name, weight in pairs]
+    return ",".join([*kept, f"{other}={share:.6g}"])
+
+
+def _train(config: GamesConfig, game: str, sources: list[Path]) -> None:
+    """The model that knows a game, on the data of all of them or its own."""
+    run = config.run(game)
+    assert run.out is not None
+    data = run.out.parent / f"{run.out.name}-data"
+    name = "all" if config.together else game
+    stage(config.out, f"{name}-merged", lambda: str(merge(sources, data, several=config.together)))
+    stage(config.out, f"{name}-model", lambda: str(run_pipeline(config.run(game, data))))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line: every field of `GamesConfig` is an option."""
+    with errors_in_one_line():
+        config = tyro.cli(GamesConfig, args=arguments, description=__doc__)
+        print(json.dumps({"bundles": [str(path) for path in run_games(config)]}))
+
+
+if __name__ == "__main__":
+    main()
