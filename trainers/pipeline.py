@@ -265,9 +265,7 @@ def start_bank(dataset: Dataset, count: int, frame: tuple[int, int, int] = NATIV
     for k, shard in enumerate(dataset.shards):
         if game not in (None, shard.game):
             continue
-        began = np.flatnonzero(shard.first)
-        after_end = began[(began == 0) | (shard.terminated | shard.truncated)[began - 1]]
-        for t in after_end:
+        for t in np.flatnonzero(shard.first):
             first.setdefault(int(shard.level_seeds[t]), (k, int(t)))
         age = np.arange(len(shard)) - np.maximum.accumulate(np.where(shard.first, np.arange(len(shard)), 0))
         later += [(k, int(t)) for t in np.flatnonzero(age >= _LATE)]

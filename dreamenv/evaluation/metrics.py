@@ -136,6 +136,11 @@ def moving_pixels(frames: np.ndarray, previous: np.ndarray, threshold: int = 12)
     return np.abs(frames.astype(np.int16) - previous.astype(np.int16)).max(-1) > threshold
 
 
+def still_pixels(frames: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Bool (N, T, 64, 64): pixels of uint8 frames (N, T, 64, 64, C) that are as in `last` (N, 1, ...) up to then."""
+    return np.logical_and.accumulate((frames == last).all(-1), axis=1)
+
+
 def detail(frames: np.ndarray) -> np.ndarray:
     """Mean absolute difference of neighbouring pixels, float64 (...,), of uint8 frames (..., 64, 64, 3)."""
     x = frames.astype(np.int16)

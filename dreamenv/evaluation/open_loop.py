@@ -20,6 +20,7 @@ from dreamenv.evaluation.metrics import (
     spearman,
     squared_error,
     ssim,
+    still_pixels,
 )
 from dreamenv.evaluation.outcomes import OutcomeScores
 from dreamenv.evaluation.perceptual import feature_distance, features, frechet_distance
@@ -101,8 +102,10 @@ def compare_open_loop(
     curves["autoencoder ceiling"] = np.full(clips.horizon, psnr(floor.mean()))
     rows = {name: frames[:, steps - 1] for name, frames in whole.items()} | {"autoencoder ceiling": ceiling}
     rare, moving = rare_pixels(truth, frequencies), moving_pixels(truth, before[:, steps - 1])
+    still = still_pixels(real, last)[:, steps - 1]
     table = [
-        {"what": name, "step": int(step)} | _row(frames[:, i], *(x[: len(frames), i] for x in (truth, rare, moving)))
+        {"what": name, "step": int(step)}
+        | _row(frames[:, i], *(x[: len(frames), i] for x in (truth, rare, moving, still)))
         for name, frames in rows.items()
         for i, step in enumerate(steps)
     ]
@@ -162,7 +165,9 @@ def _steps(clips: Clips) -> np.ndarray:
     return np.array([h for h in HORIZONS if h <= clips.horizon])
 
 
-def _row(frames: np.ndarray, real: np.ndarray, rare: np.ndarray, moving: np.ndarray) -> dict[str, Any]:
+def _row(
+    frames: np.ndarray, real: np.ndarray, rare: np.ndarray, moving: np.ndarray, still: np.ndarray
+) -> dict[str, Any]:
     """Figures of frames uint8 (N, 64, 64, 3) beside the real ones; masks (N, 64, 64)."""
     error = squared_error(frames, real)
     return {
@@ -171,6 +176,7 @@ def _row(frames: np.ndarray, real: np.ndarray, rare: np.ndarray, moving: np.ndar
         "psnr_mean": float(frame_psnr(error).mean()),
         "ssim": float(ssim(frames, real).mean()),
         "psnr_moving": _masked_psnr(error, moving),
+        "psnr_still": _masked_psnr(error, still),
         "psnr_rare": _masked_psnr(error, rare),
         "detail": float(detail(frames).mean() / max(detail(real).mean(), 1e-9)),
     }

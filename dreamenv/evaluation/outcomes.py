@@ -87,6 +87,8 @@ def outcome_scores(
 def outcome_figures(model: WorldModel, scores: OutcomeScores, prefix: str = "", death: bool = True) -> dict[str, Any]:
     """Average precision (None without events), base rate, events and calibration of rewards, death and the end.
 
+    Of rewards it is that of any at all, and of each magnitude.
+
     Args:
         model: the world model.
         scores: what its head said; the named rewards are the game's own magnitudes.
@@ -102,6 +104,7 @@ def outcome_figures(model: WorldModel, scores: OutcomeScores, prefix: str = "", 
         figures[f"{name}_base_rate"] = float((weights * positive).sum() / weights.sum())
         figures[f"{name}_events"] = int(positive.sum())
 
+    add("reward", p @ (model.rewards != 0), scores.rewards != 0)
     for value in np.unique(model.rewards[model.rewards != 0]):
         add(f"reward_{value:g}", p @ (model.rewards == value), scores.rewards == np.float32(value))
     if death:

@@ -137,7 +137,7 @@ class Dynamics(nn.Module, ABC):
     config: Any
     remembers: ClassVar[bool] = False
     learning_rates: ClassVar[dict[str, float]] = {}
-    deterministic: ClassVar[bool] = False
+    deterministic: bool = False
     frame_levels: ClassVar[bool] = False
 
     @property

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
-import runpy
 import subprocess
 import sys
-import warnings
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +26,7 @@ from dreamenv.stages import run_command, stage
 from dreamenv.world_model import WorldModel
 from envs.collect import CollectConfig, collect
 from tests.battery.common import FULL
+from tests.here import run_here
 
 
 def gather(out: Path, seed: int, policy: str = "random=0.5,sticky=0.5", **options: object) -> Path:
@@ -144,18 +141,6 @@ def small_bundle(folder: Path, data: Path) -> Path:
         np.arange(5, dtype=np.int32),
     )
     return save_bundle(folder, model, GameFacts("coinrun", "easy", 1000), Limits(1e6, 1e6), starts, {})
-
-
-def run_here(command: list[str]) -> str:
-    """Run `python -m name ...` in this process, which has loaded already what that takes seconds to load."""
-    if command[2] == "agents.train":  # the libraries that it uses warn
-        return run_command(command)
-    printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed), warnings.catch_warnings():
-        patch.setattr(sys, "argv", command[2:])
-        warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)  # the program is imported already
-        runpy.run_module(command[2], run_name="__main__", alter_sys=True)
-    return (printed.getvalue().splitlines() or [""])[-1]
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ SMALL = {
     "flow": ("codec:model.width=16", "dynamics:model.backbone.channels=[16, 16, 16]"),
     "flow_dit": tuple(f"dynamics:model.backbone.{x}" for x in ("width=16", "depth=1", "features=16")),
     "flow_causal": ("dynamics:model.width=16", "dynamics:model.depth=1"),
-    "canvas": ("dynamics:model.backbone.channels=[16, 16, 16]",),
+    "canvas": tuple(f"{stage}:model.backbone.channels=[16, 16, 16]" for stage in ("predictor", "dynamics")),
 }
 
 

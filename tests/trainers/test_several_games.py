@@ -48,13 +48,9 @@ def data(parts: list[Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    small = (
-        "loop.batch_size=6",
-        "task.val_ratio=0.2",
-        "head:model.width=16",
-        "dynamics:model.backbone.channels=[16, 16]",
-    )
-    settings = (*small, "dynamics:model.backbone.blocks=[1, 1]")
+    small = ("loop.batch_size=6", "task.val_ratio=0.2", "head:model.width=16")
+    shape = ("channels=[16, 16]", "blocks=[1, 1]")
+    settings = (*small, *(f"{s}:model.backbone.{value}" for s in ("predictor", "dynamics") for value in shape))
     out = tmp_path_factory.mktemp("several") / "run"
     return run_pipeline(
         PipelineConfig(game="maze", recipe="canvas", data=data, out=out, stage_steps=2, starts=3, set=settings)

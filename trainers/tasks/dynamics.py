@@ -136,7 +136,8 @@ class DynamicsTask:
         self._often = often / often[-1] if config.changes else None
         mean = np.bincount(games, cost, len(self.data.games)) / np.bincount(games, minlength=len(self.data.games))
         weights = np.maximum(mean, 1e-6) ** -config.even
-        self.weights = torch.from_numpy(weights / weights.mean()).float() if config.even else None
+        weights *= mean.sum() / (weights * mean).sum()  # the loss keeps its size
+        self.weights = torch.from_numpy(weights).float() if config.even else None
 
     def _split(self) -> None:
         """Where samples may begin."""

@@ -36,6 +36,8 @@ class CanvasFlowConfig:
     """Width of the conditioning vector."""
     motion: int = 0
     """How many pixels a cell's picture may be moved each way before it is drawn over; 0 moves none."""
+    deterministic: bool = False
+    """Whether it learns from no term that draws, so that it is a mean, however many evaluations are asked for."""
     games: tuple[str, ...] = ()
     """The games that it is told apart, none for a model of one; training takes them from the data."""
 
@@ -72,7 +74,7 @@ class CanvasFlow(Dynamics):
     def __init__(self, config: CanvasFlowConfig) -> None:
         super().__init__()
         c, k, e = config.latent.shape[0], config.context, config.embedding
-        self.config = config
+        self.config, self.deterministic = config, config.deterministic
         self.pixels = c // 3
         seen = c * (k + 2) + self.pixels
         self.backbone: Backbone = build("backbone", config.backbone, seen, e, e // 2, where="backbone")

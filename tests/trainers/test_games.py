@@ -1,0 +1,158 @@
+"""Many games by one command; which samples of them are drawn, how much each counts, and where their dreams start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dreamenv.bundle import load_bundle
+from dreamenv.contract.games import get_game
+from dreamenv.data import Dataset
+from dreamenv.data.merge import merge
+from dreamenv.errors import ConfigError
+from dreamenv.models.codecs.exact import ExactPatches, ExactPatchesConfig
+from dreamenv.models.io import save_model
+from envs.collect import CollectConfig, collect
+from tests.here import run_here
+from trainers.encode import encode_dataset
+from trainers.games import GamesConfig, main, mixed
+from trainers.latent_data import LatentDataset
+from trainers.pipeline import start_bank
+from trainers.tasks.dynamics import DynamicsTask, DynamicsTaskConfig
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+CANVAS = {"type": "canvas_flow", "backbone": {"type": "unet", "channels": [16, 16], "blocks": [1, 1]}}
+GAMES = ("fruitbot", "maze")  # all of one picture moves, hardly anything of the other
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("games")
+    shared = {"steps": 1600, "num_envs": 8, "shard_steps": 200, "num_levels": 60, "policy": "biased"}
+    return [collect(CollectConfig(game=g, out=str(folder / g), **shared), progress=False) for g in GAMES]  # pyright: ignore
+
+
+@pytest.fixture(scope="module")
+def latents(parts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("latents")
+    save_model(folder / "codec", ExactPatches(ExactPatchesConfig()), {"step": 0})
+    return encode_dataset(merge(parts, folder / "data", several=True), folder / "codec", folder / "latents", "cpu")
+
+
+def task(latents: Path, **options: float) -> DynamicsTask:
+    config = DynamicsTaskConfig(latents=str(latents), terms={"squared": {}}, val_ratio=0.2, pad=0.0, **options)  # pyright: ignore
+    return DynamicsTask(config, CANVAS, 0)
+
+
+def test_pixels_are_stored_as_bytes_and_come_back_exactly(latents: Path) -> None:
+    data = LatentDataset(latents)
+    assert data.stored.dtype == np.uint8
+    chosen = np.arange(0, len(data.stored), 97)
+    shown = data.codec.decode(data.latents_at(chosen).float()).clamp(0, 1).mul(255).round().byte()
+    assert np.array_equal(shown.permute(0, 2, 3, 1).numpy(), data.frames(chosen))
+
+
+def test_what_changes_is_drawn_more_often_and_games_as_often_as_before(latents: Path) -> None:
+    even, changing = task(latents), task(latents, changes=1.0)
+    rng = np.random.default_rng(0)
+    drawn = {name: t.moments(rng, 4000) for name, t in {"even": even, "changing": changing}.items()}
+    data = even.data
+    for game in range(2):
+        own = {name: now[data.game[now] == game] for name, now in drawn.items()}
+        assert len(own["changing"]) == pytest.approx(2000, abs=150)
+        cost = {name: data.changes(now, even.channels).mean() for name, now in own.items()}
+        assert cost["changing"] > (1.0, 1.5)[game] * cost["even"], "in the one all steps change about as much"
+    still = data.changes(even.train, even.channels) == 0
+    assert not np.isin(drawn["changing"], even.train[still]).any()
+
+
+def test_several_games_errors_count_alike(latents: Path) -> None:
+    wholly = task(latents, even=1.0)
+    data, now = wholly.data, wholly.train
+    cost = data.changes(now, wholly.channels)
+    frames = [data.frames(now[data.game[now] == g][:50, None] + np.arange(2)) / 255.0 for g in range(2)]
+    moved = [16 * float(np.square(np.diff(f, axis=1)).mean()) for f in frames]  # latents are four times the pixels
+    assert [cost[data.game[now] == g][:50].mean() for g in range(2)] == pytest.approx(moved, rel=1e-2)
+    assert moved[0] > 20 * moved[1]
+    weights = wholly.batch(np.random.default_rng(0), 64).weight
+    assert weights is not None
+    each = np.array([(cost * (data.game[now] == g)).sum() / (data.game[now] == g).sum() for g in range(2)])
+    assert (wholly.weights.numpy() * each) == pytest.approx([each.mean()] * 2, rel=1e-3)  # pyright: ignore
+    assert task(latents).batch(np.random.default_rng(0), 4).weight is None
+
+
+def test_dreams_start_late_too_where_episodes_are_long(tmp_path: Path) -> None:
+    shared = {"num_envs": 8, "shard_steps": 400, "steps": 3200, "num_levels": 60, "policy": "random"}
+    for game, late in (("maze", 10), ("fruitbot", 0)):  # a random player walks 500 steps, or runs into a wall soon
+        data = Dataset(collect(CollectConfig(game=game, out=str(tmp_path / game), **shared), progress=False))  # pyright: ignore
+        bank = start_bank(data, 20)
+        shard = data.shards[0]
+        firsts = {frame.tobytes() for frame in shard.frames[np.flatnonzero(shard.first)]}
+        begun = [frame.tobytes() in firsts for frame in bank.frames[:, 0]]
+        assert late * 0.8 <= sum(not b for b in begun) <= late, "some late pictures are as at first"
+        assert len(bank.frames) == 20 == len(bank.level_seeds)
+        assert len(set(bank.level_seeds[: 20 - late].tolist())) == 20 - late, "first frames are of different levels"
+
+
+def test_one_command_makes_one_bundle_of_several_games(
+    tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("games", "pipeline"):
+        monkeypatch.setattr(f"trainers.{module}.run_command", run_here)
+    agent = tmp_path / "ppo.yaml"
+    agent.write_text(
+        "algorithm: PPO\nnum_envs: 4\nnetwork: {channels: [4, 4, 4], features: 8}\n"
+        "settings: {n_steps: 16, batch_size: 32, n_epochs: 1}\n"
+    )
+    stages = ("predictor", "dynamics")
+    small = [f"{s}:model.backbone.{v}" for s in stages for v in ("channels=[16, 16]", "blocks=[1, 1]")]
+    options = ["--games", *GAMES, "--out", str(tmp_path / "g"), "--steps", "1600", "--agent-steps", "64"]
+    options += ["--agent-config", str(agent), "--starts", "6", "--stage-steps", "2"]
+    options += ["--set", "loop.batch_size=4", "task.val_ratio=0.2", "head:model.width=16", *small]
+
+    def made() -> list[str]:
+        main(options)
+        return json.loads(capsys.readouterr().out.splitlines()[-1])["bundles"]
+
+    (folder,) = made()
+    for game in GAMES:
+        bundle = load_bundle(folder, "cpu", game=game)
+        assert bundle.games == GAMES and len(bundle.starts.frames) == 6
+        assert bundle.game.max_steps == get_game(game).max_steps
+    players = dict(Dataset(tmp_path / "g" / "maze" / "data").facts["policy_mix"])
+    assert players[f"agent:{tmp_path}/g/maze/agent/agent:0.1"] == pytest.approx(0.4) and len(players) == 4
+    written = (tmp_path / "g" / "all" / "bundle" / "bundle.json").stat().st_mtime_ns
+    assert made() == [folder], "all stages are done"
+    assert (tmp_path / "g" / "all" / "bundle" / "bundle.json").stat().st_mtime_ns == written
+
+
+def test_a_model_a_game_shares_the_time(tmp_path: Path) -> None:
+    config = GamesConfig(games=GAMES, minutes=10.0, apart=True, out=tmp_path)
+    assert [config.run(game).minutes for game in GAMES] == [5.0, 5.0]
+    assert config.run("maze").out == tmp_path / "maze" / "model"
+    assert GamesConfig(games=GAMES, minutes=10.0).run("maze").minutes == 10.0
+
+
+def test_the_mix_keeps_its_proportions() -> None:
+    assert mixed("random=0.1,biased=0.3", "agent:a:0.1", 0.5) == "random=0.125,biased=0.375,agent:a:0.1=0.5"
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"games": ("maze", "maze")}, "named twice"),
+        ({"games": ("mase",)}, "did you mean 'maze'"),
+        ({"games": ()}, "name one"),
+        ({"agent_share": 1.0}, "agent_share 1.0"),
+        ({"agent_steps": -1}, "agent_steps -1"),
+        ({"starts": 0}, "starts 0"),
+        ({"recipe": "tiles"}, "needs a known camera"),
+        ({"set": ("predictor:loop.lrr=1",)}, "lrr"),
+    ],
+)
+def test_bad_settings_are_refused_at_once(options: dict[str, object], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        GamesConfig(**options)  # pyright: ignore
