@@ -22,9 +22,9 @@ TINY = [
     "codec:model.width=16",
     "codec:model.blocks=1",
     "codec:model.latent_channels=8",
-    *[f"{stage}:model.{k}" for stage in ("predictor", "unrolled", "flow", "settled") for k in SHAPE],
-    *[f"{stage}:task.unroll=2" for stage in ("unrolled", "flow", "settled")],
-    *[f"{stage}:model.width=16" for stage in ("outcomes", "heads")],
+    *[f"dynamics:model.{k}" for k in SHAPE],
+    "dynamics:task.unroll=2",
+    "head:model.width=16",
 ]
 
 
@@ -45,7 +45,7 @@ def test_from_the_real_game_to_a_dream_through_the_command_line(tmp_path: Path) 
         "--game",
         "coinrun",
         "--recipe",
-        "patches",
+        "predictor_patches",
         "--steps",
         "3000",
         "--stage-steps",
@@ -60,8 +60,8 @@ def test_from_the_real_game_to_a_dream_through_the_command_line(tmp_path: Path) 
     bundle = load_bundle(first["bundle"], "cpu")
     assert bundle.starts.frames.shape == (4, 1, 64, 64, 3) and bundle.world_model.rewards.tolist()[0] == 0.0
     weights = (out / "bundle" / "dynamics.safetensors").read_bytes()
-    (out / "stages" / "flow.json").unlink()  # as if it had been killed there: it goes on from its checkpoint
-    assert "[predictor] done before" in run(*pipeline)
+    (out / "stages" / "dynamics.json").unlink()  # as if it had been killed there: it goes on from its checkpoint
+    assert "[codec] done before" in run(*pipeline)
     assert (out / "bundle" / "dynamics.safetensors").read_bytes() == weights
 
     small = ["--bundle", str(out / "bundle"), "--clips", "8", "--horizon", "5"]

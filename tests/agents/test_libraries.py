@@ -7,10 +7,8 @@ import json
 import os
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -113,65 +111,6 @@ def test_the_agent_that_ships_with_a_bundle(tmp_path: Path) -> None:
     command = program("dreamenv", "play", **options, headless=tmp_path / "film.mp4")
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.splitlines()[-1])["steps"] == 4
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_killed_at_random_moments_a_training_in_the_dream_ends_with_the_same_bytes(
-    tmp_path: Path, toy_bundle: Path
-) -> None:
-    (tmp_path / "ppo.yaml").write_text(
-        json.dumps(
-            {
-                "algorithm": "PPO",
-                "num_envs": 4,
-                "network": {"channels": [4, 4, 4], "features": 8},
-                "settings": {"n_steps": 16, "batch_size": 32, "n_epochs": 1},
-            }
-        )
-    )
-
-    def command(out: Path) -> list[str]:
-        return [
-            sys.executable,
-            "-m",
-            "agents.train",
-            "--world",
-            "dream",
-            "--bundle",
-            str(toy_bundle),
-            "--config",
-            str(tmp_path / "ppo.yaml"),
-            "--steps",
-            "1280",
-            "--checkpoint-every",
-            "1",
-            "--eval-episodes",
-            "2",
-            "--horizon",
-            "20",
-            "--device",
-            "cpu",
-            "--out",
-            str(out),
-            "--resume",
-        ]
-
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
-    rng, kills = np.random.default_rng(0), 0
-    for _ in range(4):
-        process = subprocess.Popen(command(tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        began = time.monotonic()  # most of a start is importing: count from the first sign of life
-        while not (tmp_path / "killed" / "progress.csv").exists() and time.monotonic() - began < 60:
-            time.sleep(0.05)
-        time.sleep(float(rng.uniform(0.1, 1.5)))
-        kills += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert kills >= 1
-    subprocess.run(command(tmp_path / "killed"), check=True, capture_output=True)
-    for name in ("agent/agent.safetensors", "checkpoint/arrays.safetensors"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
 
 
 @pytest.mark.slow

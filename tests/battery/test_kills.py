@@ -75,14 +75,18 @@ def commands(name: str, root: Path) -> tuple[list[str], tuple[str, ...]]:
         ], ("manifest.json", ".npy")
     if name == "train":
         (root / "toy.yaml").write_text(TOY.format(data=root / "data"))
-        return [*python, "trainers.train", str(root / "toy.yaml"), "--out", "out", "--resume"], ("model/",)
+        return [*python, "trainers.train", str(root / "toy.yaml"), "--out", "out", "--resume"], (
+            "model/",
+            "checkpoint/model",
+            "checkpoint/optimizer",
+        )
     if name == "agents.train":
         (root / "ppo.yaml").write_text(PPO)
         return [
             *(*python, "agents.train", "--world", "dream", "--bundle", str(root / "bundle"), "--steps", "192"),
             *("--config", str(root / "ppo.yaml"), "--checkpoint-every", "1", "--eval-episodes", "2"),
             *("--out", "out", "--resume", "--precision", "fp32"),
-        ], ("out/agent/",)
+        ], ("out/agent/", "checkpoint/arrays")
     return [
         *(*python, "trainers.pipeline", "--game", "coinrun", "--recipe", "patches", "--out", "out", "--steps", "2000"),
         *("--stage-steps", "2", "--starts", "3", "--ends", "0", "--workers", "1"),
