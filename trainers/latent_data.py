@@ -123,11 +123,12 @@ class LatentDataset:
 
     def changes(self, now: np.ndarray, channels: Tensor) -> np.ndarray:
         """How much the latents change from steps (B,) to the next, float64 (B,): squares, weighted by (C, 1, 1)."""
-        found = []
-        for part in np.array_split(now, -(-len(now) // 1024)):
+        found = np.empty(len(now))  # filled in place: small arrays kept between large ones would hold these open
+        for at in range(0, len(now), 256):
+            part = now[at : at + 256]
             change = self.latents_at(part + 1).float() - self.latents_at(part).float()
-            found.append((change.square() * channels).mean((1, 2, 3)).numpy())
-        return np.concatenate(found).astype(np.float64)
+            found[at : at + 256] = (change.square() * channels).mean((1, 2, 3)).numpy()
+        return found
 
     def game_of(self, now: np.ndarray) -> Tensor | None:
         """Which games the steps (B,) are of, int64 (B,); None where there is but one."""
