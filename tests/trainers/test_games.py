@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from dreamenv.bundle import load_bundle
 from dreamenv.contract.games import get_game
@@ -14,6 +16,7 @@ from dreamenv.data import Dataset
 from dreamenv.data.merge import merge
 from dreamenv.errors import ConfigError
 from dreamenv.models.codecs.exact import ExactPatches, ExactPatchesConfig
+from dreamenv.models.codecs.patches import PatchAutoencoder, PatchAutoencoderConfig
 from dreamenv.models.io import save_model
 from envs.collect import CollectConfig, collect
 from tests.here import run_here
@@ -82,6 +85,32 @@ def test_several_games_errors_count_alike(latents: Path) -> None:
     each = np.array([(cost * (data.game[now] == g)).sum() / (data.game[now] == g).sum() for g in range(2)])
     assert (wholly.weights.numpy() * each) == pytest.approx([each.mean()] * 2, rel=1e-3)  # pyright: ignore
     assert task(latents).batch(np.random.default_rng(0), 4).weight is None
+
+
+def test_the_shares_are_told_which_pixels_change(latents: Path) -> None:
+    plain = {"val_ratio": 0.2, "pad": 0.0, "drop_actions": 0.0, "context_noise": 0.0}
+    terms = {"changed": {"weight": 2.0, "least": 16.5 * 4 / 255}}
+    both = DynamicsTask(DynamicsTaskConfig(str(latents), terms, **plain), CANVAS, 0)  # pyright: ignore
+    now = both.train[:: len(both.train) // 50]
+    batch = both.batch(np.random.default_rng(0), len(now), now).to(torch.device("cpu"))
+    chance = 0.3
+    nn.init.zeros_(both.model.out.weight)  # type: ignore[union-attr, arg-type]
+    nn.init.constant_(both.model.out.bias, np.log(chance / (1 - chance)))  # type: ignore[union-attr, arg-type]
+    loss, metrics = both.loss(both.model, batch, torch.Generator().manual_seed(0), 0.0)
+    pair = both.data.frames(now[:, None] + np.arange(2)).astype(np.int64)
+    changed = (np.abs(pair[:, 1] - pair[:, 0]).max(-1) > 16).mean()
+    assert 0.02 < changed < 0.9
+    expected = -(changed * np.log(chance) + (1 - changed) * np.log(1 - chance))
+    assert float(metrics["changed_1"]) == pytest.approx(expected, rel=1e-4)
+    assert float(loss) == pytest.approx(2 * expected, rel=1e-4)
+
+
+def test_only_dynamics_of_pixels_have_such_shares(tmp_path: Path, parts: list[Path]) -> None:
+    save_model(tmp_path / "codec", PatchAutoencoder(PatchAutoencoderConfig(width=16, blocks=1)), {"step": 0})
+    folder = encode_dataset(parts[0], tmp_path / "codec", tmp_path / "latents", "cpu")
+    predictor = CANVAS | {"type": "latent_predictor"}
+    with pytest.raises(ConfigError, match="needs latents of 'pixels of patches', not 'patches'"):
+        DynamicsTask(DynamicsTaskConfig(str(folder), {"changed": {}}, val_ratio=0.2), predictor, 0)
 
 
 def test_dreams_start_late_too_where_episodes_are_long(tmp_path: Path) -> None:
