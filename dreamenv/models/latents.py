@@ -40,11 +40,13 @@ class Prediction:
         latent: float32 (B, C, H, W), the clean next latent.
         log_error: float32 (B, H, W), the log of the squared error that the dynamics expect of it in each cell.
         hints: what a head, or another evaluation of the same step, may be told of it, each (B, ...); usually nothing.
+        parts: what it was made of, for training alone, each (B, ...); usually nothing.
     """
 
     latent: Tensor
     log_error: Tensor
     hints: Mapping[str, Tensor] = field(default_factory=dict)
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Reconstruction(NamedTuple):

@@ -102,7 +102,7 @@ def test_the_shares_are_told_which_pixels_change(latents: Path) -> None:
     assert 0.02 < changed < 0.9
     expected = -(changed * np.log(chance) + (1 - changed) * np.log(1 - chance))
     assert float(metrics["changed_1"]) == pytest.approx(expected, rel=1e-4)
-    assert float(loss) == pytest.approx(2 * expected, rel=1e-4)
+    assert loss.item() == pytest.approx(2 * expected, rel=1e-4)
 
 
 def test_only_dynamics_of_pixels_have_such_shares(tmp_path: Path, parts: list[Path]) -> None:

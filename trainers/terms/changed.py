@@ -31,11 +31,11 @@ class ChangedConfig:
 
 @register("term", "changed", ChangedConfig)
 class Changed(Term):
-    """Cross-entropy of the hint `new`, a logit for each pixel, with whether its true colour is another than before.
+    """Cross-entropy of a prediction's part `new`, a logit for each pixel, with whether its true colour changes.
 
     The mean of a pixel that may change is its old colour and its new one in proportion to the chance of the latter, so
     a squared error asks for the same share; but where hardly anything changes it teaches that very slowly. A small
-    difference counts as none: what has drifted a little shall stay as it is. It needs dynamics that hint `new`.
+    difference counts as none: what has drifted a little shall stay as it is. It needs dynamics of such parts.
     """
 
     config: ChangedConfig
@@ -54,7 +54,7 @@ class Changed(Term):
         for u, step in enumerate(steps):
             off = (step.target - step.state.latents[:, -1].detach().float()).abs()
             true = (off.unflatten(1, (3, -1)).amax(1) > self.config.least).float()
-            error = F.binary_cross_entropy_with_logits(step.prediction.hints["new"].float(), true, reduction="none")
+            error = F.binary_cross_entropy_with_logits(step.prediction.parts["new"].float(), true, reduction="none")
             total = total + self.config.weight * (error.mean(1) * step.live).mean() / len(steps)
             metrics[f"changed_{u + 1}"] = error.detach().mean()
         return total, metrics

@@ -130,7 +130,7 @@ class CanvasFlow(Dynamics):
         hints: Mapping[str, Tensor] | None = None,
         span: Tensor | None = None,
     ) -> Prediction:
-        """See `Dynamics.predict`; it heeds no hints, and hints `new` (B, C / 3, H, W), the logit of what is new."""
+        """See `Dynamics.predict`; it heeds no hints. Its part `new` (B, C / 3, H, W) is the logit of what is new."""
         context, background = state.latents, state["background"]
         last, zero = context[:, -1], torch.zeros(len(context), device=context.device)
         tau, level = zero if tau is None else tau, zero if level is None else level
@@ -149,7 +149,7 @@ class CanvasFlow(Dynamics):
         change, new, uncovered, log_error, moves = out.split(parts, 1)
         drawn = (moved(last, moves) if self.moves else last) + change
         fresh = blend(drawn, background, uncovered - 2)  # begins as what is drawn
-        return Prediction(blend(last, fresh, new).float(), log_error[:, 0], {"new": new})
+        return Prediction(blend(last, fresh, new).float(), log_error[:, 0], parts={"new": new})
 
 
 def moved(latent: Tensor, logits: Tensor) -> Tensor:
