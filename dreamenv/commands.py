@@ -28,7 +28,7 @@ def _sampler(
 
 def demo(
     out: Path = Path("out/demo"),
-    game: str = "coinrun",
+    game: str = "",
     bundle: Path | None = None,
     clips: int = 256,
     horizon: int = 30,
@@ -36,11 +36,12 @@ def demo(
     device: str = "auto",
     seed: int = 0,
 ) -> None:
-    """Film model and real game side by side and measure the model, on held-out levels; headless.
+    """Film all embedded games beside their dreams; or one, and measure its model too. On held-out levels, headless.
 
     Args:
-        out: folder for side_by_side.mp4 and .gif, film_strip.png, horizon.png and metrics.json.
-        game: which embedded bundle; of a bundle of several games, which game.
+        out: folder for mosaic.mp4, .gif and .png; of one game for side_by_side.mp4 and .gif, film_strip.png,
+            horizon.png and metrics.json.
+        game: which embedded game, or which game of a bundle of several; none films them all.
         bundle: a bundle folder instead.
         clips: how many real clips, each of which the model continues.
         horizon: steps dreamt in each.
@@ -48,8 +49,16 @@ def demo(
         device: auto, cpu, cuda ...
         seed: decides levels, actions and noise.
     """
+    from dreamenv.bundle import bundle_games
     from dreamenv.evaluation.demo import demo as run
+    from dreamenv.evaluation.demo import mosaic
 
+    if not game and bundle is None:
+        filmed = mosaic(out, sampler=_sampler(nfe), device=device, seed=seed)
+        print(f"{len(filmed['games'])} games, each beside its dream; one alone, measured: dreamenv demo --game NAME")
+        print(f"written to {out}/: mosaic.mp4, mosaic.gif, mosaic.png")
+        return
+    game = game or bundle_games(Path(bundle or ""))[0]
     figures = run(out, game, bundle, clips, horizon, sampler=_sampler(nfe), device=device, seed=seed)["figures"]
     print(f"\n{'steps dreamt':>14} {'PSNR dB':>9} {'copy last':>9}")
     for h in (1, 5, 10, 30, 50, 100):

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from dreamenv.artifacts import write_json
-from dreamenv.bundle import bundled_agent, load_bundle, resolve_bundle
+from dreamenv.bundle import bundled_agent, embedded_games, load_bundle, resolve_bundle
+from dreamenv.config import check
 from dreamenv.contract.games import get_game
+from dreamenv.errors import ConfigError
 from dreamenv.evaluation.clips import cut_clips, play_real
 from dreamenv.evaluation.figures import save_grid, save_horizon_plot, side_by_side
 from dreamenv.evaluation.imagine import open_loop
@@ -20,6 +22,7 @@ from dreamenv.evaluation.outcomes import outcome_figures, outcome_scores
 from dreamenv.flow import SamplerConfig
 from dreamenv.types import Clips
 from dreamenv.video import save_video
+from dreamenv.world_model import WorldModel
 
 
 def demo(
@@ -81,6 +84,73 @@ def demo(
     metrics = {"game": facts.name, "bundle": loaded.identity, "seed": seed, "figures": figures, "curves": curves}
     write_json(out / "metrics.json", metrics)
     return metrics
+
+
+_ACROSS = 4  # games beside one another
+
+
+def mosaic(
+    out: Path,
+    games: tuple[str, ...] = (),
+    steps: int = 60,
+    sampler: SamplerConfig | None = None,
+    device: str = "auto",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Film several embedded games at once, each beside its dream, from the same held-out start under the same actions.
+
+    Writes `mosaic.mp4` and `.gif`, and `mosaic.png`: each game's real pictures above the dream's.
+
+    Args:
+        out: folder.
+        games: which; all that are embedded by default.
+        steps: how many are filmed; a game whose episodes are shorter stands still at its end.
+        sampler: how the dreams are drawn.
+        device: auto, cpu, cuda ...
+        seed: decides levels, actions and noise.
+
+    Returns:
+        `games`, and `steps` filmed of each.
+
+    Raises:
+        BundleError: a game is not embedded.
+        ConfigError: `steps` < 4.
+    """
+    check(steps >= 4, f"steps {steps}: must be >= 4")
+    panels, rows, filmed = [], [], {}
+    for game in games or tuple(embedded_games()):
+        print(f"dreaming of {game} ...", flush=True)
+        loaded = load_bundle(resolve_bundle(None, game), device, game=game)
+        film = _one_clip(loaded.game.name, loaded.game.distribution_mode, loaded.world_model, steps, seed)
+        dream, _ = open_loop(loaded.world_model, film, sampler or SamplerConfig(), seed)
+        start, real = film.frames[0, : film.context], film.frames[0, film.context :]
+        shown = [np.concatenate([start, frames]) for frames in (real, dream[0])]
+        length = steps + film.context
+        shown = [np.concatenate([f, np.repeat(f[-1:], length - len(f), 0)]) for f in shown]
+        panels.append(side_by_side({game: shown[0], "dream": shown[1]}, scale=2))
+        at = np.unique(np.linspace(0, len(real) - 1, 8).astype(int))
+        rows += [frames[at] for frames in (real, dream[0])]
+        filmed[game] = len(real)
+    panels += [np.full_like(panels[0], 24)] * (-len(panels) % min(_ACROSS, len(panels)))
+    lines = [np.concatenate(panels[i : i + _ACROSS], 2) for i in range(0, len(panels), _ACROSS)]
+    for name in ("mosaic.mp4", "mosaic.gif"):
+        save_video(out / name, np.concatenate(lines, 1))
+    width = max(len(row) for row in rows)
+    padded = [np.concatenate([row, np.zeros((width - len(row), *row.shape[1:]), row.dtype)]) for row in rows]
+    save_grid(out / "mosaic.png", padded)
+    return {"games": list(filmed), "steps": filmed}
+
+
+def _one_clip(game: str, mode: str, model: WorldModel, steps: int, seed: int) -> Clips:
+    """A clip of the real game in which much moves, shorter than `steps` where no episode is as long."""
+    play = play_real(game, 300, 32, distribution_mode=mode, seed=seed, frame=model.frame_shape)
+    for horizon in (steps, steps // 2, steps // 4):
+        try:
+            return _liveliest(cut_clips(play, 32, model.context, horizon, seed), 1)
+        except ConfigError:
+            if horizon == steps // 4:
+                raise
+    raise AssertionError("the loop returns or raises")
 
 
 def _liveliest(clips: Clips, count: int) -> Clips:

@@ -224,4 +224,7 @@ def test_one_game_of_several_is_played_and_judged(bundle: Path, tmp_path: Path) 
     assert film.stat().st_size > 0
     figures = demo(tmp_path / "demo", "starpilot", bundle, 4, 4, 4, 640, device="cpu")["figures"]
     own = {f"reward_{r:g}" for r in load_bundle(bundle, "cpu", game="starpilot").world_model.rewards if r}
-    assert {"_".join(name.split("_")[:2]) for name in figures if name.startswith("reward_")} == own
+    assert {name.removesuffix("_ap") for name in figures if name.startswith("reward") and name.endswith("_ap")} == {
+        *own,
+        "reward",
+    }

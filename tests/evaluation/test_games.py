@@ -1,0 +1,57 @@
+"""The films and tables of all games."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dreamenv.bundle import embedded_games
+from dreamenv.errors import BundleError, ConfigError
+from dreamenv.evaluation.demo import mosaic
+from dreamenv.evaluation.games import PICTURES, SHORT, games_table, write_tables
+from dreamenv.evaluation.metrics import still_pixels
+
+
+def test_a_mosaic_shows_every_game_beside_its_dream(tmp_path: Path) -> None:
+    games = tuple(embedded_games())[:2]
+    filmed = mosaic(tmp_path, games, steps=8, device="cpu")
+    assert filmed["games"] == list(games) and set(filmed["steps"].values()) == {8}
+    assert {path.name for path in tmp_path.iterdir()} == {"mosaic.mp4", "mosaic.gif", "mosaic.png"}
+    picture = np.asarray(Image.open(tmp_path / "mosaic.png"))
+    assert picture.shape == (2 * 64 * 2 * len(games), 2 * 64 * 8, 3)
+    real, dream = picture[:128, :128].astype(int), picture[128:256, :128].astype(int)
+    assert np.abs(real - dream).mean() < 8, "the first step is nearly right"
+    with pytest.raises(BundleError, match="tetris"):
+        mosaic(tmp_path, ("tetris",))
+    with pytest.raises(ConfigError, match="steps 3"):
+        mosaic(tmp_path, games, steps=3)
+
+
+def test_still_pixels_are_those_that_never_changed_since() -> None:
+    film = np.zeros((1, 3, 64, 64, 3), np.uint8)
+    film[0, 1, 5, 6, 2] = 1  # changes and comes back
+    still = still_pixels(film, np.zeros((1, 1, 64, 64, 3), np.uint8))
+    assert still[0, 0].all()
+    for t in (1, 2):
+        assert np.argwhere(~still[0, t]).tolist() == [[5, 6]]
+
+
+def test_a_table_has_a_line_a_game_and_the_medians(tmp_path: Path) -> None:
+    cards = {"a": {"psnr_1": 20.04, "reward_ap": None}, "b": {"psnr_1": 30.0}, "c": {"psnr_1": 26.0, "reward_ap": 0.5}}
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in games_table(cards, SHORT).splitlines()]
+    assert [line[0] for line in lines] == ["game", "---", "a", "b", "c", "median"]
+    columns = {title: [line[i + 1] for line in lines[2:]] for i, (title, _, _) in enumerate(SHORT)}
+    assert columns["PSNR, dB, 1 step"] == ["20.0", "30.0", "26.0", "26.0"]
+    assert columns["reward AP"] == ["", "", "0.50", "0.50"] and columns["values: Pearson"] == [""] * 4
+    page = tmp_path / "page.md"
+    page.write_text("x\n<!-- games-short -->\nold\n<!-- /games-short -->\ny\n")
+    write_tables(page, {"games-short": "new", "games-pictures": games_table(cards, PICTURES)})
+    assert page.read_text() == "x\n<!-- games-short -->\nnew\n<!-- /games-short -->\ny\n"
+    page.write_text("nothing")
+    with pytest.raises(ConfigError, match="no room"):
+        write_tables(page, {"games-short": "new"})
+    with pytest.raises(ConfigError, match="cannot be read"):
+        write_tables(tmp_path / "none.md", {"games-short": "new"})
