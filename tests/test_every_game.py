@@ -1,0 +1,77 @@
+"""Every game of Procgen has a dream in the package that keeps the environment's contract, and beats copying."""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+import dreamenv  # noqa: F401  registers the environments
+from dreamenv.bundle import Bundle, embedded_games, load_bundle
+from dreamenv.contract.games import GAMES, get_game
+from dreamenv.evaluation.clips import cut_clips, play_real
+from dreamenv.evaluation.imagine import open_loop
+from dreamenv.evaluation.metrics import psnr, squared_error, still_pixels
+from dreamenv.flow import SamplerConfig
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+STILL = [name for name, game in GAMES.items() if not any(game.view.scrolls)]
+_MIB = 2**20
+
+
+@pytest.fixture(params=GAMES)
+def bundle(request: pytest.FixtureRequest) -> Bundle:
+    return load_bundle(embedded_games()[request.param], "cpu", game=request.param)
+
+
+def test_it_steps_like_any_environment(bundle: Bundle) -> None:
+    game = bundle.game.name
+    env = gym.make("DreamProcgen-v0", game=game, device="cpu", render_mode="rgb_array")
+    check_env(env.unwrapped, skip_render_check=True)
+    frame, info = env.reset(seed=3)
+    assert info["level_seed"] in bundle.starts.level_seeds
+    rewards = {0.0, *(float(r) for r in bundle.world_model.rewards)}
+    for action in (7, 7, 5, 9, 1):
+        frame, reward, terminated, truncated, _ = env.step(action)
+        assert any(reward == pytest.approx(r) for r in rewards) and not truncated
+        if terminated:
+            env.reset()
+    moment = env.unwrapped.snapshot()  # pyright: ignore
+    first = [env.step(a)[0].tobytes() for a in (4, 7, 8)]
+    env.unwrapped.restore(moment)  # pyright: ignore
+    assert [env.step(a)[0].tobytes() for a in (4, 7, 8)] == first
+    assert env.render().shape == (64, 64, 3) and frame.shape == (64, 64, 3)  # pyright: ignore
+    env.close()
+    batch = gym.make_vec("DreamProcgen-v0", num_envs=2, game=game, device="cpu")
+    frames, _ = batch.reset(seed=[3, 3])
+    assert np.array_equal(frames[0], frames[1])
+    batch.close()
+
+
+def test_its_facts_are_the_games_and_its_starts_are_of_training_levels(bundle: Bundle) -> None:
+    game = get_game(bundle.game.name)
+    assert bundle.game.max_steps == game.max_steps and bundle.game.distribution_mode == "easy"
+    assert bundle.starts.level_seeds.max() < 10000
+    data = bundle.provenance["data"]
+    assert data["start_level"] + data["num_levels"] <= 10000
+
+
+def test_it_is_nearer_to_the_real_game_than_the_last_frame_is(bundle: Bundle) -> None:
+    model = bundle.world_model
+    play = play_real(bundle.game.name, 150, 32, seed=21)
+    clips = cut_clips(play, 48, model.context, 10)
+    real, last = clips.frames[:, model.context :], clips.frames[:, model.context - 1 : model.context]
+    dream, _ = open_loop(model, clips, SamplerConfig(temperature=0.0), 0)
+    error, copied = squared_error(dream, real), squared_error(last, real)
+    for h in (1, 10):
+        assert psnr(error[:, h - 1].mean()) > psnr(copied[:, h - 1].mean())
+    if bundle.game.name in STILL:
+        still = still_pixels(real, last)[:, -1]
+        assert psnr(error[:, -1][still].mean()) > 30
+
+
+def test_the_bundles_are_small() -> None:
+    folders = set(embedded_games().values())
+    sizes = {f.name: sum(p.stat().st_size for p in f.rglob("*") if p.is_file()) for f in folders}
+    assert sum(sizes.values()) - sizes["coinrun"] <= 12 * _MIB
