@@ -153,7 +153,8 @@ def _run(config: PipelineConfig, recipe: Recipe, out: Path) -> None:
         where, work = out / name, _work(config, recipe, name, settings, made)
         if work is not None:
             stage(out, name, work)
-        made[name] = "" if work is None else where / "model" if "model" in settings else where
+        trained = "model" in settings or "choose" in settings
+        made[name] = "" if work is None else where / "model" if trained else where
         if name == recipe.data and config.data is not None:
             made[name] = config.data
     data = made[recipe.data]
@@ -173,9 +174,14 @@ def _work(
     if "encode" in settings:
         wanted = filled(settings["encode"], made, name)
         return partial(encode, wanted["data"], wanted["codec"], out) if wanted["data"] else None
+    if "choose" in settings:
+        wanted = filled(settings["choose"], made, name)
+        return partial(run_command, program("trainers.choose", wanted["dynamics"], wanted["latents"], out / "model"))
     if "build" in settings:
         return partial(build_model, settings["build"], settings["model"], out / "model")
-    check("task" in settings, f"recipe {recipe.name}: stage {name} says neither collect, encode, build nor task")
+    check(
+        "task" in settings, f"recipe {recipe.name}: stage {name} says neither collect, encode, choose, build nor task"
+    )
     return partial(train_stage, config.stage_values(recipe, name, made), out)
 
 

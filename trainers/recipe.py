@@ -1,8 +1,8 @@
 """Recipes: the stages from the real game to a bundle, as data (`trainers/recipes/*.yaml`).
 
-A stage collects, encodes, builds a model that needs no training, or trains one. `{name}` in its settings is what the
-stage of that name made: a dataset, a folder of latents, or a model folder; `{steps}`, `{ends}` and `{dreams}` are
-numbers that the pipeline decides. A recipe may say which other one it `extends`.
+A stage collects, encodes, builds a model that needs no training, trains one, or chooses what one leaves open. `{name}`
+in its settings is what the stage of that name made: a dataset, a folder of latents, or a model folder; `{steps}`,
+`{ends}` and `{dreams}` are numbers that the pipeline decides. A recipe may say which other one it `extends`.
 """
 
 from __future__ import annotations
@@ -51,6 +51,14 @@ class Recipe:
     def trained(self) -> list[str]:
         """Names of the stages that train."""
         return [name for name, stage in self.stages.items() if "task" in stage]
+
+    @property
+    def learnt(self) -> str:
+        """The stage that trains the bundle's dynamics last."""
+        name = self.bundle["dynamics"]
+        while "choose" in self.stages[name]:
+            name = self.stages[name]["choose"]["dynamics"].strip("{}")
+        return name
 
     def suits(self, game: Game, mode: str) -> bool:
         """Whether a game in a difficulty has what is needed."""

@@ -261,7 +261,7 @@ def run_table(config: TableConfig) -> dict[str, dict[str, Any]]:
         together(config.jobs, [partial(stage, out, name, lambda run=run: str(run_pipeline(run))) for name, run in runs])
         cut = None
         for name in config.recipes:
-            folders[name] = out / name / load_recipe(name).bundle["dynamics"]
+            folders[name] = out / name / load_recipe(name).learnt
             if not (out / "stages" / f"{name}-row.json").exists() and cut is None:
                 cut = held_out_clips(config.game, config.clips, config.seed)
 

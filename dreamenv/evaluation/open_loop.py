@@ -102,13 +102,7 @@ def compare_open_loop(
     curves["autoencoder ceiling"] = np.full(clips.horizon, psnr(floor.mean()))
     rows = {name: frames[:, steps - 1] for name, frames in whole.items()} | {"autoencoder ceiling": ceiling}
     rare, moving = rare_pixels(truth, frequencies), moving_pixels(truth, before[:, steps - 1])
-    still = still_pixels(real, last)[:, steps - 1]
-    table = [
-        {"what": name, "step": int(step)}
-        | _row(frames[:, i], *(x[: len(frames), i] for x in (truth, rare, moving, still)))
-        for name, frames in rows.items()
-        for i, step in enumerate(steps)
-    ]
+    table = _table(rows, steps, truth, rare, moving, still_pixels(real, last)[:, steps - 1])
     figures: dict[str, Any] = {
         "clips": len(real),
         "context": k,
@@ -163,6 +157,15 @@ def add_perceptual(result: Comparison, clips: int = 64, later: int = 10) -> None
 def _steps(clips: Clips) -> np.ndarray:
     """Those of `HORIZONS` that the clips reach."""
     return np.array([h for h in HORIZONS if h <= clips.horizon])
+
+
+def _table(rows: dict[str, np.ndarray], steps: np.ndarray, *beside: np.ndarray) -> list[dict[str, Any]]:
+    """A row for each of what is compared and each step, of frames (n, steps, ...); `beside` are those of `_row`."""
+    return [
+        {"what": name, "step": int(step)} | _row(frames[:, i], *(x[: len(frames), i] for x in beside))
+        for name, frames in rows.items()
+        for i, step in enumerate(steps)
+    ]
 
 
 def _row(

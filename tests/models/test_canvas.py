@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from dreamenv.errors import ConfigError
 from dreamenv.models.codecs.exact import ExactPatches, ExactPatchesConfig
 from dreamenv.models.dynamics.canvas import CanvasFlow, CanvasFlowConfig, blend, moved
 from dreamenv.models.interface import to_frames, to_images
@@ -107,3 +108,22 @@ def test_a_cell_s_picture_is_moved_by_whole_pixels() -> None:
         assert fresh.out.bias is not None
         begins = fresh.out.bias[-2 * moves :].view(2, moves).softmax(1)[:, motion]
         assert begins.tolist() == pytest.approx([0.95, 0.95], abs=0.01), "at rest"
+
+
+@torch.no_grad()
+def test_what_changes_less_than_a_little_stays_as_it_is() -> None:
+    film = latents_of(a_film(4)[1]).clamp(-1.5, 1.5)
+    config = CanvasFlowConfig(backbone={"type": "unet", "channels": [16], "blocks": [1]}, rest=(8.0,))
+    model = CanvasFlow(config).eval()
+    assert model.out.bias is not None
+    model.out.bias[48:64], model.out.bias[64:80] = 9, -9
+    state = model.begin(film, torch.zeros(1, 3, dtype=torch.int64))
+    for values, moves in ((7, False), (9, True)):
+        model.out.bias[:48] = values * 4 / 255
+        change = model.predict(state, torch.tensor([4])).latent - film[:, -1]
+        assert torch.allclose(change, torch.full_like(change, moves * values * 4 / 255), atol=1e-5)
+    model.out.bias[:48] = 7 * 4 / 255
+    assert (model.train().predict(state, torch.tensor([4])).latent != film[:, -1]).all(), "in training all of it counts"
+    for wrong in ((1.0, 2.0), (-1.0,), (300.0,)):
+        with pytest.raises(ConfigError, match="rest"):
+            CanvasFlowConfig(rest=wrong)

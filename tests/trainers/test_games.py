@@ -17,9 +17,11 @@ from dreamenv.data.merge import merge
 from dreamenv.errors import ConfigError
 from dreamenv.models.codecs.exact import ExactPatches, ExactPatchesConfig
 from dreamenv.models.codecs.patches import PatchAutoencoder, PatchAutoencoderConfig
-from dreamenv.models.io import save_model
+from dreamenv.models.dynamics.canvas import CanvasFlow, CanvasFlowConfig
+from dreamenv.models.io import load_model, save_model
 from envs.collect import CollectConfig, collect
 from tests.here import run_here
+from trainers.choose import choose
 from trainers.encode import encode_dataset
 from trainers.games import GamesConfig, main, mixed
 from trainers.latent_data import LatentDataset
@@ -103,6 +105,20 @@ def test_the_shares_are_told_which_pixels_change(latents: Path) -> None:
     expected = -(changed * np.log(chance) + (1 - changed) * np.log(1 - chance))
     assert float(metrics["changed_1"]) == pytest.approx(expected, rel=1e-4)
     assert loss.item() == pytest.approx(2 * expected, rel=1e-4)
+
+
+def test_what_is_left_open_is_chosen_by_how_it_dreams(latents: Path, tmp_path: Path) -> None:
+    model = CanvasFlow(CanvasFlowConfig(backbone=CANVAS["backbone"], games=GAMES))  # pyright: ignore
+    assert model.out.bias is not None
+    with torch.no_grad():  # every pixel becomes brighter by three values a step
+        model.out.bias[:48], model.out.bias[48:64], model.out.bias[64:80] = 3 * 4 / 255, 9, -9
+    save_model(tmp_path / "model", model, {"step": 7, "codec_sha256": "x"})
+    found = choose(tmp_path / "model", latents, tmp_path / "chosen", 8, "cpu")
+    assert found["rest"][GAMES.index("maze")] == 4.0, "the least with which nothing changes"
+    chosen, facts = load_model(tmp_path / "chosen", "dynamics")
+    assert chosen.config.rest == tuple(found["rest"]) and facts["step"] == 7 and facts["chosen"] == found
+    again = choose(tmp_path / "chosen", latents, tmp_path / "again", 8, "cpu")
+    assert again == found, "what was chosen before does not count"
 
 
 def test_only_dynamics_of_pixels_have_such_shares(tmp_path: Path, parts: list[Path]) -> None:

@@ -36,6 +36,9 @@ class CanvasFlowConfig:
     """Width of the conditioning vector."""
     motion: int = 0
     """How many pixels a cell's picture may be moved each way before it is drawn over; 0 moves none."""
+    rest: tuple[float, ...] = ()
+    """In each game, by how many of its 256 values a pixel must change or else stays as it was; empty is 0. What stands
+    still does not drift then, but nothing fades. It counts in evaluation only, and is chosen after training."""
     deterministic: bool = False
     """Whether it learns from no term that draws, so that it is a mean, however many evaluations are asked for."""
     games: tuple[str, ...] = ()
@@ -52,6 +55,9 @@ class CanvasFlowConfig:
             f"embedding {self.embedding}: must be a multiple of 4 in 8..4096",
         )
         check(0 <= self.motion <= 8, f"motion {self.motion}: must be 0..8")
+        many = max(len(self.games), 1)
+        sound = len(self.rest) in (0, many) and all(0 <= value <= 256 for value in self.rest)
+        check(sound, f"rest {self.rest}: must be empty, or {many} values in 0..256, one a game")
         check_games(self.games)
 
 
@@ -68,7 +74,9 @@ class CanvasFlow(Dynamics):
     A state keeps `background` (B, C, H, W) and `votes` (B, C / 3, H, W), the majority's lead in pictures.
     """
 
+    rest: Tensor
     remembers: ClassVar[bool] = True
+    choices: ClassVar[Mapping[str, tuple[float, ...]]] = {"rest": (0.0, 4.0, 8.0, 16.0)}
     config: CanvasFlowConfig
 
     def __init__(self, config: CanvasFlowConfig) -> None:
@@ -76,6 +84,7 @@ class CanvasFlow(Dynamics):
         c, k, e = config.latent.shape[0], config.context, config.embedding
         self.config, self.deterministic = config, config.deterministic
         self.pixels = c // 3
+        self.register_buffer("rest", torch.tensor(config.rest or (0.0,)) * 2 * _SAME, persistent=False)
         seen = c * (k + 2) + self.pixels
         self.backbone: Backbone = build("backbone", config.backbone, seen, e, e // 2, where="backbone")
         self.moves = 2 * config.motion + 1 if config.motion else 0  # along each axis
@@ -147,9 +156,14 @@ class CanvasFlow(Dynamics):
         out = self.out(features).float()
         parts = [last.shape[1], self.pixels, self.pixels, 1, 2 * self.moves]
         change, new, uncovered, log_error, moves = out.split(parts, 1)
-        drawn = (moved(last, moves) if self.moves else last) + change
-        fresh = blend(drawn, background, uncovered - 2)  # begins as what is drawn
-        return Prediction(blend(last, fresh, new).float(), log_error[:, 0], parts={"new": new})
+        fresh = (moved(last, moves) if self.moves else last) + change
+        fresh = blend(fresh, background, uncovered - 2)  # begins as what is drawn
+        drawn = blend(last, fresh, new).float()
+        if self.config.rest and not self.training:
+            least = self.rest[state["game"]] if self.config.games else self.rest
+            moves = (drawn - last).abs().unflatten(1, (3, self.pixels)).amax(1) >= least.view(-1, 1, 1, 1)
+            drawn = torch.where(moves.repeat(1, 3, 1, 1), drawn, last)
+        return Prediction(drawn, log_error[:, 0], parts={"new": new})
 
 
 def moved(latent: Tensor, logits: Tensor) -> Tensor:

@@ -1,0 +1,91 @@
+"""Settings of trained dynamics that are chosen by how well they dream, on levels kept for validation."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dreamenv.config import check
+from dreamenv.console import run_command_line
+from dreamenv.device import pick_device
+from dreamenv.models.interface import Dynamics
+from dreamenv.models.io import load_model, save_model
+from dreamenv.models.registry import build, spec_of
+from trainers.latent_data import LatentDataset
+from trainers.models import of_game
+
+_STEPS = 20
+
+
+def choose(model: Path, latents: Path, out: Path, clips: int = 48, device: str = "auto") -> dict[str, list[float]]:
+    """Choose the settings that dynamics leave open (`Dynamics.choices`), a value for each game.
+
+    Each value is tried on dreams of means from real contexts of validation levels, and the one with the smallest mean
+    over the steps of the logarithm of the squared error is taken: what decibels measure.
+
+    Args:
+        model: model folder of trained dynamics.
+        latents: folder of the encoded dataset they were trained on.
+        out: the new model folder.
+        clips: dreams of each game.
+        device: auto, cpu, cuda ...
+
+    Returns:
+        setting -> the chosen values, in the order of the games.
+
+    Raises:
+        ConfigError: the data has no validation levels with episodes long enough.
+    """
+    dynamics, facts = load_model(model, "dynamics")
+    assert isinstance(dynamics, Dynamics)
+    data = LatentDataset(latents)
+    target = pick_device(device)
+    windows = data.windows(dynamics.context + _STEPS, validation=True)
+    check(
+        len(windows) > 0, f"latents {latents}: no validation level has {dynamics.context + _STEPS} steps; collect more"
+    )
+    rng, found = np.random.default_rng(0), {}
+    for name, values in dynamics.choices.items():
+        scores = np.full((len(data.games), len(values)), np.inf)
+        for game in range(len(data.games)):
+            own = windows[data.game[windows] == game]
+            begin = np.sort(rng.permutation(own)[:clips])
+            for i, value in enumerate(values):
+                tried = _with(dynamics, {name: (value,) * len(data.games)}).to(target)
+                scores[game, i] = _score(tried, data, begin) if len(begin) else 0.0
+        found[name] = [values[i] for i in scores.argmin(1)]
+    save_model(out, _with(dynamics, {name: tuple(chosen) for name, chosen in found.items()}), facts | {"chosen": found})
+    return found
+
+
+def _with(dynamics: Dynamics, settings: dict[str, Any]) -> Dynamics:
+    """The same network with other settings."""
+    assert set(settings) <= {f.name for f in fields(dynamics.config)}
+    changed = build("dynamics", spec_of(dynamics) | settings)
+    changed.load_state_dict(dynamics.state_dict())
+    assert changed.config == replace(dynamics.config, **settings)
+    return changed.eval()
+
+
+def _score(dynamics: Dynamics, data: LatentDataset, begin: np.ndarray) -> float:
+    """Mean logarithm of the squared error of dreams from windows that begin at steps (B,)."""
+    k, device = dynamics.context, next(dynamics.parameters()).device
+    indices = begin[:, None] + np.arange(k + _STEPS)
+    actions = torch.from_numpy(data.actions[indices]).to(device)
+    latents, game = data.gather(indices).float().to(device), data.game_of(begin)
+    errors = []
+    with torch.no_grad():
+        state = of_game(dynamics.begin(latents[:, :k], actions[:, : k - 1]), None if game is None else game.to(device))
+        for step in range(k, k + _STEPS):
+            predicted = dynamics.predict(state, actions[:, step - 1]).latent
+            errors.append(float((predicted - latents[:, step]).square().mean()))
+            state = dynamics.advance(state, actions[:, step - 1], predicted)
+    return float(np.log(np.array(errors) + 1e-9).mean())
+
+
+if __name__ == "__main__":
+    print(run_command_line(choose, positional=True))
