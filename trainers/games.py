@@ -52,6 +52,8 @@ class GamesConfig:
     """The agent's algorithm."""
     starts: int = 2000
     """Places where dreams start, of each game."""
+    bank_kib: int = 400
+    """Most KiB that these take of each game; there are fewer where their pictures have more in them."""
     distribution_mode: str = "easy"
     """Procgen's difficulty."""
     jobs: int = 1
@@ -70,7 +72,7 @@ class GamesConfig:
             get_game(name)
             twice = self.games.count(name) > 1
             check(not twice, f"games: {name} is named twice")
-        for name in ("steps", "starts", "jobs"):
+        for name in ("steps", "starts", "bank_kib", "jobs"):
             whole(getattr(self, name), name, 1)
         check(self.agent_steps >= 0, f"agent_steps {self.agent_steps}: must be >= 0")
         check(0 < self.agent_share < 1, f"agent_share {self.agent_share}: must be between 0 and 1")
@@ -86,7 +88,7 @@ class GamesConfig:
     def run(self, game: str, data: Path | None = None) -> PipelineConfig:
         """How a model that knows a game is trained; raises `ConfigError` for bad settings."""
         where = self.out / "all" if self.together else self.out / game / "model"
-        names = ("recipe", "starts", "distribution_mode", "stage_steps", "seed", "set")
+        names = ("recipe", "starts", "bank_kib", "distribution_mode", "stage_steps", "seed", "set")
         minutes = self.minutes if self.together else self.minutes / len(self.games)
         shared = {name: getattr(self, name) for name in names}
         return PipelineConfig(**shared, game=game, minutes=minutes, out=where, data=data, ends=0)

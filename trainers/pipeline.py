@@ -31,6 +31,7 @@ from dreamenv.models.io import load_model, save_model
 from dreamenv.models.registry import build
 from dreamenv.policies.simple import parse_mix
 from dreamenv.stages import begun, program, run_command, stage
+from dreamenv.starts import pack_starts
 from dreamenv.world_model import WorldModel
 from trainers.dreams import dreams_for
 from trainers.recipe import Recipe, check_build, check_values, filled, load_recipe
@@ -71,6 +72,8 @@ class PipelineConfig:
     """Steps of every trained stage instead of minutes: a run that can be repeated bit for bit."""
     starts: int = 60
     """Start contexts in the bundle, of each game."""
+    bank_kib: int | None = None
+    """Most KiB that the start contexts of a game take; there are fewer where their pictures have more in them."""
     set: tuple[str, ...] = ()
     """Overrides for every trained stage, e.g. loop.batch_size=256; prefix one stage as unrolled:loop.lr=0.001."""
 
@@ -87,6 +90,7 @@ class PipelineConfig:
         check(self.ends is None or self.ends >= 0, f"ends {self.ends}: must be >= 0")
         check(self.workers >= 0, f"workers {self.workers}: must be >= 0")
         check(self.starts >= 1, f"starts {self.starts}: must be >= 1")
+        check(self.bank_kib is None or self.bank_kib >= 1, f"bank_kib {self.bank_kib}: must be >= 1")
         check(self.stage_steps is None or self.stage_steps >= 1, f"stage_steps {self.stage_steps}: must be >= 1")
         recipe = load_recipe(self.recipe or game.recipe)
         needs = " and ".join(recipe.needs)
@@ -158,7 +162,8 @@ def _run(config: PipelineConfig, recipe: Recipe, out: Path) -> None:
         if name == recipe.data and config.data is not None:
             made[name] = config.data
     data = made[recipe.data]
-    stage(out, "bundle", lambda: make_bundle(out, data, config.starts, recipe.bundle, recipe.name))
+    bundled = partial(make_bundle, out, data, config.starts, recipe.bundle, recipe.name, kib=config.bank_kib)
+    stage(out, "bundle", bundled)
 
 
 def _work(
@@ -211,7 +216,15 @@ def encode(data: Path | str, codec: Path | str, latents: Path) -> None:
     run_command(program("trainers.encode", data, codec, latents))
 
 
-def make_bundle(out: Path, data: Path, starts: int, stages: dict[str, str], recipe: str, name: str = "bundle") -> Path:
+def make_bundle(
+    out: Path,
+    data: Path,
+    starts: int,
+    stages: dict[str, str],
+    recipe: str,
+    name: str = "bundle",
+    kib: int | None = None,
+) -> Path:
     """Compose <out>/<name> from trained stages.
 
     Args:
@@ -221,6 +234,7 @@ def make_bundle(out: Path, data: Path, starts: int, stages: dict[str, str], reci
         stages: which are the codec, the dynamics and the head.
         recipe: by which they were trained.
         name: of the bundle's folder.
+        kib: most KiB that the start contexts of a game take, see `fitting_bank`.
 
     Raises:
         BundleError: a stage is missing or damaged.
@@ -249,7 +263,7 @@ def make_bundle(out: Path, data: Path, starts: int, stages: dict[str, str], reci
         "heads_also": facts["head"].get("also"),
     }
     world_model = WorldModel(codec, dynamics, head)
-    banks = {n: start_bank(dataset, starts, codec.frame, n) for n in dataset.games}
+    banks = {n: fitting_bank(dataset, starts, codec.frame, n, kib) for n in dataset.games}
     bundle = save_bundle_of(games, out / name, world_model, limits, banks, provenance, {})
     for game in dataset.games:
         load_bundle(bundle, "cpu", game=game)  # what was written must be readable
@@ -282,6 +296,16 @@ def start_bank(dataset: Dataset, count: int, frame: tuple[int, int, int] = NATIV
     frames = np.stack([dataset.shards[k].frames[t] for k, t in chosen])[:, None]
     levels = np.array([dataset.shards[k].level_seeds[t] for k, t in chosen], np.int32)
     return Starts(observe(frames, frame), np.zeros((len(chosen), 0), np.uint8), levels)
+
+
+def fitting_bank(dataset: Dataset, count: int, frame: tuple[int, int, int], game: str, kib: int | None) -> Starts:
+    """As `start_bank`, but of so many frames that they take at most so many KiB, though of one at least."""
+    while True:
+        bank = start_bank(dataset, count, frame, game)
+        size = len(pack_starts(bank)) / 1024
+        if kib is None or size <= kib or count == 1:
+            return bank
+        count = max(int(0.9 * count * kib / size), 1)
 
 
 def _spread(items: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:

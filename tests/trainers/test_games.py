@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dreamenv.bundle import load_bundle
+from dreamenv.contract.frames import NATIVE
 from dreamenv.contract.games import get_game
 from dreamenv.data import Dataset
 from dreamenv.data.merge import merge
@@ -19,13 +20,14 @@ from dreamenv.models.codecs.exact import ExactPatches, ExactPatchesConfig
 from dreamenv.models.codecs.patches import PatchAutoencoder, PatchAutoencoderConfig
 from dreamenv.models.dynamics.canvas import CanvasFlow, CanvasFlowConfig
 from dreamenv.models.io import load_model, save_model
+from dreamenv.starts import pack_starts
 from envs.collect import CollectConfig, collect
 from tests.here import run_here
 from trainers.choose import choose
 from trainers.encode import encode_dataset
 from trainers.games import GamesConfig, main, mixed
 from trainers.latent_data import LatentDataset
-from trainers.pipeline import start_bank
+from trainers.pipeline import fitting_bank, start_bank
 from trainers.tasks.dynamics import DynamicsTask, DynamicsTaskConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -140,6 +142,15 @@ def test_dreams_start_late_too_where_episodes_are_long(tmp_path: Path) -> None:
         assert late * 0.8 <= sum(not b for b in begun) <= late, "some late pictures are as at first"
         assert len(bank.frames) == 20 == len(bank.level_seeds)
         assert len(set(bank.level_seeds[: 20 - late].tolist())) == 20 - late, "first frames are of different levels"
+
+
+def test_a_bank_fits_into_its_room(parts: list[Path]) -> None:
+    data = Dataset(parts[1])
+    whole = fitting_bank(data, 12, NATIVE, "maze", None)
+    part = fitting_bank(data, 12, NATIVE, "maze", 6)
+    assert len(whole.frames) == len(start_bank(data, 12).frames) > len(part.frames) >= 1
+    assert len(pack_starts(part)) <= 6 * 1024 < len(pack_starts(whole))
+    assert len(fitting_bank(data, 12, NATIVE, "maze", 1).frames) == 1, "one at least"
 
 
 def test_one_command_makes_one_bundle_of_several_games(
