@@ -141,17 +141,18 @@ def save_bundle_of(
     return folder
 
 
-def embedded_games() -> dict[str, Path]:
-    """Games of the bundles in the package, in order, and the folder that holds each."""
+def embedded_games(distribution_mode: str = "easy") -> dict[str, Path]:
+    """Games in a difficulty of the bundles in the package, in order, and the folder that holds each."""
     found: dict[str, Path] = {}
     for path in sorted(EMBEDDED.glob("*/bundle.json")):
-        names = bundle_games(path.parent)
-        found |= {name: path.parent for name in names if len(names) == 1 or name not in found}
+        games = described_games(read_description(path), path)
+        names = [game.name for game in games if game.distribution_mode == distribution_mode]
+        found |= {name: path.parent for name in names if len(games) == 1 or name not in found}
     return dict(sorted(found.items()))
 
 
-def resolve_bundle(bundle: str | Path | None, game: str) -> Path:
-    """Return the folder of a bundle: an explicit path, or the embedded one of `game`.
+def resolve_bundle(bundle: str | Path | None, game: str, distribution_mode: str | None = None) -> Path:
+    """Return the folder of a bundle: an explicit path, or the embedded one of `game` in a difficulty, None is easy.
 
     Raises:
         BundleError: there is none.
@@ -160,13 +161,15 @@ def resolve_bundle(bundle: str | Path | None, game: str) -> Path:
         if not isinstance(bundle, (str, Path)) or not str(bundle):
             raise BundleError(f"bundle {bundle!r}: expected the path of a bundle folder")
         return Path(bundle)
-    embedded = embedded_games()
+    mode = "easy" if distribution_mode is None else distribution_mode
+    embedded = embedded_games(mode)
     if not isinstance(game, str):
         raise BundleError(f"game {game!r}: expected a name, one of {', '.join(embedded) or 'none'}")
     if game not in embedded:
         raise BundleError(
-            f"game {game!r}: no embedded bundle; embedded are: {', '.join(embedded) or 'none'}. "
+            f"game {game!r}: no embedded bundle in {mode} mode; embedded are: {', '.join(embedded) or 'none'}. "
             f"Train one with: python -m trainers.pipeline --game {game}"
+            + ("" if distribution_mode is None else f" --distribution-mode {mode}")
         )
     return embedded[game]
 

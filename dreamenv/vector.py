@@ -56,6 +56,7 @@ class DreamVectorEnv(Branching):
         truncate_above: end an episode as truncated once `uncertainty` exceeds this.
         precision: "fp32", "bf16", or "auto": bf16 where the hardware has it, see `dreamenv.device.pick_precision`.
         max_episode_steps: truncate episodes after so many steps; None leaves the game's own limit.
+        distribution_mode: Procgen's difficulty, which decides the embedded bundle; None is easy, or that of `bundle`.
 
     Attributes:
         seconds: spent so far in the networks' steps ("imagine") and in drawing frames ("decode").
@@ -78,6 +79,7 @@ class DreamVectorEnv(Branching):
         truncate_above: float | None = None,
         precision: str = "auto",
         max_episode_steps: int | None = None,
+        distribution_mode: str | None = None,
     ) -> None:
         number = isinstance(truncate_above, (int, float)) and not isinstance(truncate_above, bool)
         check(
@@ -87,7 +89,9 @@ class DreamVectorEnv(Branching):
         check(isinstance(exact, bool), f"exact {exact!r}: must be True or False")
         num_envs = whole(num_envs, "num_envs", 1, MAX_ENVS)
         if not isinstance(bundle, Bundle):
-            bundle = load_bundle(resolve_bundle(bundle, game), device, precision, game)
+            bundle = load_bundle(resolve_bundle(bundle, game, distribution_mode), device, precision, game)
+        mode = bundle.game.distribution_mode
+        check(distribution_mode in (None, mode), f"distribution_mode {distribution_mode!r}: the bundle is of {mode}")
         frame, modes = bundle.world_model.frame_shape, tuple(AutoresetMode)
         super().__init__(num_envs, frame, autoreset_mode, modes, render_mode, max_episode_steps)
         self.bundle, self.exact = bundle, exact

@@ -17,8 +17,8 @@ import torch
 from safetensors.numpy import load, save
 
 from dreamenv.artifacts import atomic_folder, recover_folder, sha256_file
-from dreamenv.bundle import FORMAT_VERSION, NETWORKS, compute_identity, load_bundle, resolve_bundle
-from dreamenv.errors import BundleError
+from dreamenv.bundle import FORMAT_VERSION, NETWORKS, compute_identity, embedded_games, load_bundle, resolve_bundle
+from dreamenv.errors import BundleError, ConfigError
 from dreamenv.rewrite import rewrite_bundle, update_card
 from dreamenv.vector import DreamVectorEnv
 from tests.conftest import toy_world_model
@@ -239,3 +239,16 @@ def test_an_atomic_folder_survives_a_failing_writer_and_a_killed_swap(tmp_path: 
     folder.rename(tmp_path / ".artefact.replaced")  # killed between the two renames
     recover_folder(folder)
     assert (folder / "a").read_text() == "old"
+
+
+def test_the_difficulty_decides_the_embedded_bundle(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mode = load_bundle(toy_bundle, "cpu").game.distribution_mode
+    other = {"easy": "hard", "hard": "easy"}[mode]
+    monkeypatch.setattr("dreamenv.bundle.EMBEDDED", toy_bundle.parent)
+    assert embedded_games(mode) == {"coinrun": toy_bundle} and embedded_games(other) == {}
+    assert resolve_bundle(None, "coinrun", mode) == toy_bundle
+    with pytest.raises(BundleError, match=f"no embedded bundle in {other} mode.*--distribution-mode {other}"):
+        DreamVectorEnv(1, "coinrun", distribution_mode=other)
+    with pytest.raises(ConfigError, match=f"distribution_mode '{other}': the bundle is of {mode}"):
+        DreamVectorEnv(1, bundle=toy_bundle, device="cpu", distribution_mode=other)
+    assert DreamVectorEnv(1, "coinrun", device="cpu", distribution_mode=mode).bundle.folder == toy_bundle
