@@ -143,7 +143,7 @@ _VIEWS: dict[str, View] = {
     "fruitbot": View({"easy": 10, "hard": 20}, (False, True), {"easy": (_NAN, 0.92), "hard": (_NAN, 0.96)},
                      {"easy": (10, 60), "hard": (20, 60)}, 12),
 }
-_RECIPES: dict[str, str] = {}  # of those whose best is not patches
+_RECIPES: dict[str, str] = {"coinrun": "patches"}  # of those whose best is not canvas
 _NO_DEATH = ("heist", "maze", "plunder")
 _PUBLISHED: dict[str, dict[str, str]] = {
     # GenieRedux: Kazemi et al. 2024 (arXiv 2409.06445), who measured Jafar (Willi et al. 2024) too
@@ -205,7 +205,7 @@ def _row(
     meanings = tuple(acts.get(n, "nothing") for n in NAMES)
     main = {meaning: action for action, meaning in reversed(acts.items())}  # the first action of each meaning
     weights = tuple(bias.get(n, 1.0 if n in main.values() else 0.1) for n in NAMES)
-    recipe = _RECIPES.get(name, "patches")
+    recipe = _RECIPES.get(name, "canvas")
     published, death = _PUBLISHED.get(name, {}), name not in _NO_DEATH
     return Game(name, max_steps, rewards, easy, hard, meanings, weights, _VIEWS[name], recipe, published, death)
 
