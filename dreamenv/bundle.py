@@ -21,6 +21,7 @@ from safetensors.torch import save as save_tensors
 
 from dreamenv.artifacts import atomic_folder, parse_json, present, readable_folder, sha256_file, write_json
 from dreamenv.config import check, from_dict, to_dict
+from dreamenv.contract.games import GAMES, get_game
 from dreamenv.description import (
     FORMAT_VERSION,
     NETWORKS,
@@ -165,6 +166,9 @@ def resolve_bundle(bundle: str | Path | None, game: str, distribution_mode: str 
     embedded = embedded_games(mode)
     if not isinstance(game, str):
         raise BundleError(f"game {game!r}: expected a name, one of {', '.join(embedded) or 'none'}")
+    known = get_game(game).distribution_modes if game in GAMES else (mode,)
+    if mode not in known:
+        raise BundleError(f"distribution_mode {mode!r}: {game} has {', '.join(known)}")
     if game not in embedded:
         raise BundleError(
             f"game {game!r}: no embedded bundle in {mode} mode; embedded are: {', '.join(embedded) or 'none'}. "
@@ -296,4 +300,5 @@ def short_name(folder: Path) -> str:
 def find_bundles() -> list[Path]:
     """Folders of the embedded bundles, and of those trained below the current folder's `runs`."""
     found = [p.parent for p in sorted(EMBEDDED.glob("*/bundle.json"))]
-    return found + [p.parent for p in sorted(Path("runs").glob("*/bundle/bundle.json"))]
+    own = [path for depth in ("*", "*/*", "*/*/*") for path in Path("runs").glob(f"{depth}/bundle/bundle.json")]
+    return found + [path.parent for path in sorted(own)]

@@ -43,7 +43,7 @@ def demo(
             horizon.png and metrics.json.
         game: which embedded game, or which game of a bundle of several; none films them all.
         bundle: a bundle folder instead.
-        clips: how many real clips, each of which the model continues.
+        clips: how many real clips of one game, each of which the model continues.
         horizon: steps dreamt in each.
         nfe: network function evaluations per step.
         device: auto, cpu, cuda ...

@@ -83,6 +83,8 @@ def read_description(path: Path) -> dict[str, Any]:
             raise BundleError(f"{path}: format_version {version} is too old to migrate; retrain")
         try:
             description = MIGRATIONS[version](description)
+        except BundleError as error:
+            raise BundleError(f"{path}: {error}") from None
         except (KeyError, TypeError, AttributeError) as error:
             raise BundleError(f"{path}: is no bundle of version {version} ({error!r}); {_REMEDY}") from None
         version += 1

@@ -28,7 +28,9 @@ def begun(out: Path, settings: dict[str, str]) -> Iterator[None]:
     with only_writer(out):
         if present(out / "pipeline.json"):
             before = read_json(out / "pipeline.json", ConfigError, "delete the run folder")
-            check_same(out, before, settings, ConfigError)
+            unset = str(None)  # what an older release did not know it left unset
+            then, now = ({k: v for k, v in s.items() if v != unset} for s in (before, settings))
+            check_same(out, then, now, ConfigError)
         write_json(out / "pipeline.json", settings)
         yield
 

@@ -70,6 +70,6 @@ def _unpacked(packed: bytes, most: int) -> bytes:
     xz = packed.startswith(_XZ)
     stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**27) if xz else zlib.decompressobj()
     unpacked = stream.decompress(packed, most)
-    if not stream.eof:
+    if not stream.eof or stream.unused_data:
         raise ValueError(f"it goes on after {len(unpacked)} bytes, or is cut short")
     return unpacked

@@ -251,4 +251,6 @@ def test_the_difficulty_decides_the_embedded_bundle(toy_bundle: Path, monkeypatc
         DreamVectorEnv(1, "coinrun", distribution_mode=other)
     with pytest.raises(ConfigError, match=f"distribution_mode '{other}': the bundle is of {mode}"):
         DreamVectorEnv(1, bundle=toy_bundle, device="cpu", distribution_mode=other)
+    with pytest.raises(BundleError, match="'esay': coinrun has easy, hard"):
+        resolve_bundle(None, "coinrun", "esay")
     assert DreamVectorEnv(1, "coinrun", device="cpu", distribution_mode=mode).bundle.folder == toy_bundle

@@ -16,7 +16,7 @@ from dreamenv.models.interface import Dynamics
 from dreamenv.models.io import load_model, save_model
 from dreamenv.models.registry import build, spec_of
 from trainers.latent_data import LatentDataset
-from trainers.models import of_game
+from trainers.models import check_told, of_game
 
 _STEPS = 20
 
@@ -25,7 +25,8 @@ def choose(model: Path, latents: Path, out: Path, clips: int = 48, device: str =
     """Choose the settings that dynamics leave open (`Dynamics.choices`), a value for each game.
 
     Each value is tried on dreams of means from real contexts of validation levels, and the one with the smallest mean
-    over the steps of the logarithm of the squared error is taken: what decibels measure.
+    over the steps of the logarithm of the squared error is taken: what decibels measure. A game without an episode that
+    is long enough gets the first value.
 
     Args:
         model: model folder of trained dynamics.
@@ -38,11 +39,15 @@ def choose(model: Path, latents: Path, out: Path, clips: int = 48, device: str =
         setting -> the chosen values, in the order of the games.
 
     Raises:
-        ConfigError: the data has no validation levels with episodes long enough.
+        ConfigError: `clips` < 1, or the latents are not those that the model was trained on.
     """
+    check(clips >= 1, f"clips {clips}: must be >= 1")
     dynamics, facts = load_model(model, "dynamics")
     assert isinstance(dynamics, Dynamics)
-    data = LatentDataset(latents)
+    data = LatentDataset(latents, facts.get("val_ratio", 0.02))
+    same = facts.get("codec_sha256") == data.facts["codec_sha256"]
+    check(same, f"latents {latents}: are of another codec than {model} was trained on")
+    check_told(dynamics.games, data.games, f"model {model}")
     target = pick_device(device)
     windows = data.windows(dynamics.context + _STEPS, validation=True)
     check(

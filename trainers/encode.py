@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,10 +93,16 @@ def encode_dataset(data: Path, codec: Path, out: Path, device: str = "auto") -> 
     return out
 
 
+def latents_identity(codec: Codec, digest: str) -> dict[str, Any]:
+    """What decides the bytes of encoded latents beside the frames: the codec's weights, and how it stores them."""
+    stored = str(codec.stored).removeprefix("torch.")
+    return {"format_version": FORMAT_VERSION, "codec": digest} | ({} if stored == "float16" else {"stored": stored})
+
+
 def _encode_missing(dataset: Dataset, model: Codec, digest: str, out: Path, device: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     marker = out / "identity.json"
-    identity = {"format_version": FORMAT_VERSION, "codec": digest}
+    identity = latents_identity(model, digest)
     if not present(marker) or read_json(marker, DatasetError, _REMEDY) != identity:
         for stale in out.glob("*.npy"):
             stale.unlink()

@@ -57,8 +57,8 @@ class FinetuneConfig:
     """Folder of the encoded frames, <out>/latents by default; runs that share one encode each frame once."""
     outcome: float = 0.01
     """Weight of the outcome head's cross-entropy in the training of the dynamics."""
-    starts: int = 60
-    """Start contexts in the new bundle."""
+    starts: int | None = None
+    """Start contexts in the new bundle, of each game; by default as many as the old one has of its first."""
     seed: int = 0
     """Decides everything but the wall clock."""
 
@@ -68,7 +68,7 @@ class FinetuneConfig:
         check(self.minutes > 0, f"minutes {self.minutes}: must be > 0")
         check(self.steps is None or self.steps >= 1, f"steps {self.steps}: must be >= 1")
         check(self.outcome >= 0, f"outcome {self.outcome}: must be >= 0")
-        check(self.starts >= 1, f"starts {self.starts}: must be >= 1")
+        check(self.starts is None or self.starts >= 1, f"starts {self.starts}: must be >= 1")
         check(self.batch_size >= 1, f"batch_size {self.batch_size}: must be >= 1")
 
 
@@ -151,7 +151,8 @@ def finetune(config: FinetuneConfig) -> Path:
             stage(out, kind, lambda v=values, k=kind: train_stage(v, out / k))
         parts = {"codec": "codec", "dynamics": "dynamics", "head": "head"}
         recipe = recipe_of(config, bundle)
-        stage(out, "bundle", lambda: make_bundle(out, config.data, config.starts, parts, recipe))
+        starts = config.starts or len(bundle.starts.frames)
+        stage(out, "bundle", lambda: make_bundle(out, config.data, starts, parts, recipe))
     return out / "bundle"
 
 

@@ -8,7 +8,7 @@ one a game. Run the same line again after a kill: finished stages are skipped.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from dreamenv.config import check, to_dict, whole
 from dreamenv.console import errors_in_one_line
 from dreamenv.contract.games import GAMES, get_game
 from dreamenv.data.merge import merge
+from dreamenv.models.registry import lookup
 from dreamenv.policies.simple import parse_mix
 from dreamenv.stages import begun, program, run_command, stage, together
 from trainers.pipeline import PipelineConfig, run_pipeline
+from trainers.recipe import load_recipe
 
 _AGENT = Path("agents/configs/ppo_hasty.yaml")
 
@@ -76,9 +78,14 @@ class GamesConfig:
             whole(getattr(self, name), name, 1)
         check(self.agent_steps >= 0, f"agent_steps {self.agent_steps}: must be >= 0")
         check(0 < self.agent_share < 1, f"agent_share {self.agent_share}: must be between 0 and 1")
-        parse_mix(self.policy)
+        check(0 <= self.seed < 2**31 - 1, f"seed {self.seed}: must be in 0..2^31-2")
+        parse_mix(mixed(self.policy, f"agent:{self.out}:0.1", self.agent_share))
+        if self.agent_steps:
+            check(self.agent_config.is_file(), f"agent_config {self.agent_config}: there is no such file")
         for game in self.games:
             self.run(game)
+        if self.together:
+            _check_told(self.recipe)
 
     @property
     def together(self) -> bool:
@@ -94,6 +101,18 @@ class GamesConfig:
         return PipelineConfig(**shared, game=game, minutes=minutes, out=where, data=data, ends=0)
 
 
+def _check_told(name: str) -> None:
+    """Raise `ConfigError` unless a recipe's models can learn several games."""
+    check(bool(name), "recipe '': a model of several games needs one, such as canvas")
+    for stage_name, settings in load_recipe(name).stages.items():
+        if "task" not in settings:
+            continue
+        kind = lookup("task", settings["task"].get("type"), stage_name)[0].kind
+        shape = lookup(kind, settings["model"].get("type"), stage_name)[1]
+        told = kind == "codec" or "games" in {f.name for f in fields(shape)}
+        check(told, f"recipe {name}: its {settings['model']['type']} cannot be told games; say --apart")
+
+
 def run_games(config: GamesConfig) -> list[Path]:
     """Do whatever is not done yet; returns the bundles' folders.
 
@@ -104,10 +123,10 @@ def run_games(config: GamesConfig) -> list[Path]:
     with begun(config.out, {k: str(v) for k, v in to_dict(config).items() if k not in free}):
         together(config.jobs, [partial(_collect, config, game) for game in config.games])
         parts = {game: [config.out / game / "data", config.out / game / "starts"] for game in config.games}
-        whole = parts if not config.together else {config.games[0]: [path for p in parts.values() for path in p]}
-        works = [partial(_train, config, game, sources) for game, sources in whole.items()]
-        together(config.jobs, works)
-    return [Path(config.run(game).out or "", "bundle") for game in whole]
+        if config.together:
+            parts = {config.games[0]: [path for paths in parts.values() for path in paths]}
+        together(config.jobs, [partial(_train, config, game, sources) for game, sources in parts.items()])
+    return [Path(config.run(game).out or "", "bundle") for game in parts]
 
 
 def _collect(config: GamesConfig, game: str) -> None:

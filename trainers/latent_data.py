@@ -15,7 +15,7 @@ from dreamenv.contract.frames import observe
 from dreamenv.data import Dataset, Windows, split_levels
 from dreamenv.errors import DatasetError
 from dreamenv.models.interface import Codec
-from trainers.encode import FORMAT_VERSION, load_codec, shard_names
+from trainers.encode import FORMAT_VERSION, latents_identity, load_codec, shard_names
 
 _REMEDY = "encode the dataset: python -m trainers.encode DATA CODEC OUT"
 
@@ -50,8 +50,8 @@ class LatentDataset:
         self.codec: Codec
         self.codec, digest = load_codec(self.facts["codec"])
         encoded = read_json(self.folder / "identity.json", DatasetError, "encode the dataset again")
-        if encoded != {"format_version": FORMAT_VERSION, "codec": digest}:
-            raise DatasetError(f"{self.folder}: was encoded by another codec; encode again")
+        if encoded != latents_identity(self.codec, digest):
+            raise DatasetError(f"{self.folder}: was encoded by another codec, or an older release; encode again")
         latent = self.codec.spec.shape
         stored = str(self.codec.stored).removeprefix("torch.")
         self._shapes = {"latents": (stored, latent), "importance": ("uint8", latent[1:])}

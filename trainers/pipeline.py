@@ -112,6 +112,9 @@ class PipelineConfig:
         for name, settings in recipe.stages.items():
             if "build" in settings:
                 check_build(name, settings)
+            if "choose" in settings:
+                wanted = set(filled(settings["choose"], made, f"{recipe.name}.{name}"))
+                check(wanted == {"dynamics", "latents"}, f"{recipe.name}.{name}.choose: must name dynamics and latents")
         for name in recipe.trained:
             try:
                 check_values(self.stage_values(recipe, name, made))

@@ -12,7 +12,7 @@ from dreamenv.artifacts import write_json
 from dreamenv.bundle import bundled_agent, embedded_games, load_bundle, resolve_bundle
 from dreamenv.config import check
 from dreamenv.contract.games import get_game
-from dreamenv.errors import ConfigError
+from dreamenv.errors import BundleError, ConfigError
 from dreamenv.evaluation.clips import cut_clips, play_real
 from dreamenv.evaluation.figures import save_grid, save_horizon_plot, side_by_side
 from dreamenv.evaluation.imagine import open_loop
@@ -87,6 +87,7 @@ def demo(
 
 
 _ACROSS = 4  # games beside one another
+_LEAD = 4  # pictures of the last real frame before the dream begins
 
 
 def mosaic(
@@ -117,15 +118,19 @@ def mosaic(
         ConfigError: `steps` < 4.
     """
     check(steps >= 4, f"steps {steps}: must be >= 4")
+    games = games or tuple(embedded_games())
+    if not games:
+        raise BundleError("no bundle is embedded; train one, and film it with --bundle")
     panels, rows, filmed = [], [], {}
-    for game in games or tuple(embedded_games()):
+    for game in games:
         print(f"dreaming of {game} ...", flush=True)
         loaded = load_bundle(resolve_bundle(None, game), device, game=game)
         film = _one_clip(loaded.game.name, loaded.game.distribution_mode, loaded.world_model, steps, seed)
         dream, _ = open_loop(loaded.world_model, film, sampler or SamplerConfig(), seed)
-        start, real = film.frames[0, : film.context], film.frames[0, film.context :]
+        start, real = film.frames[0, film.context - 1 : film.context], film.frames[0, film.context :]
+        start = start.repeat(_LEAD, 0)
         shown = [np.concatenate([start, frames]) for frames in (real, dream[0])]
-        length = steps + film.context
+        length = steps + _LEAD
         shown = [np.concatenate([f, np.repeat(f[-1:], length - len(f), 0)]) for f in shown]
         panels.append(side_by_side({game: shown[0], "dream": shown[1]}, scale=2))
         at = np.unique(np.linspace(0, len(real) - 1, 8).astype(int))

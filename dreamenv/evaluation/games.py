@@ -23,7 +23,9 @@ from dreamenv.evaluation.report import save_comparison
 from dreamenv.flow import SamplerConfig
 from dreamenv.rewrite import update_card
 
-SETTINGS = CompareConfig(episodes=20, limit=300, samples=1)
+SETTINGS = CompareConfig(
+    steps=16_000, samples=1, negatives=1000, branches=64, random_clips=64, examined=32, episodes=16, limit=200
+)
 """What each game is measured with: whole episodes of ten policies in sixteen games would take a day."""
 Column = tuple[str, str, str]  # title, figure, format
 PICTURES: tuple[Column, ...] = (
@@ -68,6 +70,7 @@ SHORT: tuple[Column, ...] = (
     ("end AP", "end_ap", ".2f"),
     ("values: Pearson", "closed_loop_pearson", ".2f"),
 )
+_TABLES = {"games-pictures": PICTURES, "games-playing": PLAYING, "games-short": SHORT}
 
 
 def games_table(cards: dict[str, dict[str, Any]], columns: tuple[Column, ...]) -> str:
@@ -111,17 +114,22 @@ def write_tables(file: Path, tables: dict[str, str]) -> None:
     """Replace what stands between `<!-- name -->` and `<!-- /name -->` in a file, of each table that it has room for.
 
     Raises:
-        ConfigError: it cannot be read, or has room for none.
+        ConfigError: it cannot be read, or has room for none of `_TABLES`.
     """
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read ({error})") from None
-    rooms = {name: (f"<!-- {name} -->", f"<!-- /{name} -->") for name in tables}
-    rooms = {name: marks for name, marks in rooms.items() if all(text.count(mark) == 1 for mark in marks)}
-    check(bool(rooms), f"{file}: has no room for a table, <!-- {next(iter(tables))} --> and its end")
+    rooms = {name: (f"<!-- {name} -->", f"<!-- /{name} -->") for name in _TABLES}
+    rooms = {
+        name: (begin, end)
+        for name, (begin, end) in rooms.items()
+        if text.count(begin) == 1 == text.count(end) and text.index(begin) < text.index(end)
+    }
+    check(bool(rooms), f"{file}: has no room for a table, <!-- {next(iter(_TABLES))} --> and then its end")
     for name, (begin, end) in rooms.items():
-        text = f"{text.split(begin)[0]}{begin}\n{tables[name]}\n{end}{text.split(end)[1]}"
+        if name in tables:
+            text = f"{text.split(begin)[0]}{begin}\n{tables[name]}\n{end}{text.split(end)[1]}"
     with atomic_file(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -131,8 +139,6 @@ def main(
     games: tuple[str, ...] = (),
     out: Path = Path("out/games"),
     clips: int = SETTINGS.clips,
-    episodes: int = SETTINGS.episodes,
-    limit: int = 300,
     nfe: int = 1,
     again: bool = False,
 ) -> None:
@@ -140,25 +146,24 @@ def main(
 
     Args:
         files: Markdown files with markers: games-pictures, games-playing, games-short.
-        games: which are measured; all without a card by default. The tables show all that have one.
+        games: which are measured anew; by default those without a card. The tables show all that have one.
         out: folder for reports.
         clips: held-out clips.
-        episodes: of each policy in each world.
-        limit: steps after which these are cut off.
         nfe: network function evaluations per step.
-        again: whether such as have a card are measured too.
+        again: measure all of them anew.
     """
     embedded = embedded_games()
     for name in games:
         check(name in embedded, f"games {name}: not embedded; {', '.join(embedded)} are")
-    config = replace(SETTINGS, clips=clips, episodes=episodes, limit=limit)
+    config = replace(SETTINGS, clips=clips)
+    for file in files:
+        write_tables(file, {})
     for name in games or embedded:
-        if again or not load_bundle(embedded[name], "cpu", game=name).card:
+        if again or games or not load_bundle(embedded[name], "cpu", game=name).card:
             measure(embedded[name], name, config, SamplerConfig(nfe=nfe), out)
     cards = {name: load_bundle(folder, "cpu", game=name).card for name, folder in embedded.items()}
     cards = {name: card for name, card in cards.items() if card}
-    named = {"games-pictures": PICTURES, "games-playing": PLAYING, "games-short": SHORT}
-    tables = {name: games_table(cards, columns) for name, columns in named.items()}
+    tables = {name: games_table(cards, columns) for name, columns in _TABLES.items()}
     for file in files:
         write_tables(file, tables)
 

@@ -132,6 +132,7 @@ class Dynamics(nn.Module, ABC):
         learning_rates: parameter name -> factor, for those that learn faster and do not decay.
         deterministic: whether it knows no noise: `x` and `tau` are not looked at, and every evaluation says the same.
         frame_levels: whether `begin` takes a noise level for each latent, instead of one for all.
+        parts: names of the parts that its predictions have.
         choices: settings of the configuration that are chosen after training, a number for each game, and which numbers
             are tried; see `trainers.choose`.
     """
@@ -139,6 +140,7 @@ class Dynamics(nn.Module, ABC):
     config: Any
     remembers: ClassVar[bool] = False
     choices: ClassVar[Mapping[str, tuple[float, ...]]] = {}
+    parts: ClassVar[tuple[str, ...]] = ()
     learning_rates: ClassVar[dict[str, float]] = {}
     deterministic: bool = False
     frame_levels: ClassVar[bool] = False

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from dreamenv.errors import BundleError
+
 _TYPES = {
     "autoencoder": ("codec", "patch_autoencoder"),
     "tile_autoencoder": ("codec", "tile_autoencoder"),
@@ -71,4 +73,7 @@ def bundle_from_1(description: dict[str, Any]) -> dict[str, Any]:
 
 def bundle_from_2(description: dict[str, Any]) -> dict[str, Any]:
     """`bundle.json` of version 2 as one of version 3, which packs start frames otherwise: their bytes say how."""
+    dynamics = description["models"]["dynamics"]
+    if dynamics.get("type") == "canvas_flow" and dynamics.get("motion"):
+        raise BundleError("its canvas_flow moves cells as no release does any more; retrain")
     return {**description, "format_version": 3}

@@ -50,6 +50,9 @@ def test_a_table_has_a_line_a_game_and_the_medians(tmp_path: Path) -> None:
     page.write_text("x\n<!-- games-short -->\nold\n<!-- /games-short -->\ny\n")
     write_tables(page, {"games-short": "new", "games-pictures": games_table(cards, PICTURES)})
     assert page.read_text() == "x\n<!-- games-short -->\nnew\n<!-- /games-short -->\ny\n"
+    page.write_text("<!-- /games-short -->\n<!-- games-short -->\n")
+    with pytest.raises(ConfigError, match="no room"):
+        write_tables(page, {"games-short": "new"})
     page.write_text("nothing")
     with pytest.raises(ConfigError, match="no room"):
         write_tables(page, {"games-short": "new"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,11 @@ from dreamenv.contract.frames import NATIVE
 from dreamenv.contract.games import get_game
 from dreamenv.data import Dataset
 from dreamenv.data.merge import merge
-from dreamenv.errors import ConfigError
+from dreamenv.errors import ConfigError, DatasetError
 from dreamenv.models.codecs.exact import ExactPatches, ExactPatchesConfig
-from dreamenv.models.codecs.patches import PatchAutoencoder, PatchAutoencoderConfig
 from dreamenv.models.dynamics.canvas import CanvasFlow, CanvasFlowConfig
 from dreamenv.models.io import load_model, save_model
+from dreamenv.stages import begun
 from dreamenv.starts import pack_starts
 from envs.collect import CollectConfig, collect
 from tests.here import run_here
@@ -114,21 +115,54 @@ def test_what_is_left_open_is_chosen_by_how_it_dreams(latents: Path, tmp_path: P
     assert model.out.bias is not None
     with torch.no_grad():  # every pixel becomes brighter by three values a step
         model.out.bias[:48], model.out.bias[48:64], model.out.bias[64:80] = 3 * 4 / 255, 9, -9
-    save_model(tmp_path / "model", model, {"step": 7, "codec_sha256": "x"})
+    digest = json.loads((latents / "latents.json").read_text())["codec_sha256"]
+    save_model(tmp_path / "model", model, {"step": 7, "codec_sha256": digest, "val_ratio": 0.2})
     found = choose(tmp_path / "model", latents, tmp_path / "chosen", 8, "cpu")
     assert found["rest"][GAMES.index("maze")] == 4.0, "the least with which nothing changes"
     chosen, facts = load_model(tmp_path / "chosen", "dynamics")
     assert chosen.config.rest == tuple(found["rest"]) and facts["step"] == 7 and facts["chosen"] == found
     again = choose(tmp_path / "chosen", latents, tmp_path / "again", 8, "cpu")
     assert again == found, "what was chosen before does not count"
+    with pytest.raises(ConfigError, match="clips 0"):
+        choose(tmp_path / "model", latents, tmp_path / "none", 0, "cpu")
+    save_model(tmp_path / "other", model, {"step": 7, "codec_sha256": "x"})
+    with pytest.raises(ConfigError, match="another codec"):
+        choose(tmp_path / "other", latents, tmp_path / "none", 8, "cpu")
 
 
-def test_only_dynamics_of_pixels_have_such_shares(tmp_path: Path, parts: list[Path]) -> None:
-    save_model(tmp_path / "codec", PatchAutoencoder(PatchAutoencoderConfig(width=16, blocks=1)), {"step": 0})
-    folder = encode_dataset(parts[0], tmp_path / "codec", tmp_path / "latents", "cpu")
-    predictor = CANVAS | {"type": "latent_predictor"}
-    with pytest.raises(ConfigError, match="needs latents of 'pixels of patches', not 'patches'"):
-        DynamicsTask(DynamicsTaskConfig(str(folder), {"changed": {}}, val_ratio=0.2), predictor, 0)
+def test_only_dynamics_that_say_so_have_such_shares(latents: Path) -> None:
+    config = DynamicsTaskConfig(str(latents), {"changed": {}}, val_ratio=0.2)
+    with pytest.raises(ConfigError, match="LatentPredictor does not say which pixels are new"):
+        DynamicsTask(config, CANVAS | {"type": "latent_predictor"}, 0)
+
+
+def test_a_mean_learns_from_no_draws(latents: Path) -> None:
+    config = DynamicsTaskConfig(str(latents), {"squared": {}, "energy": {}}, val_ratio=0.2)
+    with pytest.raises(ConfigError, match="energy: want draws"):
+        DynamicsTask(config, CANVAS | {"deterministic": True}, 0)
+
+
+def test_a_game_without_training_steps_is_named(parts: list[Path], tmp_path: Path) -> None:
+    few = collect(CollectConfig(game="heist", out=str(tmp_path / "few"), steps=8, num_envs=8), progress=False)
+    save_model(tmp_path / "codec", ExactPatches(ExactPatchesConfig()), {"step": 0})
+    data = merge([*parts, few], tmp_path / "data", several=True)
+    folder = encode_dataset(data, tmp_path / "codec", tmp_path / "latents", "cpu")
+    with pytest.raises(ConfigError, match="no training step is of heist"):
+        task(folder, even=0.75)
+
+
+def test_latents_of_an_older_release_are_encoded_anew(latents: Path, tmp_path: Path) -> None:
+    shutil.copytree(latents, folder := tmp_path / "latents")
+    marker = json.loads((folder / "identity.json").read_text())
+    assert marker.pop("stored") == "uint8"
+    (folder / "identity.json").write_text(json.dumps(marker))
+    with pytest.raises(DatasetError, match="encode again"):
+        LatentDataset(folder)
+    for path in folder.glob("latents-*.npy"):
+        path.write_bytes(b"old")
+    facts = json.loads((folder / "latents.json").read_text())
+    encode_dataset(Path(facts["data"]), Path(facts["codec"]), folder, "cpu")
+    assert np.array_equal(LatentDataset(folder).stored, LatentDataset(latents).stored)
 
 
 def test_dreams_start_late_too_where_episodes_are_long(tmp_path: Path) -> None:
@@ -206,9 +240,22 @@ def test_the_mix_keeps_its_proportions() -> None:
         ({"agent_steps": -1}, "agent_steps -1"),
         ({"starts": 0}, "starts 0"),
         ({"recipe": "tiles"}, "needs a known camera"),
+        ({"recipe": "pixels_rgb"}, "cannot be told games"),
+        ({"recipe": ""}, "needs one, such as canvas"),
+        ({"seed": 2**31 - 1}, "seed 2147483647"),
+        ({"agent_config": Path("none.yaml")}, "no such file"),
         ({"set": ("predictor:loop.lrr=1",)}, "lrr"),
     ],
 )
 def test_bad_settings_are_refused_at_once(options: dict[str, object], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         GamesConfig(**options)  # pyright: ignore
+
+
+def test_a_run_folder_of_an_older_release_goes_on(tmp_path: Path) -> None:
+    with begun(tmp_path, {"seed": "0"}):
+        pass
+    with begun(tmp_path, {"seed": "0", "bank_kib": "None"}):  # a setting that it did not know, unset
+        pass
+    with pytest.raises(ConfigError, match="bank_kib"), begun(tmp_path, {"seed": "0", "bank_kib": "4"}):
+        pass

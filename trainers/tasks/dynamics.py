@@ -58,7 +58,8 @@ class DynamicsTaskConfig:
     forget: float = 0.25
     """Share of samples without them, as at the start of a dream."""
     changes: float = 0.0
-    """Share of samples drawn the more often, the more their first step changes; the others are drawn evenly."""
+    """Share of samples drawn the more often, the more their first step changes, of each game as many; the others are
+    drawn evenly."""
     even: float = 0.0
     """How far several games' errors count alike: each is divided by what copying the last latent costs in that game, to
     this power. 0 leaves them as they are: games in which much moves decide nearly all of the loss."""
@@ -116,6 +117,8 @@ class DynamicsTask:
         }
         wanted = [name for name, term in self.terms.items() if term.draws is not None]
         check(len(wanted) <= 1, f"terms {', '.join(wanted)}: each wants dreams drawn in its own way; leave one out")
+        fits = not wanted or not self.model.deterministic
+        check(fits, f"terms {', '.join(wanted)}: want draws, and the dynamics know no noise; leave them out")
         networks = nn.ModuleDict({name: term for name, term in self.terms.items() if list(term.parameters())})
         self.auxiliary: nn.Module | None = networks if len(networks) else None
         self._split()
@@ -129,14 +132,16 @@ class DynamicsTask:
         config, self._often, self.weights = self.config, None, None
         if not config.changes and not config.even:
             return
-        cost = self.data.changes(self.train, self.channels)
+        cost, names = self.data.changes(self.train, self.channels), self.data.games
         games = self.data.game[self.train]
-        sums = np.bincount(games, cost**0.5, len(self.data.games))
+        steps = np.bincount(games, minlength=len(names))
+        without = [name for name, n in zip(names, steps, strict=True) if not n]
+        check(not without, f"latents {config.latents}: no training step is of {', '.join(without)}; collect more of it")
+        sums, mean = np.bincount(games, cost**0.5), np.bincount(games, cost) / steps
         often = np.cumsum(cost**0.5 / np.maximum(sums, 1e-12)[games])  # each game as often as any other
-        self._often = often / often[-1] if config.changes else None
-        mean = np.bincount(games, cost, len(self.data.games)) / np.bincount(games, minlength=len(self.data.games))
-        weights = np.maximum(mean, 1e-6) ** -config.even
-        weights *= mean.sum() / (weights * mean).sum()  # the loss keeps its size
+        self._often = often / often[-1] if config.changes and often[-1] > 0 else None
+        weights = np.maximum(mean, 1e-3 * mean.max() + 1e-12) ** -config.even
+        weights *= max(mean.sum(), 1e-12) / max((weights * mean).sum(), 1e-12)  # the loss keeps its size
         self.weights = torch.from_numpy(weights).float() if config.even else None
 
     def _split(self) -> None:
@@ -317,6 +322,7 @@ class DynamicsTask:
         return {
             "data": self.data.dataset.facts,
             "codec_sha256": self.data.facts["codec_sha256"],
+            "val_ratio": self.config.val_ratio,
             "latent_max": float(np.abs(sample).max()),
             "latent_rms": float(np.sqrt((sample**2).mean())),
             "latent_rms_max": float(np.sqrt((sample**2).mean((1, 2, 3))).max()),

@@ -42,7 +42,8 @@ class OutcomeTaskConfig:
     init_from: str = ""
     """Model folder to start from; empty starts anew."""
     balance: float = 0.4
-    """Share of each batch drawn from the rare outcomes, evenly between them."""
+    """Share of each batch drawn from the rare outcomes, each in proportion to the square root of how many there are: a
+    reward that is common is not drowned by what hardly ever happens, nor that by it."""
     near: float = 0.2
     """Share drawn from the last steps before a rare outcome, the hardest negatives."""
     dynamics: str = ""
@@ -127,6 +128,8 @@ class OutcomeTask:
         also = self._further() if config.also else None
         self.moments = Moments(self.data, also, labels, outcomes, self.context)
         self._train, self._val = self.moments.split(False), self.moments.split(True)
+        often = np.cumsum([len(steps) ** 0.5 for steps in self._train[:-1]])
+        self._odds = often / often[-1] if len(often) else often
         check(
             dynamics is not None or not self.model.hinted,
             f"dynamics {config.dynamics!r}: a {model['type']} needs them for their hints; dreams: 0 if for no more",
@@ -173,7 +176,7 @@ class OutcomeTask:
         earlier = rng.integers(1, 12, size=size, endpoint=True)
         now = every[rng.integers(len(every), size=size)]
         if rare:
-            which = rng.integers(len(rare), size=size)
+            which = np.searchsorted(self._odds, rng.random(size)).clip(max=len(rare) - 1)
             event = np.array([rare[w][int(p * len(rare[w]))] for w, p in zip(which, place, strict=True)])
             near = np.maximum(event - earlier, self.moments.start[event])
             now = np.where(pick < config.balance, event, np.where(pick < config.balance + config.near, near, now))

@@ -35,17 +35,16 @@ class Changed(Term):
 
     The mean of a pixel that may change is its old colour and its new one in proportion to the chance of the latter, so
     a squared error asks for the same share; but where hardly anything changes it teaches that very slowly. A small
-    difference counts as none: what has drifted a little shall stay as it is. It needs dynamics of such parts.
+    difference counts as none: what has drifted a little shall stay as it is. It needs dynamics of such parts. Every
+    sample counts alike, of whichever game.
     """
 
     config: ChangedConfig
 
     def __init__(self, config: ChangedConfig, setting: Setting) -> None:
         super().__init__(config, setting)
-        layout = setting.dynamics.spec.layout
-        check(
-            layout == "pixels of patches", f"task.terms.changed: needs latents of 'pixels of patches', not {layout!r}"
-        )
+        told = "new" in setting.dynamics.parts
+        check(told, f"task.terms.changed: {type(setting.dynamics).__name__} does not say which pixels are new")
 
     def forward(self, rollouts: Rollouts, batch: DynamicsBatch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Term.forward`."""

@@ -77,6 +77,7 @@ class CanvasFlow(Dynamics):
     rest: Tensor
     remembers: ClassVar[bool] = True
     choices: ClassVar[Mapping[str, tuple[float, ...]]] = {"rest": (0.0, 4.0, 8.0, 16.0)}
+    parts: ClassVar[tuple[str, ...]] = ("new",)
     config: CanvasFlowConfig
 
     def __init__(self, config: CanvasFlowConfig) -> None:
@@ -142,7 +143,8 @@ class CanvasFlow(Dynamics):
         """See `Dynamics.predict`; it heeds no hints. Its part `new` (B, C / 3, H, W) is the logit of what is new."""
         context, background = state.latents, state["background"]
         last, zero = context[:, -1], torch.zeros(len(context), device=context.device)
-        tau, level = zero if tau is None else tau, zero if level is None else level
+        tau = zero if tau is None or self.deterministic else tau
+        level = zero if level is None else level
         noisy = torch.zeros_like(last) if x is None else x * tau[:, None, None, None]
         half = self.config.embedding // 2
         actions = self.action_embedding(torch.cat([state.actions, action[:, None]], 1))
@@ -154,15 +156,15 @@ class CanvasFlow(Dynamics):
         maps = torch.cat([noisy, context.flatten(1, 2), background, state["votes"] / _VOTES], 1)
         features = self.backbone(maps, self.condition(torch.cat(told, 1)), tokens)
         out = self.out(features).float()
-        parts = [last.shape[1], self.pixels, self.pixels, 1, 2 * self.moves]
-        change, new, uncovered, log_error, moves = out.split(parts, 1)
+        sizes = [last.shape[1], self.pixels, self.pixels, 1, 2 * self.moves]
+        change, new, uncovered, log_error, moves = out.split(sizes, 1)
         fresh = (moved(last, moves) if self.moves else last) + change
         fresh = blend(fresh, background, uncovered - 2)  # begins as what is drawn
         drawn = blend(last, fresh, new).float()
         if self.config.rest and not self.training:
             least = self.rest[state["game"]] if self.config.games else self.rest
-            moves = (drawn - last).abs().unflatten(1, (3, self.pixels)).amax(1) >= least.view(-1, 1, 1, 1)
-            drawn = torch.where(moves.repeat(1, 3, 1, 1), drawn, last)
+            changed = (drawn - last).abs().unflatten(1, (3, self.pixels)).amax(1) >= least.view(-1, 1, 1, 1)
+            drawn = torch.where(changed.repeat(1, 3, 1, 1), drawn, last)
         return Prediction(drawn, log_error[:, 0], parts={"new": new})
 
 
