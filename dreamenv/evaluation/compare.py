@@ -54,6 +54,8 @@ class CompareConfig:
     """Steps each branch holds its action."""
     negatives: int = 2_000
     """Uneventful real steps at which the outcome head is evaluated; on drifted contexts an eighth."""
+    events: int = 20_000
+    """Rewarded or terminal real steps at which it is, at most."""
     drift: int = 10
     """Steps dreamt before the outcome head is evaluated on a drifted context."""
     policies: tuple[str, ...] | None = None
@@ -80,6 +82,7 @@ class CompareConfig:
             "branches",
             "branch_steps",
             "negatives",
+            "events",
             "episodes",
             "endless_dreams",
         ):
@@ -169,13 +172,13 @@ def compare(
     progress("perceptual distance")
     add_perceptual(result, config.examined)
     progress("outcomes")
-    result.outcomes["real"] = outcome_scores(bundle.world_model, play, sampler, negatives=config.negatives, seed=seed)
-    death = get_game(game.name).death
+    death, judged = get_game(game.name).death, {"seed": seed, "events": config.events}
+    result.outcomes["real"] = outcome_scores(bundle.world_model, play, sampler, negatives=config.negatives, **judged)
     figures |= outcome_figures(model, result.outcomes["real"], death=death) | {"steps": int(play.first.size)}
     if config.drift:
         progress("outcomes after drift")
         asked = max(config.negatives // 8, 1)
-        result.outcomes["drifted"] = outcome_scores(bundle.world_model, play, sampler, config.drift, asked, seed)
+        result.outcomes["drifted"] = outcome_scores(bundle.world_model, play, sampler, config.drift, asked, **judged)
         figures |= outcome_figures(model, result.outcomes["drifted"], "drifted_", death) | {"drift": config.drift}
     progress("controllability")
     delta = delta_psnr(model, clips, result.dream[:, :DELTA_STEP], sampler, seed)

@@ -24,7 +24,15 @@ from dreamenv.flow import SamplerConfig
 from dreamenv.rewrite import update_card
 
 SETTINGS = CompareConfig(
-    steps=16_000, samples=1, negatives=1000, branches=64, random_clips=64, examined=32, episodes=16, limit=200
+    steps=16_000,
+    samples=1,
+    negatives=1000,
+    events=500,
+    branches=64,
+    random_clips=64,
+    examined=32,
+    episodes=16,
+    limit=200,
 )
 """What each game is measured with: whole episodes of ten policies in sixteen games would take a day."""
 Column = tuple[str, str, str]  # title, figure, format

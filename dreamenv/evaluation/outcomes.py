@@ -40,8 +40,9 @@ def outcome_scores(
     negatives: int = 20000,
     seed: int = 0,
     batch: int = 64,
+    events: int = 20000,
 ) -> OutcomeScores:
-    """Score the outcome head at every rewarded or terminal step, and at a sample of the others.
+    """Score the outcome head at rewarded or terminal steps, and at a sample of the others.
 
     Args:
         model: the world model.
@@ -52,6 +53,7 @@ def outcome_scores(
         negatives: how many uneventful steps.
         seed: decides which, and the noise.
         batch: rows at once.
+        events: how many rewarded or terminal steps at most.
 
     Raises:
         ConfigError: no episode is as long as `drift`.
@@ -64,10 +66,12 @@ def outcome_scores(
     check(bool(possible.any()), f"drift {drift}: no episode was that long; ask for less, or play more steps")
     event = ((play.rewards != 0) | play.terminated) & possible
     common = np.argwhere(~event & possible)
-    kept = np.random.default_rng(seed).permutation(len(common))[:negatives]
-    chosen = np.concatenate([np.argwhere(event), common[kept]])
-    weights = np.ones(len(chosen))
-    weights[int(event.sum()) :] = len(common) / max(len(kept), 1)
+    rng, rare = np.random.default_rng(seed), np.argwhere(event)
+    kept = rng.permutation(len(common))[:negatives]
+    found = np.arange(len(rare)) if len(rare) <= events else np.sort(rng.permutation(len(rare))[:events])
+    chosen = np.concatenate([rare[found], common[kept]])
+    weights = np.full(len(chosen), len(rare) / max(len(found), 1))
+    weights[len(found) :] = len(common) / max(len(kept), 1)
     probabilities = np.empty((len(chosen), len(model.rewards)))
     for at in range(0, len(chosen), batch):
         rows = slice(at, min(at + batch, len(chosen)))

@@ -31,7 +31,7 @@ from dreamenv.evaluation.metrics import colour_frequencies
 from dreamenv.evaluation.open_loop import compare_open_loop
 from dreamenv.evaluation.outcomes import OutcomeScores, outcome_confusion, outcome_figures, outcome_scores
 from dreamenv.flow import SamplerConfig
-from dreamenv.types import Clips
+from dreamenv.types import Clips, Segment
 from dreamenv.world_model import WorldModel
 
 CONTEXT, HORIZON = 4, 8
@@ -261,6 +261,29 @@ def test_drifted_contexts_are_dreamt_from_the_right_moment(toy_bundle: Path) -> 
     scores = outcome_scores(cast(WorldModel, Probe()), play, SamplerConfig(nfe=1), drift=3, negatives=20)
     assert len(seen) == len(scores.rewards) >= 20
     assert not any(play.first[e, t + 1 : t + 4].any() for e, t in seen), "no drift across an episode's end"
+
+
+def test_a_sample_of_many_events_stands_for_all_of_them() -> None:
+    rewards = np.zeros((2, 50), np.float32)
+    rewards[:, ::2] = 1
+    nothing = np.zeros((2, 50), bool)
+    actions, levels = np.full((2, 50), 4), np.zeros((2, 50), np.int64)
+    frames = np.zeros((2, 50, 64, 64, 3), np.uint8)
+    play = Segment(frames, actions, rewards, nothing, nothing, nothing, levels)
+
+    class Probe:
+        context, rewards = 4, np.array([0.0, 1.0])
+        dynamics = None
+
+        def start(self, frames: np.ndarray, history: np.ndarray) -> np.ndarray:
+            return frames
+
+        def outcomes(self, state: np.ndarray, actions: np.ndarray) -> torch.Tensor:
+            return torch.zeros(len(state), 2)
+
+    scores = outcome_scores(cast(WorldModel, Probe()), play, SamplerConfig(nfe=1), negatives=20, events=5)
+    assert (scores.rewards == 1).sum() == 5 and len(scores.rewards) == 25
+    assert [scores.weights[scores.rewards == r].sum() for r in (0, 1)] == pytest.approx([50, 50])
 
 
 def test_the_best_of_several_samples_is_measured_though_the_sampler_draws_none(toy_bundle: Path, recorded: Any) -> None:
