@@ -41,7 +41,7 @@ def demo(
     Args:
         out: folder for mosaic.mp4, .gif and .png; of one game for side_by_side.mp4 and .gif, film_strip.png,
             horizon.png and metrics.json.
-        game: which embedded game, or which game of a bundle of several; none films them all.
+        game: which embedded game, or which game of a bundle of several; by default all, or the only one.
         bundle: a bundle folder instead.
         clips: how many real clips of one game, each of which the model continues.
         horizon: steps dreamt in each.
@@ -49,16 +49,16 @@ def demo(
         device: auto, cpu, cuda ...
         seed: decides levels, actions and noise.
     """
-    from dreamenv.bundle import bundle_games
+    from dreamenv.bundle import bundle_games, embedded_games
     from dreamenv.evaluation.demo import demo as run
     from dreamenv.evaluation.demo import mosaic
 
-    if not game and bundle is None:
+    if not game and bundle is None and len(embedded_games()) > 1:
         filmed = mosaic(out, sampler=_sampler(nfe), device=device, seed=seed)
         print(f"{len(filmed['games'])} games, each beside its dream; one alone, measured: dreamenv demo --game NAME")
         print(f"written to {out}/: mosaic.mp4, mosaic.gif, mosaic.png")
         return
-    game = game or bundle_games(Path(bundle or ""))[0]
+    game = game or next(iter(embedded_games() if bundle is None else bundle_games(bundle)))
     figures = run(out, game, bundle, clips, horizon, sampler=_sampler(nfe), device=device, seed=seed)["figures"]
     print(f"\n{'steps dreamt':>14} {'PSNR dB':>9} {'copy last':>9}")
     for h in (1, 5, 10, 30, 50, 100):

@@ -1,4 +1,4 @@
-"""Every game's figures in one table: `python -m dreamenv.evaluation.games docs/games.md`.
+"""Every embedded game's figures in one table: `python -m dreamenv.evaluation.games FILE.md`.
 
 Embedded games without a card are measured first, one after the other; a killed run goes on where it was. Then the
 tables between a Markdown file's markers are written anew from the cards.
@@ -28,9 +28,10 @@ SETTINGS = CompareConfig(
     samples=1,
     negatives=1000,
     events=500,
+    horizon=30,
     branches=64,
     random_clips=64,
-    examined=32,
+    examined=16,
     episodes=16,
     limit=200,
 )
