@@ -6,7 +6,7 @@ import importlib
 import sys
 
 COMMANDS = {
-    "demo": "Film model and real game side by side and measure the model, on held-out levels; headless.",
+    "demo": "Film all embedded games beside their dreams, or film and measure one; on held-out levels, headless.",
     "play": "Play the dream and the real game side by side; H in the window shows the keys.",
     "view": "Look through a dataset's episodes: arrows, SPACE plays, HOME and END jump, the mouse scrubs.",
     "compare": "Measure a bundle against the real game on held-out levels; the last line printed is JSON.",

@@ -36,7 +36,7 @@ def demo(
     device: str = "auto",
     seed: int = 0,
 ) -> None:
-    """Film all embedded games beside their dreams; or one, and measure its model too. On held-out levels, headless.
+    """Film all embedded games beside their dreams, or film and measure one; on held-out levels, headless.
 
     Args:
         out: folder for mosaic.mp4, .gif and .png; of one game for side_by_side.mp4 and .gif, film_strip.png,

@@ -87,6 +87,8 @@ class DreamVectorEnv(Branching):
             f"truncate_above {truncate_above!r}: must be > 0 or None",
         )
         check(isinstance(exact, bool), f"exact {exact!r}: must be True or False")
+        told = distribution_mode is None or isinstance(distribution_mode, str)
+        check(told, f"distribution_mode {distribution_mode!r}: must be a difficulty's name or None")
         num_envs = whole(num_envs, "num_envs", 1, MAX_ENVS)
         if not isinstance(bundle, Bundle):
             bundle = load_bundle(resolve_bundle(bundle, game, distribution_mode), device, precision, game)
