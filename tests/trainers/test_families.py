@@ -119,6 +119,7 @@ def test_the_table_is_one_command_that_resumes(
 ) -> None:
     speeds = [{"num_envs": 1, "steps_per_s": 30.0}, {"num_envs": 64, "steps_per_s": 90.0}]
     monkeypatch.setattr("trainers.table.bench", lambda *_: {"rows": speeds})  # 64 of these take long; tested elsewhere
+    monkeypatch.setattr("trainers.table.HORIZONS", (1, 5, 10))
     docs = tmp_path / "docs" / "t.md"
     docs.parent.mkdir()
     docs.write_text("before\n<!-- families -->\nold\n<!-- /families -->\nafter\n")
@@ -130,6 +131,7 @@ def test_the_table_is_one_command_that_resumes(
         samples=2,
         seconds=0.1,
         stage_steps=2,
+        set=("loop.batch_size=4",),
         docs=docs,
     )
     rows = run_table(config)

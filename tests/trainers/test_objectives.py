@@ -27,7 +27,10 @@ from trainers.train import override, train
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def test_objectives_are_compared_by_one_command(tmp_path: Path, in_process: None) -> None:
+def test_objectives_are_compared_by_one_command(
+    tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainers.table.HORIZONS", (1, 5, 10))
     small = ("loop.batch_size=4", "dynamics:model.backbone.channels=[16, 16, 16]", "task.val_ratio=0.2")
     config = ObjectivesConfig(
         steps=3000,

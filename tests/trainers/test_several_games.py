@@ -24,6 +24,7 @@ from dreamenv.play.run import PlayConfig, run
 from dreamenv.rewrite import rewrite_bundle, update_card
 from dreamenv.vector import DreamVectorEnv
 from envs.collect import CollectConfig, collect
+from tests.here import run_here
 from trainers.encode import encode_dataset
 from trainers.finetune import FinetuneConfig, finetune
 from trainers.latent_data import LatentDataset
@@ -52,9 +53,13 @@ def bundle(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shape = ("channels=[16, 16]", "blocks=[1, 1]")
     settings = (*small, *(f"{s}:model.backbone.{value}" for s in ("predictor", "dynamics") for value in shape))
     out = tmp_path_factory.mktemp("several") / "run"
-    return run_pipeline(
-        PipelineConfig(game="maze", recipe="canvas", data=data, out=out, stage_steps=2, starts=3, set=settings)
-    )
+    with pytest.MonkeyPatch.context() as patch:  # each process of its own would take seconds to load
+        patch.setattr("trainers.pipeline.train_stage", lambda values, out: train(values, out, resume=True))
+        patch.setattr("trainers.pipeline.encode", encode_dataset)
+        patch.setattr("trainers.pipeline.run_command", run_here)
+        return run_pipeline(
+            PipelineConfig(game="maze", recipe="canvas", data=data, out=out, stage_steps=2, starts=3, set=settings)
+        )
 
 
 def test_a_merged_dataset_knows_the_game_of_each_step(parts: list[Path], data: Path, tmp_path: Path) -> None:
