@@ -87,8 +87,10 @@ class DreamVectorEnv(Branching):
             f"truncate_above {truncate_above!r}: must be > 0 or None",
         )
         check(isinstance(exact, bool), f"exact {exact!r}: must be True or False")
-        told = distribution_mode is None or isinstance(distribution_mode, str)
-        check(told, f"distribution_mode {distribution_mode!r}: must be a difficulty's name or None")
+        check(
+            isinstance(distribution_mode, str | None),
+            f"distribution_mode {distribution_mode!r}: must be a name or None",
+        )
         num_envs = whole(num_envs, "num_envs", 1, MAX_ENVS)
         if not isinstance(bundle, Bundle):
             bundle = load_bundle(resolve_bundle(bundle, game, distribution_mode), device, precision, game)
@@ -96,8 +98,7 @@ class DreamVectorEnv(Branching):
         check(distribution_mode in (None, mode), f"distribution_mode {distribution_mode!r}: the bundle is of {mode}")
         frame, modes = bundle.world_model.frame_shape, tuple(AutoresetMode)
         super().__init__(num_envs, frame, autoreset_mode, modes, render_mode, max_episode_steps)
-        self.bundle, self.exact = bundle, exact
-        self.sampler = sampler
+        self.bundle, self.exact, self.sampler = bundle, exact, sampler
         self.seconds = {"imagine": 0.0, "decode": 0.0}
         self._threads = 1
         self.truncate_above = truncate_above

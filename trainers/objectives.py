@@ -17,11 +17,12 @@ from dreamenv.bundle import load_bundle
 from dreamenv.config import check, to_dict, unknown, whole
 from dreamenv.console import errors_in_one_line
 from dreamenv.contract.games import get_game
+from dreamenv.evaluation.pages import markdown, rooms
 from dreamenv.stages import begun, program, run_command, stage, together
 from dreamenv.types import Clips
 from trainers.pipeline import encode, make_bundle, train_stage
 from trainers.recipe import check_values, load_recipe
-from trainers.table import held_out_clips, markdown, measure, parts_of, write_table
+from trainers.table import held_out_clips, measure, write_table
 from trainers.train import check_overrides, of_stage, override
 
 _RECIPE = "flow_unet"
@@ -85,7 +86,7 @@ class ObjectivesConfig:
         for name in ("steps", "clips", "samples", "jobs"):
             whole(getattr(self, name), name, 1)
         if self.docs is not None:
-            parts_of(self.docs, "objectives")
+            rooms(self.docs, ["objectives"])
         check_overrides(self.set, load_recipe(_RECIPE).trained)
         for name in self.objectives:
             if name not in OBJECTIVES:

@@ -21,13 +21,13 @@ from dreamenv.config import check, to_dict, whole
 from dreamenv.console import errors_in_one_line
 from dreamenv.contract.frames import observe
 from dreamenv.contract.games import get_game
-from dreamenv.errors import ConfigError
 from dreamenv.evaluation.bench import bench
 from dreamenv.evaluation.clips import cut_clips, play_real
 from dreamenv.evaluation.controllability import DELTA_STEP, delta_psnr
 from dreamenv.evaluation.figures import save_plot
 from dreamenv.evaluation.imagine import open_loop
 from dreamenv.evaluation.metrics import detail, psnr, squared_error
+from dreamenv.evaluation.pages import markdown, rooms, write_tables
 from dreamenv.evaluation.perceptual import feature_distance, features
 from dreamenv.flow import SamplerConfig
 from dreamenv.stages import begun, program, run_command, stage, together
@@ -95,7 +95,7 @@ class TableConfig:
             whole(getattr(self, name), name, 1)
         check(self.seconds > 0, f"seconds {self.seconds}: must be > 0")
         if self.docs is not None:
-            parts_of(self.docs, "families")
+            rooms(self.docs, ["families"])
 
     def run(self, recipe: str, data: Path | None = None) -> PipelineConfig:
         """How one recipe is trained; raises `ConfigError` if it does not suit the game."""
@@ -169,20 +169,6 @@ _COLUMNS: dict[str, tuple[str, str]] = {
 }
 
 
-def markdown(first: str, rows: dict[str, dict[str, Any]], columns: dict[str, tuple[str, str]]) -> str:
-    """A table in Markdown, a line a row, with nothing where a row lacks a figure.
-
-    Args:
-        first: title of the column of names.
-        rows: figures by name.
-        columns: of each figure, its title and how it is formatted.
-    """
-    lines = [[first, *(title for title, _ in columns.values())], ["---"] * (1 + len(columns))]
-    for name, row in rows.items():
-        lines.append([name, *(format(row[key], style) if key in row else "" for key, (_, style) in columns.items())])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _with_copies(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The rows, and copying the last frame for both kinds of frames."""
     copies = {}
@@ -194,26 +180,14 @@ def _with_copies(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return rows | copies
 
 
-def parts_of(path: Path, name: str) -> tuple[str, str]:
-    """A Markdown file up to the marker `<!-- name -->` and from `<!-- /name -->` on; raises `ConfigError` without."""
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"docs {path}: cannot be read ({error})") from None
-    check(text.count(begin) == 1 == text.count(end), f"docs {path}: needs one {begin} and one {end}")
-    return f"{text.split(begin)[0]}{begin}\n", f"\n{end}{text.split(end)[1]}"
-
-
 def write_table(out: Path, name: str, rows: dict[str, dict[str, Any]], docs: Path | None, table: str) -> None:
     """Write <out>/table.md and table.json, and the table into a Markdown file between the markers of that name."""
     files = [(out / "table.md", table + "\n"), (out / "table.json", json.dumps(rows, indent=1) + "\n")]
-    if docs is not None:
-        before, after = parts_of(docs, name)
-        files.append((docs, f"{before}{table}{after}"))
     for path, text in files:
         with atomic_file(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
+    if docs is not None:
+        write_tables(docs, {name: table})
 
 
 def losses(folder: Path) -> tuple[np.ndarray, np.ndarray]:

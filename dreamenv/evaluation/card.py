@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dreamenv.artifacts import atomic_file
 from dreamenv.bundle import load_bundle, resolve_bundle
 from dreamenv.console import run_command_line
 from dreamenv.contract.games import get_game
 from dreamenv.errors import ConfigError
-
-_BEGIN, _END = "<!-- fidelity -->", "<!-- /fidelity -->"
+from dreamenv.evaluation.pages import write_tables
 
 
 def fidelity_table(card: dict[str, Any], game: str) -> str:
@@ -150,12 +148,7 @@ def write_table(path: Path, card: dict[str, Any], game: str) -> None:
     Raises:
         ConfigError: it has no markers.
     """
-    text = path.read_text(encoding="utf-8")
-    if text.count(_BEGIN) != 1 or text.count(_END) != 1:
-        raise ConfigError(f"{path}: needs one {_BEGIN} and one {_END}")
-    before, after = text.split(_BEGIN)[0], text.split(_END)[1]
-    with atomic_file(path) as temporary:
-        temporary.write_text(f"{before}{_BEGIN}\n{fidelity_table(card, game)}\n{_END}{after}", encoding="utf-8")
+    write_tables(path, {"fidelity": fidelity_table(card, game)})
 
 
 def main(file: Path, game: str) -> None:

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import tyro
 
-from dreamenv.artifacts import atomic_file
 from dreamenv.bundle import embedded_games, load_bundle
 from dreamenv.config import check
 from dreamenv.console import run_command_line
-from dreamenv.errors import ConfigError
 from dreamenv.evaluation.compare import CompareConfig, compare
+from dreamenv.evaluation.pages import markdown, rooms, write_tables
 from dreamenv.evaluation.report import save_comparison
 from dreamenv.flow import SamplerConfig
 from dreamenv.rewrite import update_card
@@ -36,70 +35,61 @@ SETTINGS = CompareConfig(
     limit=200,
 )
 """What each game is measured with: whole episodes of ten policies in sixteen games would take a day."""
-Column = tuple[str, str, str]  # title, figure, format
-PICTURES: tuple[Column, ...] = (
-    ("PSNR, 1 step", "psnr_1", ".1f"),
-    ("copying", "copy_psnr_1", ".1f"),
-    ("PSNR, 10 steps", "psnr_10", ".1f"),
-    ("copying", "copy_psnr_10", ".1f"),
-    ("PSNR, 30 steps", "psnr_30", ".1f"),
-    ("copying", "copy_psnr_30", ".1f"),
-    ("moving pixels, 1 step", "psnr_moving_1", ".1f"),
-    ("copying", "copy_psnr_moving_1", ".1f"),
-    ("moving pixels, 10 steps", "psnr_moving_10", ".1f"),
-    ("copying", "copy_psnr_moving_10", ".1f"),
-    ("still pixels, 30 steps", "psnr_still_30", ".1f"),
-    ("codec alone", "autoencoder_psnr", ".1f"),
-    ("SSIM, 10 steps", "ssim_10", ".2f"),
-    ("perceptual distance, 10 steps", "perceptual_10", ".3f"),
-)
-PLAYING: tuple[Column, ...] = (
-    ("delta-PSNR, 4 steps", "delta_psnr_4", ".2f"),
-    ("futures matched", "branch_accuracy", ".0%"),
-    ("guessing", "branch_chance", ".0%"),
-    ("reward: average precision", "reward_ap", ".2f"),
-    ("after 10 dreamt steps", "drifted_reward_ap", ".2f"),
-    ("base rate", "reward_base_rate", ".2%"),
-    ("end: average precision", "end_ap", ".2f"),
-    ("after 10 dreamt steps", "drifted_end_ap", ".2f"),
-    ("base rate", "end_base_rate", ".2%"),
-    ("values: Pearson", "closed_loop_pearson", ".2f"),
-    ("Spearman", "closed_loop_spearman", ".2f"),
-    ("mean error", "closed_loop_mean_absolute_error", ".2f"),
-    ("5,000 steps: diverged", "endless_diverged", ".0%"),
-    ("detail kept", "endless_detail", ".2f"),
-)
-SHORT: tuple[Column, ...] = (
-    ("PSNR, dB, 1 step", "psnr_1", ".1f"),
-    ("copying", "copy_psnr_1", ".1f"),
-    ("10 steps", "psnr_10", ".1f"),
-    ("copying", "copy_psnr_10", ".1f"),
-    ("still pixels, 30 steps", "psnr_still_30", ".1f"),
-    ("reward AP", "reward_ap", ".2f"),
-    ("end AP", "end_ap", ".2f"),
-    ("values: Pearson", "closed_loop_pearson", ".2f"),
-)
+Columns = dict[str, tuple[str, str]]  # figure -> its title and format
+PICTURES: Columns = {
+    "psnr_1": ("PSNR, 1 step", ".1f"),
+    "copy_psnr_1": ("copying", ".1f"),
+    "psnr_10": ("PSNR, 10 steps", ".1f"),
+    "copy_psnr_10": ("copying", ".1f"),
+    "psnr_30": ("PSNR, 30 steps", ".1f"),
+    "copy_psnr_30": ("copying", ".1f"),
+    "psnr_moving_1": ("moving pixels, 1 step", ".1f"),
+    "copy_psnr_moving_1": ("copying", ".1f"),
+    "psnr_moving_10": ("moving pixels, 10 steps", ".1f"),
+    "copy_psnr_moving_10": ("copying", ".1f"),
+    "psnr_still_30": ("still pixels, 30 steps", ".1f"),
+    "autoencoder_psnr": ("codec alone", ".1f"),
+    "ssim_10": ("SSIM, 10 steps", ".2f"),
+    "perceptual_10": ("perceptual distance, 10 steps", ".3f"),
+}
+PLAYING: Columns = {
+    "delta_psnr_4": ("delta-PSNR, 4 steps", ".2f"),
+    "branch_accuracy": ("futures matched", ".0%"),
+    "branch_chance": ("guessing", ".0%"),
+    "reward_ap": ("reward: average precision", ".2f"),
+    "drifted_reward_ap": ("after 10 dreamt steps", ".2f"),
+    "reward_base_rate": ("base rate", ".2%"),
+    "end_ap": ("end: average precision", ".2f"),
+    "drifted_end_ap": ("after 10 dreamt steps", ".2f"),
+    "end_base_rate": ("base rate", ".2%"),
+    "closed_loop_pearson": ("values: Pearson", ".2f"),
+    "closed_loop_spearman": ("Spearman", ".2f"),
+    "closed_loop_mean_absolute_error": ("mean error", ".2f"),
+    "endless_diverged": ("5,000 steps: diverged", ".0%"),
+    "endless_detail": ("detail kept", ".2f"),
+}
+SHORT: Columns = {
+    "psnr_1": ("PSNR, dB, 1 step", ".1f"),
+    "copy_psnr_1": ("copying", ".1f"),
+    "psnr_10": ("10 steps", ".1f"),
+    "copy_psnr_10": ("copying", ".1f"),
+    "psnr_still_30": ("still pixels, 30 steps", ".1f"),
+    "reward_ap": ("reward AP", ".2f"),
+    "end_ap": ("end AP", ".2f"),
+    "closed_loop_pearson": ("values: Pearson", ".2f"),
+}
 _TABLES = {"games-pictures": PICTURES, "games-playing": PLAYING, "games-short": SHORT}
 
 
-def games_table(cards: dict[str, dict[str, Any]], columns: tuple[Column, ...]) -> str:
+def games_table(cards: dict[str, dict[str, Any]], columns: Columns) -> str:
     """Markdown, a line a game and one of medians, of the figures of their cards; nothing where a card has none."""
-    lines = [["game", *(title for title, *_ in columns)], ["---", *("---:" for _ in columns)]]
-    for game, card in cards.items():
-        lines.append([game, *(_said(card.get(key), style) for _, key, style in columns)])
-    middle = []
-    for _, key, style in columns:
-        found = [card[key] for card in cards.values() if _known(card.get(key))]
-        middle.append(_said(float(np.median(found)) if found else None, style))
-    return "\n".join("| " + " | ".join(line) + " |" for line in [*lines, ["median", *middle]])
+    rows = {game: {key: card[key] for key in columns if _known(card.get(key))} for game, card in cards.items()}
+    found = {key: [row[key] for row in rows.values() if key in row] for key in columns}
+    return markdown("game", rows | {"median": {key: np.median(v) for key, v in found.items() if v}}, columns)
 
 
 def _known(value: Any) -> bool:
     return isinstance(value, (int, float)) and not np.isnan(value)
-
-
-def _said(value: Any, style: str) -> str:
-    return format(value, style) if _known(value) else ""
 
 
 def measure(folder: Path, game: str, config: CompareConfig, sampler: SamplerConfig, out: Path) -> None:
@@ -117,30 +107,6 @@ def measure(folder: Path, game: str, config: CompareConfig, sampler: SamplerConf
     save_comparison(out / game, bundle, config, result)
     asked = {"policy": config.policy, "levels": list(config.levels), "seed": config.seed}
     update_card(folder, result.figures | asked, game)
-
-
-def write_tables(file: Path, tables: dict[str, str]) -> None:
-    """Replace what stands between `<!-- name -->` and `<!-- /name -->` in a file, of each table that it has room for.
-
-    Raises:
-        ConfigError: it cannot be read, or has room for none of `_TABLES`.
-    """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error})") from None
-    rooms = {name: (f"<!-- {name} -->", f"<!-- /{name} -->") for name in _TABLES}
-    rooms = {
-        name: (begin, end)
-        for name, (begin, end) in rooms.items()
-        if text.count(begin) == 1 == text.count(end) and text.index(begin) < text.index(end)
-    }
-    check(bool(rooms), f"{file}: has no room for a table, <!-- {next(iter(_TABLES))} --> and then its end")
-    for name, (begin, end) in rooms.items():
-        if name in tables:
-            text = f"{text.split(begin)[0]}{begin}\n{tables[name]}\n{end}{text.split(end)[1]}"
-    with atomic_file(file) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def main(
@@ -166,7 +132,7 @@ def main(
         check(name in embedded, f"games {name}: not embedded; {', '.join(embedded)} are")
     config = replace(SETTINGS, clips=clips)
     for file in files:
-        write_tables(file, {})
+        rooms(file, _TABLES)
     for name in games or embedded:
         if again or games or not load_bundle(embedded[name], "cpu", game=name).card:
             measure(embedded[name], name, config, SamplerConfig(nfe=nfe), out)

@@ -11,8 +11,9 @@ from PIL import Image
 from dreamenv.bundle import embedded_games
 from dreamenv.errors import BundleError, ConfigError
 from dreamenv.evaluation.demo import mosaic
-from dreamenv.evaluation.games import PICTURES, SHORT, games_table, write_tables
+from dreamenv.evaluation.games import PICTURES, SHORT, games_table
 from dreamenv.evaluation.metrics import still_pixels
+from dreamenv.evaluation.pages import write_tables
 
 
 def test_a_mosaic_shows_every_game_beside_its_dream(tmp_path: Path) -> None:
@@ -43,7 +44,7 @@ def test_a_table_has_a_line_a_game_and_the_medians(tmp_path: Path) -> None:
     cards = {"a": {"psnr_1": 20.04, "reward_ap": None}, "b": {"psnr_1": 30.0}, "c": {"psnr_1": 26.0, "reward_ap": 0.5}}
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in games_table(cards, SHORT).splitlines()]
     assert [line[0] for line in lines] == ["game", "---", "a", "b", "c", "median"]
-    columns = {title: [line[i + 1] for line in lines[2:]] for i, (title, _, _) in enumerate(SHORT)}
+    columns = {title: [line[i + 1] for line in lines[2:]] for i, (title, _) in enumerate(SHORT.values())}
     assert columns["PSNR, dB, 1 step"] == ["20.0", "30.0", "26.0", "26.0"]
     assert columns["reward AP"] == ["", "", "0.50", "0.50"] and columns["values: Pearson"] == [""] * 4
     page = tmp_path / "page.md"
@@ -51,10 +52,10 @@ def test_a_table_has_a_line_a_game_and_the_medians(tmp_path: Path) -> None:
     write_tables(page, {"games-short": "new", "games-pictures": games_table(cards, PICTURES)})
     assert page.read_text() == "x\n<!-- games-short -->\nnew\n<!-- /games-short -->\ny\n"
     page.write_text("<!-- /games-short -->\n<!-- games-short -->\n")
-    with pytest.raises(ConfigError, match="no room"):
+    with pytest.raises(ConfigError, match="needs one"):
         write_tables(page, {"games-short": "new"})
     page.write_text("nothing")
-    with pytest.raises(ConfigError, match="no room"):
+    with pytest.raises(ConfigError, match="needs one"):
         write_tables(page, {"games-short": "new"})
     with pytest.raises(ConfigError, match="cannot be read"):
         write_tables(tmp_path / "none.md", {"games-short": "new"})
