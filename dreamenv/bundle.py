@@ -163,6 +163,8 @@ def resolve_bundle(bundle: str | Path | None, game: str, distribution_mode: str 
             raise BundleError(f"bundle {bundle!r}: expected the path of a bundle folder")
         return Path(bundle)
     mode = "easy" if distribution_mode is None else distribution_mode
+    if not isinstance(mode, str):
+        raise BundleError(f"distribution_mode {str(mode)[:80]!r}: expected a difficulty's name or None")
     embedded = embedded_games(mode)
     if not isinstance(game, str):
         raise BundleError(f"game {game!r}: expected a name, one of {', '.join(embedded) or 'none'}")
@@ -176,6 +178,13 @@ def resolve_bundle(bundle: str | Path | None, game: str, distribution_mode: str 
             + ("" if distribution_mode is None else f" --distribution-mode {mode}")
         )
     return embedded[game]
+
+
+def check_mode(bundle: Bundle, distribution_mode: str | None) -> None:
+    """Raise `ConfigError` unless a difficulty is None or that of a bundle."""
+    mode = bundle.game.distribution_mode
+    same = distribution_mode is None or (isinstance(distribution_mode, str) and distribution_mode == mode)
+    check(same, f"distribution_mode {str(distribution_mode)[:80]!r}: the bundle is of {mode}")
 
 
 def bundled_agent(folder: Path) -> Path | None:

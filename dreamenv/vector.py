@@ -15,7 +15,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from dreamenv.branching import Branching
-from dreamenv.bundle import Bundle, load_bundle, resolve_bundle
+from dreamenv.bundle import Bundle, check_mode, load_bundle, resolve_bundle
 from dreamenv.config import check, from_dict, load_yaml, whole
 from dreamenv.contract.noise import draw_step, reset_generator
 from dreamenv.contract.resets import as_array, check_history, check_mask, check_options, check_seeds
@@ -87,15 +87,10 @@ class DreamVectorEnv(Branching):
             f"truncate_above {truncate_above!r}: must be > 0 or None",
         )
         check(isinstance(exact, bool), f"exact {exact!r}: must be True or False")
-        check(
-            isinstance(distribution_mode, str | None),
-            f"distribution_mode {distribution_mode!r}: must be a name or None",
-        )
         num_envs = whole(num_envs, "num_envs", 1, MAX_ENVS)
         if not isinstance(bundle, Bundle):
             bundle = load_bundle(resolve_bundle(bundle, game, distribution_mode), device, precision, game)
-        mode = bundle.game.distribution_mode
-        check(distribution_mode in (None, mode), f"distribution_mode {distribution_mode!r}: the bundle is of {mode}")
+        check_mode(bundle, distribution_mode)
         frame, modes = bundle.world_model.frame_shape, tuple(AutoresetMode)
         super().__init__(num_envs, frame, autoreset_mode, modes, render_mode, max_episode_steps)
         self.bundle, self.exact, self.sampler = bundle, exact, sampler
