@@ -56,10 +56,12 @@ class CollectConfig:
     """Games played side by side in one shard."""
     shard_steps: int = 1024
     """Steps of each game in one shard."""
-    ends: int = 0
-    """Keep, of `steps`, only so many up to each real end of an episode (no truncation); 0 keeps all. Coins and deaths
-    are rare,
-    and an outcome head learns from many: see `also` in `trainers.tasks.outcome`."""
+    events: int = 0
+    """Keep, of `steps`, only so many up to each reward or real end of an episode (no truncation); 0 keeps all. Coins
+    and deaths are rare, and an outcome head learns from many: see `also` in `trainers.tasks.outcome`."""
+    most: int = 0
+    """Most events of each kind (a reward, with or without an end) that a shard keeps; 0 keeps all. Some games reward
+    every tenth step."""
     workers: int = 0
     """Processes; 1 collects in this one, 0 is one a core, 8 at most, for 200,000 steps or more, and 1 for fewer."""
 
@@ -78,7 +80,8 @@ class CollectConfig:
             check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
         shards = -(-self.steps // (self.num_envs * self.shard_steps))
         check(shards <= _MOST_SHARDS, f"steps {self.steps}: {shards} shards, at most {_MOST_SHARDS}; raise shard_steps")
-        check(self.ends >= 0, f"ends {self.ends}: must be >= 0")
+        for name in ("events", "most"):
+            check(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: must be >= 0")
         check(self.workers >= 0, f"workers {self.workers}: must be >= 0")
         check(0 <= self.seed < 2**63, f"seed {self.seed}: must be in 0..2^63-1")
 
@@ -97,7 +100,9 @@ class CollectConfig:
     def facts(self) -> dict[str, Any]:
         """What the manifest records: everything that decides the bytes, and the game's facts."""
         game = get_game(self.game)
-        facts = {k: v for k, v in asdict(self).items() if k not in ("out", "workers") and (k != "ends" or v)}
+        facts = {
+            k: v for k, v in asdict(self).items() if k not in ("out", "workers") and (v or k not in ("events", "most"))
+        }
         facts |= {
             "backend": f"procgen {procgen_version()}",
             "num_shards": len(self.shard_lengths),
@@ -142,21 +147,35 @@ def collect_shard(config: CollectConfig, index: int, envs: Any = None) -> dict[s
         columns["terminated"][:, t] = terminated
         columns["truncated"][:, t] = truncated
         first = terminated | truncated
-    if config.ends:
-        kept = _before_ends(columns["terminated"], columns["truncated"], config.ends)
+    if config.events:
+        kept = _before_events(columns["rewards"], columns["terminated"], columns["truncated"], config, rng)
         kept[0, 0] |= not kept.any()  # no shard is empty
         columns["first"][:, 1:] |= ~kept[:, :-1]
         return {k: v[kept] for k, v in columns.items()}
     return {k: v.reshape(n * length, *v.shape[2:]) for k, v in columns.items()}
 
 
-def _before_ends(terminated: np.ndarray, truncated: np.ndarray, steps: int) -> np.ndarray:
-    """Bool (N, T): the last `steps` steps of each terminated episode, its end included, of flags bool (N, T)."""
-    t = np.arange(terminated.shape[1])
-    end = np.where(terminated | truncated, t, len(t))
-    end = np.minimum.accumulate(end[:, ::-1], axis=1)[:, ::-1]
-    real = np.take_along_axis(terminated, np.minimum(end, len(t) - 1), 1) & (end < len(t))
-    return real & (end - t < steps)
+def _before_events(
+    rewards: np.ndarray, terminated: np.ndarray, truncated: np.ndarray, config: CollectConfig, rng: np.random.Generator
+) -> np.ndarray:
+    """Bool (N, T): the last `config.events` steps of an episode up to each event, itself included.
+
+    Of each kind of event there are `config.most`, drawn at random. Rewards and flags are (N, T).
+    """
+    event = (rewards != 0) | terminated
+    if config.most:
+        env, t = np.nonzero(event)
+        kinds = np.stack([rewards[env, t], terminated[env, t]], 1)
+        _, kind = np.unique(kinds, axis=0, return_inverse=True)
+        for which in range(kind.max(initial=-1) + 1):
+            found = np.flatnonzero(kind.reshape(-1) == which)
+            dropped = rng.permutation(found)[config.most :]
+            event[env[dropped], t[dropped]] = False
+    over, kept = terminated | truncated, event.copy()
+    for _ in range(config.events - 1):
+        earlier = kept[:, 1:] & ~over[:, :-1]
+        kept[:, :-1] |= earlier
+    return kept
 
 
 def make_envs(config: CollectConfig) -> Any:
@@ -199,7 +218,7 @@ def _check_room(config: CollectConfig, steps: int) -> None:
     """Raise `StorageError` if so many steps do not fit."""
     columns = COLUMNS | {name: OPTIONAL[name] for name in config.columns}
     step = sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for dtype, shape in columns.values())
-    if not config.ends and steps * step > (free := free_bytes(config.out)):
+    if not config.events and steps * step > (free := free_bytes(config.out)):
         raise StorageError(
             f"{config.out}: {steps} steps need {steps * step / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free; "
             "collect fewer, or into another folder"

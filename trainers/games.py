@@ -44,6 +44,9 @@ class GamesConfig:
     """Run folder; the bundle of all games is <out>/all/bundle, one of a single game <out>/<game>/model/bundle."""
     steps: int = 49_152
     """Transitions of each game."""
+    event_steps: int = 1_000_000
+    """Further transitions of each game, of which only what leads to rewards and ends is kept, for the head; 0 goes
+    without."""
     policy: str = "mix"
     """Who plays them beside the agent; see `python -m envs.collect --help`."""
     agent_steps: int = 500_000
@@ -76,7 +79,8 @@ class GamesConfig:
             check(not twice, f"games: {name} is named twice")
         for name in ("steps", "starts", "bank_kib", "jobs"):
             whole(getattr(self, name), name, 1)
-        check(self.agent_steps >= 0, f"agent_steps {self.agent_steps}: must be >= 0")
+        for name in ("agent_steps", "event_steps"):
+            check(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: must be >= 0")
         check(0 < self.agent_share < 1, f"agent_share {self.agent_share}: must be between 0 and 1")
         check(0 <= self.seed < 2**31 - 1, f"seed {self.seed}: must be in 0..2^31-2")
         parse_mix(mixed(self.policy, f"agent:{self.out}:0.1", self.agent_share))
@@ -92,13 +96,13 @@ class GamesConfig:
         """Whether there is one model of several games."""
         return len(self.games) > 1 and not self.apart
 
-    def run(self, game: str, data: Path | None = None) -> PipelineConfig:
+    def run(self, game: str, data: Path | None = None, events: Path | None = None) -> PipelineConfig:
         """How a model that knows a game is trained; raises `ConfigError` for bad settings."""
         where = self.out / "all" if self.together else self.out / game / "model"
         names = ("recipe", "starts", "bank_kib", "distribution_mode", "stage_steps", "seed", "set")
         minutes = self.minutes if self.together else self.minutes / len(self.games)
         shared = {name: getattr(self, name) for name in names}
-        return PipelineConfig(**shared, game=game, minutes=minutes, out=where, data=data, ends=0)
+        return PipelineConfig(**shared, game=game, minutes=minutes, out=where, data=data, event_data=events, events=0)
 
 
 def _check_told(name: str) -> None:
@@ -122,11 +126,9 @@ def run_games(config: GamesConfig) -> list[Path]:
     free = ("out", "jobs")
     with begun(config.out, {k: str(v) for k, v in to_dict(config).items() if k not in free}):
         together(config.jobs, [partial(_collect, config, game) for game in config.games])
-        parts = {game: [config.out / game / "data", config.out / game / "starts"] for game in config.games}
-        if config.together:
-            parts = {config.games[0]: [path for paths in parts.values() for path in paths]}
-        together(config.jobs, [partial(_train, config, game, sources) for game, sources in parts.items()])
-    return [Path(config.run(game).out or "", "bundle") for game in parts]
+        sets = [config.games] if config.together else [(game,) for game in config.games]
+        together(config.jobs, [partial(_train, config, games) for games in sets])
+    return [Path(config.run(games[0]).out or "", "bundle") for games in sets]
 
 
 def _collect(config: GamesConfig, game: str) -> None:
@@ -141,6 +143,10 @@ def _collect(config: GamesConfig, game: str) -> None:
     shared = {"game": game, "distribution_mode": mode}
     played = shared | {"steps": config.steps, "policy": policy, "seed": seed, "out": out / "data", "workers": 1}
     stage(config.out, f"{game}-data", lambda: run_command(program("envs.collect", **played)))
+    if config.event_steps:
+        rare = played | {"steps": config.event_steps, "seed": seed + 2, "out": out / "events", "num-envs": 64}
+        rare |= {"events": 8, "most": 100}
+        stage(config.out, f"{game}-events", lambda: run_command(program("envs.collect", **rare)))
     firsts = {"steps": config.starts, "num-envs": config.starts, "shard-steps": 1, "seed": seed + 1, "workers": 1}
     begin = shared | firsts | {"out": out / "starts"}
     stage(config.out, f"{game}-starts", lambda: run_command(program("envs.collect", **begin)))
@@ -154,14 +160,22 @@ def mixed(policy: str, other: str, share: float) -> str:
     return ",".join([*kept, f"{other}={share:.6g}"])
 
 
-def _train(config: GamesConfig, game: str, sources: list[Path]) -> None:
-    """The model that knows a game, on the data of all of them or its own."""
-    run = config.run(game)
-    assert run.out is not None
-    data = run.out.parent / f"{run.out.name}-data"
-    name = "all" if config.together else game
-    stage(config.out, f"{name}-merged", lambda: str(merge(sources, data, several=config.together)))
-    stage(config.out, f"{name}-model", lambda: str(run_pipeline(config.run(game, data))))
+def _train(config: GamesConfig, games: tuple[str, ...]) -> None:
+    """The model that knows some games, on the data of all of them."""
+    run = config.run(games[0])
+    where = Path(run.out or "")
+    name = "all" if config.together else games[0]
+
+    def merged(kind: str, parts: tuple[str, ...]) -> Path:
+        sources = [config.out / game / part for game in games for part in parts]
+        out = where.parent / f"{where.name}-{kind}"
+        stage(config.out, f"{name}-merged-{kind}", lambda: str(merge(sources, out, several=config.together)))
+        return out
+
+    data = merged("data", ("data", "starts"))
+    useful = config.event_steps and load_recipe(run.recipe).events
+    events = merged("events", ("events",)) if useful else None
+    stage(config.out, f"{name}-model", lambda: str(run_pipeline(config.run(games[0], data, events))))
 
 
 def main(arguments: list[str] | None = None) -> None:

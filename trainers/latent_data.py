@@ -1,4 +1,4 @@
-"""Encoded datasets: latents in RAM, next to the actions, rewards and flags of the frames they came from."""
+"""Encoded datasets: latents next to the actions, rewards and flags of the frames they came from."""
 
 from __future__ import annotations
 
@@ -20,8 +20,35 @@ from trainers.encode import FORMAT_VERSION, latents_identity, load_codec, shard_
 _REMEDY = "encode the dataset: python -m trainers.encode DATA CODEC OUT"
 
 
+class Joined:
+    """Arrays (n, ...) one after the other, read where they are asked: memory-mapped files fill no memory of their own.
+
+    Attributes:
+        shape: of all of them as one; dtype: of each.
+    """
+
+    def __init__(self, parts: list[np.ndarray]) -> None:
+        self._parts = parts
+        self._begin = np.cumsum([0] + [len(part) for part in parts])
+        self.shape, self.dtype = (int(self._begin[-1]), *parts[0].shape[1:]), parts[0].dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, indices: np.ndarray | slice) -> np.ndarray:
+        """The entries at indices int64 (...) from 0 on, (..., *shape[1:])."""
+        wanted = np.arange(*indices.indices(len(self))) if isinstance(indices, slice) else np.asarray(indices)
+        flat = wanted.reshape(-1)
+        out = np.empty((len(flat), *self.shape[1:]), self.dtype)
+        which = np.searchsorted(self._begin, flat, side="right") - 1
+        for k in np.unique(which):
+            rows = np.flatnonzero(which == k)
+            out[rows] = self._parts[k][flat[rows] - self._begin[k]]
+        return out.reshape(*wanted.shape, *self.shape[1:])
+
+
 class LatentDataset:
-    """All latents of a dataset, flat in time, in RAM.
+    """All latents of a dataset, flat in time, in memory-mapped files.
 
     Attributes:
         stored: (N, C, H, W), latents as the codec stores them; see `latents_at`.
@@ -69,10 +96,9 @@ class LatentDataset:
         levels = np.concatenate([s.level_seeds for s in shards])
         self.validation = split_levels(levels, val_ratio, 0)
 
-    def _read(self, kind: str) -> np.ndarray:
-        """All shards' files of one kind in one array."""
-        out: np.ndarray | None = None
-        at = 0
+    def _read(self, kind: str) -> Joined:
+        """All shards' files of one kind."""
+        parts = []
         for shard, name in zip(self.dataset.shards, shard_names(self.dataset), strict=True):
             path = self.folder / f"{kind}-{name}.npy"
             shape, dtype = (len(shard), *self._shapes[kind][1]), self._shapes[kind][0]
@@ -86,13 +112,10 @@ class LatentDataset:
                 raise DatasetError(
                     f"{path}: holds {part.dtype} {part.shape}, expected {dtype} {shape}; delete it and encode again"
                 )
-            if out is None:
-                out = np.empty((len(self.dataset), *part.shape[1:]), part.dtype)
-            out[at : at + len(part)] = part
-            at += len(part)
-        if out is None:
+            parts.append(part)
+        if not parts:
             raise DatasetError(f"{self.facts['data']}: has no shards; collect some")
-        return out
+        return Joined(parts)
 
     def windows(self, length: int, validation: bool) -> np.ndarray:
         """Start indices int64 (W,) of windows of `length` observations in one part of the split."""

@@ -57,9 +57,11 @@ class PipelineConfig:
     """A dataset of the game, or of several and this one, to train on, in place of collecting one."""
     steps: int | None = None
     """Transitions to collect; the recipe's number by default."""
-    ends: int | None = None
-    """Further transitions to play, of which only the ends of episodes are kept: the heads learn rare outcomes from them
-    too. The recipe's number by default; 0 goes without."""
+    events: int | None = None
+    """Further transitions to play, of which only what leads to rewards and ends of episodes is kept: the heads learn
+    rare outcomes from it too. The recipe's number by default; 0 goes without."""
+    event_data: Path | None = None
+    """A dataset of such events, of the games of `data`, in place of collecting one."""
     policy: str = "mix"
     """See `python -m envs.collect --help`."""
     distribution_mode: str = "easy"
@@ -87,7 +89,7 @@ class PipelineConfig:
         check(self.minutes > 0, f"minutes {self.minutes}: must be > 0")
         check(0 <= self.seed < 2**63, f"seed {self.seed}: must be in 0..2^63-1")
         check(self.steps is None or self.steps >= 1, f"steps {self.steps}: must be >= 1")
-        check(self.ends is None or self.ends >= 0, f"ends {self.ends}: must be >= 0")
+        check(self.events is None or self.events >= 0, f"events {self.events}: must be >= 0")
         check(self.workers >= 0, f"workers {self.workers}: must be >= 0")
         check(self.starts >= 1, f"starts {self.starts}: must be >= 1")
         check(self.bank_kib is None or self.bank_kib >= 1, f"bank_kib {self.bank_kib}: must be >= 1")
@@ -106,8 +108,13 @@ class PipelineConfig:
                 f"data {self.data}: is of {', '.join(given.games)} in {found}, not of {game.name} in {mode}",
             )
             several = len(given.games) > 1
-            ends = self.numbers(recipe)["ends"]
-            check(not (several and ends), f"ends {ends}: are of one game, the data of several; say --ends 0")
+            events = self.numbers(recipe)["events"]
+            check(
+                self.event_data is not None or not (several and events),
+                f"events {events}: are of one game, the data of several; say --events 0, or give --event-data",
+            )
+        useful = self.event_data is None or bool(recipe.events)
+        check(useful, f"event_data {self.event_data}: recipe {recipe.name} has no use for it")
         made = self.numbers(recipe) | {name: Path(name) for name in recipe.stages}
         for name, settings in recipe.stages.items():
             if "build" in settings:
@@ -121,12 +128,18 @@ class PipelineConfig:
             except ConfigError as error:
                 raise ConfigError(f"stage {name}: {error}") from None
 
+    def given(self, recipe: Recipe, name: str) -> Path | None:
+        """The dataset that a stage which collects need not collect, if there is one."""
+        if name == recipe.data:
+            return self.data
+        return self.event_data if name == recipe.events else None
+
     def numbers(self, recipe: Recipe) -> dict[str, int]:
-        """What `{steps}`, `{ends}` and `{dreams}` stand for."""
-        asked = {"steps": self.steps, "ends": self.ends}
+        """What `{steps}`, `{events}` and `{dreams}` stand for."""
+        asked = {"steps": self.steps, "events": self.events}
         given = {name: value for name, value in asked.items() if value is not None}
         dreams = {"dreams": dreams_for(_DREAMS, self.minutes, self.stage_steps)}
-        return {"steps": 450_000, "ends": 0} | recipe.defaults | given | dreams
+        return {"steps": 450_000, "events": 0} | recipe.defaults | given | dreams
 
     def stage_values(self, recipe: Recipe, name: str, made: dict[str, Any]) -> dict[str, Any]:
         """The sections model, task and loop of one stage."""
@@ -162,8 +175,8 @@ def _run(config: PipelineConfig, recipe: Recipe, out: Path) -> None:
             stage(out, name, work)
         trained = "model" in settings or "choose" in settings
         made[name] = "" if work is None else where / "model" if trained else where
-        if name == recipe.data and config.data is not None:
-            made[name] = config.data
+        if (given := config.given(recipe, name)) is not None:
+            made[name] = given
     data = made[recipe.data]
     bundled = partial(make_bundle, out, data, config.starts, recipe.bundle, recipe.name, kib=config.bank_kib)
     stage(out, "bundle", bundled)
@@ -177,7 +190,7 @@ def _work(
     out = config.out / name
     if "collect" in settings:
         wanted = filled(settings["collect"], made, name)
-        given = name == recipe.data and config.data is not None
+        given = config.given(recipe, name) is not None
         return partial(_collect, config, name, wanted, out) if wanted["steps"] and not given else None
     if "encode" in settings:
         wanted = filled(settings["encode"], made, name)
@@ -195,7 +208,7 @@ def _work(
 
 def _collect(config: PipelineConfig, name: str, wanted: dict[str, Any], out: Path) -> str:
     """Collect in a process of its own; what is not the main data is of other levels and actions."""
-    seed = config.seed if "ends" not in wanted else (config.seed + 1) % 2**63
+    seed = config.seed if "events" not in wanted else (config.seed + 1) % 2**63
     settings = {"game": config.game, "policy": config.policy, "seed": seed, "workers": config.workers}
     settings |= {"distribution_mode": config.distribution_mode, "out": out, **wanted}
     return run_command(program("envs.collect", **settings))

@@ -2,7 +2,7 @@
 
 A stage collects, encodes, builds a model that needs no training, trains one, or chooses what one leaves open. `{name}`
 in its settings is what the stage of that name made: a dataset, a folder of latents, or a model folder; `{steps}`,
-`{ends}` and `{dreams}` are numbers that the pipeline decides. A recipe may say which other one it `extends`.
+`{events}` and `{dreams}` are numbers that the pipeline decides. A recipe may say which other one it `extends`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Recipe:
     Attributes:
         name: of its file.
         needs: what the game must have, see `View.has` in `dreamenv.contract.games`.
-        defaults: numbers that `{steps}` and `{ends}` stand for unless the pipeline is told others.
+        defaults: numbers that `{steps}` and `{events}` stand for unless the pipeline is told others.
         stages: name -> settings, in order; extra: such as are trained by hand only.
         bundle: which stages are the codec, the dynamics and the head.
         finetune: which stages train a bundle's dynamics and head on, with what is set otherwise then.
@@ -46,6 +46,11 @@ class Recipe:
     def data(self) -> str:
         """The stage that collects what is trained on."""
         return next(name for name, settings in self.stages.items() if "collect" in settings)
+
+    @property
+    def events(self) -> str:
+        """The stage that collects rare events; empty if none does."""
+        return next((name for name, settings in self.stages.items() if "events" in settings.get("collect", ())), "")
 
     @property
     def trained(self) -> list[str]:

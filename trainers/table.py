@@ -100,7 +100,7 @@ class TableConfig:
     def run(self, recipe: str, data: Path | None = None) -> PipelineConfig:
         """How one recipe is trained; raises `ConfigError` if it does not suit the game."""
         shared = {name: getattr(self, name) for name in ("game", "minutes", "steps", "seed", "stage_steps", "set")}
-        return PipelineConfig(**shared, recipe=recipe, out=self.out / recipe, data=data, ends=0)
+        return PipelineConfig(**shared, recipe=recipe, out=self.out / recipe, data=data, events=0)
 
 
 def held_out_clips(game: str, count: int, seed: int) -> Clips:

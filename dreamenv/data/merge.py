@@ -25,7 +25,7 @@ from dreamenv.errors import DatasetError
 SEVERAL = "several"
 """What the facts of a dataset of several games say in the place of a game."""
 _OF_A_GAME = ("max_steps", "action_meanings")
-_SAME = ("distribution_mode", "ends")
+_SAME = ("distribution_mode", "events", "most")
 
 
 def merge(sources: list[Path], out: Path, several: bool = False) -> Path:

@@ -89,7 +89,7 @@ def commands(name: str, root: Path) -> tuple[list[str], tuple[str, ...]]:
         ], ("out/agent/", "checkpoint/arrays")
     return [
         *(*python, "trainers.pipeline", "--game", "coinrun", "--recipe", "patches", "--out", "out", "--steps", "2000"),
-        *("--stage-steps", "2", "--starts", "3", "--ends", "0", "--workers", "1"),
+        *("--stage-steps", "2", "--starts", "3", "--events", "0", "--workers", "1"),
         *("--set", "loop.batch_size=4", "loop.checkpoint_every=1", "loop.device=cpu"),
     ], ("out/bundle/",)
 

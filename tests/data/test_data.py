@@ -24,7 +24,7 @@ from dreamenv.errors import DatasetError
 from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, save_agent
 from dreamenv.policies.simple import make_policy
 from dreamenv.stages import program
-from envs.collect import CollectConfig, _before_ends, collect
+from envs.collect import CollectConfig, _before_events, collect
 from envs.procgen import RealProcgenVectorEnv
 from trainers.encode import training_data
 
@@ -87,7 +87,9 @@ def test_the_same_settings_give_the_same_bytes_in_any_number_of_workers(small: P
 
 
 def test_ends_are_the_last_steps_of_episodes_that_ended(small: Path, tmp_path: Path) -> None:
-    ends = Dataset(collect(CollectConfig(out=str(tmp_path / "ends"), ends=7, **SMALL), progress=False), verify="sha256")
+    ends = Dataset(
+        collect(CollectConfig(out=str(tmp_path / "ends"), events=7, **SMALL), progress=False), verify="sha256"
+    )
     columns = ("frames", "actions", "rewards", "terminated", "level_seeds")
     wanted: list[list[np.ndarray]] = []
     for shard in Dataset(small).shards:
@@ -101,21 +103,28 @@ def test_ends_are_the_last_steps_of_episodes_that_ended(small: Path, tmp_path: P
     assert np.flatnonzero(first).tolist() == np.cumsum([0] + [len(w[0]) for w in wanted])[:-1].tolist()
 
 
-def test_only_real_ends_count() -> None:
-    terminated, truncated = np.zeros((2, 5, 9), bool)
+def test_what_leads_to_rewards_and_real_ends_is_kept() -> None:
+    terminated, truncated = np.zeros((2, 6, 9), bool)
     terminated[0, [2, 4]] = terminated[1, 8] = truncated[2, 5] = terminated[3, 7] = truncated[3, 2] = True
-    kept = _before_ends(terminated, truncated, 3)
-    assert ["".join("x" if k else "." for k in row) for row in kept] == [
-        "xxxxx....",
-        "......xxx",
-        ".........",
-        ".....xxx.",
-        ".........",
-    ]
+    rewards = np.zeros((6, 9))
+    rewards[4, [2, 3]] = rewards[5, 5] = rewards[1, 8] = 1
+    truncated[5, 4] = True
+
+    def rows(most: int) -> list[str]:
+        config, rng = CollectConfig(events=3, most=most), np.random.default_rng(0)
+        kept = _before_events(rewards, terminated, truncated, config, rng)
+        return ["".join("x" if k else "." for k in row) for row in kept]
+
+    assert rows(0) == ["xxxxx....", "......xxx", ".........", ".....xxx.", "xxxx.....", ".....x..."]
+    assert rows(3) == rows(0), "three rewards, three ends, one that is both"
+    some = rows(1)
+    assert some[1] == "......xxx", "of each kind one: there is but one end with a reward"
+    assert sum(row in ("xxx......", "..xxx....", "...xx....") for row in [some[0]]) + (some[3] != ".........") == 1
+    assert [some[4], some[5]].count(".........") == 1
 
 
 def test_a_shard_without_an_end_is_not_empty(tmp_path: Path) -> None:
-    out = collect(CollectConfig(out=str(tmp_path / "calm"), steps=4, num_envs=4, ends=5), progress=False)
+    out = collect(CollectConfig(out=str(tmp_path / "calm"), steps=4, num_envs=4, events=5), progress=False)
     assert len(Dataset(out, verify="sha256")) == 1
 
 

@@ -49,7 +49,7 @@ def test_dreamt_contexts_of_the_head_lead_to_the_moment_they_are_labelled_with(l
         batch = task.batch(np.random.default_rng(seed), 64)
         for row in range(64):
             window = batch.context[row].numpy()
-            moments = np.flatnonzero((data.stored == window[-1]).all((1, 2, 3)))
+            moments = np.flatnonzero((data.stored[:] == window[-1]).all((1, 2, 3)))
             answers = [(int(labels[m]), data.contexts(np.array([m]), 4)[1][0].tolist()) for m in moments]
             assert (int(batch.labels[row]), batch.actions[row].tolist()) in answers
             seen += int(batch.labels[row] > 0)
@@ -123,7 +123,7 @@ def test_the_outcome_term_asks_about_the_moment_the_dream_has_reached(latents: P
         reached = cast(torch.Tensor, oracle.latents.grad)[torch.arange(64), 3 + query, :3]
         assert (reached.flatten(1).abs().sum(1) > 0).all(), "the answer's gradient reaches what was dreamt"
         for row in range(64):
-            moments = np.flatnonzero((data.stored == judge.context[row, -1].detach().half().numpy()).all((1, 2, 3)))
+            moments = np.flatnonzero((data.stored[:] == judge.context[row, -1].detach().half().numpy()).all((1, 2, 3)))
             known = {(int(term._labels[m]), int(data.actions[m])) for m in moments}
             assert (int(labels[row]), int(judge.action[row])) in known
             assert not data.validation[moments].all()

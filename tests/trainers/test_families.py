@@ -52,7 +52,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(name: str, data: Path, out: Path) -> Path:
     sizes = SMALL.get(name) or SMALL[name.split("_")[0]]
     small = ("loop.batch_size=4", "task.val_ratio=0.2", "head:model.width=16", *sizes)
-    return run_pipeline(PipelineConfig(recipe=name, data=data, out=out, stage_steps=2, starts=3, set=small))
+    return run_pipeline(PipelineConfig(recipe=name, data=data, out=out, stage_steps=2, starts=3, set=small, events=0))
 
 
 CASES = [(n, "fp32") for n in ("pixels_gray", "predictor_vae", "flow_dit", "flow_causal", "flow_shortcut", "canvas")]

@@ -27,7 +27,7 @@ from tests.here import run_here
 from trainers.choose import choose
 from trainers.encode import encode_dataset
 from trainers.games import GamesConfig, main, mixed
-from trainers.latent_data import LatentDataset
+from trainers.latent_data import Joined, LatentDataset
 from trainers.pipeline import fitting_bank, start_bank
 from trainers.tasks.dynamics import DynamicsTask, DynamicsTaskConfig
 
@@ -61,6 +61,15 @@ def test_pixels_are_stored_as_bytes_and_come_back_exactly(latents: Path) -> None
     chosen = np.arange(0, len(data.stored), 97)
     shown = data.codec.decode(data.latents_at(chosen).float()).clamp(0, 1).mul(255).round().byte()
     assert np.array_equal(shown.permute(0, 2, 3, 1).numpy(), data.frames(chosen))
+
+
+def test_arrays_one_after_the_other_read_as_one() -> None:
+    rng = np.random.default_rng(0)
+    parts = [rng.random((n, 2, 3)) for n in (3, 1, 5)]
+    whole, joined = np.concatenate(parts), Joined(parts)
+    assert joined.shape == whole.shape and len(joined) == 9 and joined.dtype == whole.dtype
+    for indices in (slice(None), slice(1, None, 3), np.array([[8, 0], [3, 3]]), np.zeros(0, int), np.int64(4)):
+        assert np.array_equal(joined[indices], whole[indices])
 
 
 def test_what_changes_is_drawn_more_often_and_games_as_often_as_before(latents: Path) -> None:
@@ -162,7 +171,7 @@ def test_latents_of_an_older_release_are_encoded_anew(latents: Path, tmp_path: P
         path.write_bytes(b"old")
     facts = json.loads((folder / "latents.json").read_text())
     encode_dataset(Path(facts["data"]), Path(facts["codec"]), folder, "cpu")
-    assert np.array_equal(LatentDataset(folder).stored, LatentDataset(latents).stored)
+    assert np.array_equal(LatentDataset(folder).stored[:], LatentDataset(latents).stored[:])
 
 
 def test_dreams_start_late_too_where_episodes_are_long(tmp_path: Path) -> None:
@@ -199,7 +208,18 @@ def test_one_command_makes_one_bundle_of_several_games(
     )
     stages = ("predictor", "dynamics")
     small = [f"{s}:model.backbone.{v}" for s in stages for v in ("channels=[16, 16]", "blocks=[1, 1]")]
-    options = ["--games", *GAMES, "--out", str(tmp_path / "g"), "--steps", "1600", "--agent-steps", "64"]
+    options = [
+        "--games",
+        *GAMES,
+        "--out",
+        str(tmp_path / "g"),
+        "--steps",
+        "1600",
+        "--agent-steps",
+        "64",
+        "--event-steps",
+        "6400",
+    ]
     options += ["--agent-config", str(agent), "--starts", "6", "--stage-steps", "2"]
     options += ["--set", "loop.batch_size=4", "task.val_ratio=0.2", "head:model.width=16", *small]
 
@@ -212,6 +232,9 @@ def test_one_command_makes_one_bundle_of_several_games(
         bundle = load_bundle(folder, "cpu", game=game)
         assert bundle.games == GAMES and len(bundle.starts.frames) == 6
         assert bundle.game.max_steps == get_game(game).max_steps
+    events = Dataset(tmp_path / "g" / "all-events")
+    assert events.games == GAMES and events.facts["events"] == 8 and 0 < len(events) < 12800
+    assert load_bundle(folder, "cpu", game="maze").provenance["heads_also"] == events.facts
     players = dict(Dataset(tmp_path / "g" / "maze" / "data").facts["policy_mix"])
     assert players[f"agent:{tmp_path}/g/maze/agent/agent:0.1"] == pytest.approx(0.4) and len(players) == 4
     written = (tmp_path / "g" / "all" / "bundle" / "bundle.json").stat().st_mtime_ns
@@ -238,6 +261,7 @@ def test_the_mix_keeps_its_proportions() -> None:
         ({"games": ()}, "name one"),
         ({"agent_share": 1.0}, "agent_share 1.0"),
         ({"agent_steps": -1}, "agent_steps -1"),
+        ({"event_steps": -1}, "event_steps -1"),
         ({"starts": 0}, "starts 0"),
         ({"recipe": "tiles"}, "needs a known camera"),
         ({"recipe": "pixels_rgb"}, "cannot be told games"),

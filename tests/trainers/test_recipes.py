@@ -31,14 +31,14 @@ def test_a_recipe_makes_a_bundle_of_tiles(tmp_path: Path, precision: str, in_pro
         "loop.batch_size=4",
     )
     config = PipelineConfig(
-        out=tmp_path / "run", steps=3000, ends=3000, stage_steps=2, starts=2, recipe="tiles", set=small
+        out=tmp_path / "run", steps=3000, events=3000, stage_steps=2, starts=2, recipe="tiles", set=small
     )
     bundle = load_bundle(run_pipeline(config), "cpu")
     model = bundle.world_model
     assert isinstance(model.codec, TileAutoencoder) and isinstance(model.dynamics, TileFlow)
-    assert isinstance(model.head, PlayerOutcomeHead) and bundle.provenance["heads_also"]["ends"] == 16
+    assert isinstance(model.head, PlayerOutcomeHead) and bundle.provenance["heads_also"]["events"] == 16
     done = {p.stem for p in (tmp_path / "run" / "stages").iterdir()}
-    assert {"latents-ends", "camera", "settled", "heads", "bundle"} <= done
+    assert {"latents-events", "camera", "settled", "heads", "bundle"} <= done
 
 
 def test_works_are_done_at_the_same_time_and_none_is_lost_by_the_failure_of_another() -> None:

@@ -58,7 +58,9 @@ def bundle(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr("trainers.pipeline.encode", encode_dataset)
         patch.setattr("trainers.pipeline.run_command", run_here)
         return run_pipeline(
-            PipelineConfig(game="maze", recipe="canvas", data=data, out=out, stage_steps=2, starts=3, set=settings)
+            PipelineConfig(
+                game="maze", recipe="canvas", data=data, out=out, stage_steps=2, starts=3, set=settings, events=0
+            )
         )
 
 
@@ -154,9 +156,11 @@ def test_each_game_has_its_own_card(bundle: Path) -> None:
 
 def test_a_model_of_one_game_refuses_several(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not of coinrun"):
-        PipelineConfig(game="coinrun", recipe="canvas", data=data, out=tmp_path)
-    with pytest.raises(ConfigError, match="say --ends 0"):
-        PipelineConfig(game="maze", recipe="patches", data=data, out=tmp_path, ends=100)
+        PipelineConfig(game="coinrun", recipe="canvas", data=data, out=tmp_path, events=0)
+    with pytest.raises(ConfigError, match="say --events 0"):
+        PipelineConfig(game="maze", recipe="patches", data=data, out=tmp_path, events=100)
+    with pytest.raises(ConfigError, match="pixels_gray has no use for it"):
+        PipelineConfig(game="maze", recipe="pixels_gray", data=data, event_data=data, out=tmp_path)
     with pytest.raises(ConfigError, match="ended with status"):
         run_pipeline(PipelineConfig(game="maze", recipe="pixels_gray", data=data, out=tmp_path / "p", stage_steps=1))
     told = {"games": ["maze", "heist"], "owners": [0, 0, 1]}

@@ -201,7 +201,7 @@ def test_outcomes_are_learnt_from_ends_of_more_episodes_too(trained: Path, tmp_p
     ends = collect(
         CollectConfig(
             out=str(tmp_path / "ends"),
-            ends=12,
+            events=12,
             steps=2000,
             num_envs=8,
             shard_steps=250,
@@ -228,7 +228,7 @@ def test_outcomes_are_learnt_from_ends_of_more_episodes_too(trained: Path, tmp_p
     seen = [0, 0]
     for latent, action, label in zip(batch.context[:, -1].numpy(), batch.actions[:, -1], batch.labels, strict=True):
         for k, data in enumerate((own, also)):
-            here = np.flatnonzero((data.stored == latent).all((1, 2, 3)) & (data.actions == int(action)))
+            here = np.flatnonzero((data.stored[:] == latent).all((1, 2, 3)) & (data.actions == int(action)))
             if len(here):
                 assert (data.rewards[here[0]] > 0 or data.terminated[here[0]]) == (label > 0) and not data.validation[
                     here[0]

@@ -95,10 +95,10 @@ class DynamicsTask:
         self.config = config
         check_film(Path("rollout.gif"))  # which every validation writes, the last too
         self.data = LatentDataset(Path(config.latents), config.val_ratio)
-        ends = self.data.dataset.facts.get("ends")
+        events = self.data.dataset.facts.get("events")
         check(
-            not ends,
-            f"latents {config.latents}: hold ends of episodes only; collect whole ones, or give them to a head",
+            not events,
+            f"latents {config.latents}: hold what leads to events only; collect whole ones, or give them to a head",
         )
         self.codec: Codec = self.data.codec.requires_grad_(False)
         torch.manual_seed(seed)

@@ -37,8 +37,8 @@ class OutcomeTaskConfig:
     latents: str
     """Folder of the encoded dataset."""
     also: str = ""
-    """Folder of more encoded data, whose rare outcomes are drawn too; its uneventful steps are not, so it may hold ends
-    of episodes only (`python -m envs.collect --ends 16`)."""
+    """Folder of more encoded data, whose rare outcomes are drawn too; its uneventful steps are not, so it may hold only
+    what leads to them (`python -m envs.collect --events 16`)."""
     init_from: str = ""
     """Model folder to start from; empty starts anew."""
     balance: float = 0.4
