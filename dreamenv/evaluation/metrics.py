@@ -67,6 +67,7 @@ def average_precision(scores: np.ndarray, positive: np.ndarray, weights: np.ndar
     if not len(hits) or hits[-1] == 0:
         return 0.0
     ends = np.append(np.flatnonzero(np.diff(sorted_scores)), len(hits) - 1)
+    ends = ends[seen[ends] > 0]  # samples that stand for nothing may come first
     recall = hits[ends] / hits[-1]
     return float(np.sum(np.diff(np.concatenate([[0.0], recall])) * hits[ends] / seen[ends]))
 

@@ -177,6 +177,11 @@ def test_metrics_agree_with_scikit() -> None:
         average_precision_score(positive, scores, sample_weight=weights)
     )
     assert average_precision(scores, np.zeros(500, bool)) == 0
+    nothing = np.where(scores > np.quantile(scores, 0.9), 0.0, weights)  # the likeliest stand for no sample
+    kept = nothing > 0
+    assert average_precision(scores, positive, nothing) == pytest.approx(
+        average_precision_score(positive[kept], scores[kept], sample_weight=nothing[kept])
+    )
 
 
 def test_calibration_error_of_known_cases() -> None:
