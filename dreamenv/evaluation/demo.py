@@ -97,6 +97,7 @@ def mosaic(
     sampler: SamplerConfig | None = None,
     device: str = "auto",
     seed: int = 0,
+    scale: int = 2,
 ) -> dict[str, Any]:
     """Film several embedded games at once, each beside its dream, from the same held-out start under the same actions.
 
@@ -109,6 +110,7 @@ def mosaic(
         sampler: how the dreams are drawn.
         device: auto, cpu, cuda ...
         seed: decides levels, actions and noise.
+        scale: how many times larger the pictures of the film are.
 
     Returns:
         `games`, and `steps` filmed of each.
@@ -132,7 +134,7 @@ def mosaic(
         shown = [np.concatenate([start, frames]) for frames in (real, dream[0])]
         length = steps + _LEAD
         shown = [np.concatenate([f, np.repeat(f[-1:], length - len(f), 0)]) for f in shown]
-        panels.append(side_by_side({game: shown[0], "dream": shown[1]}, scale=2))
+        panels.append(side_by_side({game: shown[0], "dream": shown[1]}, scale=scale))
         at = np.unique(np.linspace(0, len(real) - 1, 8).astype(int))
         rows += [frames[at] for frames in (real, dream[0])]
         filmed[game] = len(real)
