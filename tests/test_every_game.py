@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import dreamenv  # noqa: F401  registers the environments
 from dreamenv.bundle import Bundle, embedded_games, load_bundle
 from dreamenv.contract.games import get_game
 from dreamenv.evaluation.clips import cut_clips, play_real
+from dreamenv.evaluation.games import PICTURES, PLAYING, SHORT, Columns, games_table
 from dreamenv.evaluation.imagine import open_loop
 from dreamenv.evaluation.metrics import psnr, squared_error, still_pixels
 from dreamenv.flow import SamplerConfig
@@ -69,6 +72,16 @@ def test_it_is_nearer_to_the_real_game_than_the_last_frame_is(bundle: Bundle) ->
     if not any(get_game(bundle.game.name).view.scrolls):
         still = still_pixels(real, last)[:, -1]
         assert psnr(error[:, -1][still].mean()) > 30
+
+
+@pytest.mark.parametrize(
+    ("page", "columns"), [("docs/games.md", PICTURES), ("docs/games.md", PLAYING), ("README.md", SHORT)]
+)
+def test_the_pages_show_what_was_measured(page: str, columns: Columns) -> None:
+    cards = {name: load_bundle(folder, "cpu", game=name).card for name, folder in embedded_games().items()}
+    assert all(cards.values())
+    text = (Path(__file__).parents[1] / page).read_text(encoding="utf-8")
+    assert games_table(cards, columns) in text, f"python -m dreamenv.evaluation.games {page}"
 
 
 def test_the_bundles_are_small() -> None:
