@@ -36,8 +36,9 @@ class Joined:
         return self.shape[0]
 
     def __getitem__(self, indices: np.ndarray | slice) -> np.ndarray:
-        """The entries at indices int64 (...) from 0 on, (..., *shape[1:])."""
+        """The entries (..., *shape[1:]) at indices int64 (...) from 0 on, or where bool (len(self),) says so."""
         wanted = np.arange(*indices.indices(len(self))) if isinstance(indices, slice) else np.asarray(indices)
+        wanted = np.flatnonzero(wanted) if wanted.dtype == bool else wanted
         flat = wanted.reshape(-1)
         out = np.empty((len(flat), *self.shape[1:]), self.dtype)
         which = np.searchsorted(self._begin, flat, side="right") - 1

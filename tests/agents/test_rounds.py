@@ -81,7 +81,7 @@ def test_what_does_not_belong_together_is_refused(two: list[Path], tmp_path: Pat
     (maze / "shard-00000" / "shard.json").unlink()  # which names the settings that made it
     (maze / "shard-00001" / "shard.json").unlink()
     write_json(maze / "manifest.json", manifest | {"facts": Dataset(two[0]).facts | {"events": 16}})
-    with pytest.raises(DatasetError, match="ends is 16"):
+    with pytest.raises(DatasetError, match="events is 16"):
         merge([two[0], maze], tmp_path / "x")
     write_json(maze / "manifest.json", manifest | {"facts": manifest["facts"] | {"world": "dream"}})
     with pytest.raises(DatasetError, match="imagined"):

@@ -68,7 +68,14 @@ def test_arrays_one_after_the_other_read_as_one() -> None:
     parts = [rng.random((n, 2, 3)) for n in (3, 1, 5)]
     whole, joined = np.concatenate(parts), Joined(parts)
     assert joined.shape == whole.shape and len(joined) == 9 and joined.dtype == whole.dtype
-    for indices in (slice(None), slice(1, None, 3), np.array([[8, 0], [3, 3]]), np.zeros(0, int), np.int64(4)):
+    for indices in (
+        slice(None),
+        slice(1, None, 3),
+        np.array([[8, 0], [3, 3]]),
+        np.zeros(0, int),
+        np.int64(4),
+        whole[:, 0, 0] > 0.5,
+    ):
         assert np.array_equal(joined[indices], whole[indices])
 
 

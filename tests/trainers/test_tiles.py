@@ -261,7 +261,7 @@ def test_outcomes_are_learnt_from_ends_of_more_episodes_too(trained: Path, tmp_p
     }
     figures = train({"model": spec, "task": task, "loop": loop(2, 8)}, tmp_path / "head")
     assert np.isfinite(figures["nll"])
-    with pytest.raises(ConfigError, match="ends of episodes only"):
+    with pytest.raises(ConfigError, match="what leads to events only"):
         DynamicsTask(DynamicsTaskConfig(latents=str(tmp_path / "latents")), FLOW, 0)
     save_model(tmp_path / "other", TileAutoencoder(TileAutoencoderConfig(codes=6, width=16, blocks=1, orders=5)), {})
     encode_dataset(ends, tmp_path / "other", tmp_path / "others", "cpu")
