@@ -20,6 +20,7 @@ from dreamenv.flow import SamplerConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 _MIB = 2**20
+_STILL = {"bossfight": 25, "starpilot": 25}  # dB; all others keep 30, these two fall short of it so far
 
 
 @pytest.fixture(params=embedded_games())
@@ -71,7 +72,7 @@ def test_it_is_nearer_to_the_real_game_than_the_last_frame_is(bundle: Bundle) ->
         assert psnr(error[:, h - 1].mean()) > psnr(copied[:, h - 1].mean())
     if not any(get_game(bundle.game.name).view.scrolls):
         still = still_pixels(real, last)[:, -1]
-        assert psnr(error[:, -1][still].mean()) > 25
+        assert psnr(error[:, -1][still].mean()) > _STILL.get(bundle.game.name, 30)
 
 
 @pytest.mark.parametrize(

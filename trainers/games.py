@@ -104,6 +104,11 @@ class GamesConfig:
         shared = {name: getattr(self, name) for name in names}
         return PipelineConfig(**shared, game=game, minutes=minutes, out=where, data=data, event_data=events, events=0)
 
+    def events(self, game: str) -> dict[str, Any]:
+        """How the recipe of a model that knows a game collects what leads to events; empty where it does not."""
+        recipe = load_recipe(self.run(game).recipe)
+        return recipe.stages[recipe.events]["collect"] if self.event_steps and recipe.events else {}
+
 
 def _check_told(name: str) -> None:
     """Raise `ConfigError` unless a recipe's models can learn several games."""
@@ -143,9 +148,8 @@ def _collect(config: GamesConfig, game: str) -> None:
     shared = {"game": game, "distribution_mode": mode}
     played = shared | {"steps": config.steps, "policy": policy, "seed": seed, "out": out / "data", "workers": 1}
     stage(config.out, f"{game}-data", lambda: run_command(program("envs.collect", **played)))
-    if config.event_steps:
-        rare = played | {"steps": config.event_steps, "seed": seed + 2, "out": out / "events", "num-envs": 64}
-        rare |= {"events": 8, "most": 100}
+    if how := config.events(game):
+        rare = played | how | {"steps": config.event_steps, "seed": seed + 2, "out": out / "events", "num-envs": 64}
         stage(config.out, f"{game}-events", lambda: run_command(program("envs.collect", **rare)))
     firsts = {"steps": config.starts, "num-envs": config.starts, "shard-steps": 1, "seed": seed + 1, "workers": 1}
     begin = shared | firsts | {"out": out / "starts"}
@@ -173,8 +177,7 @@ def _train(config: GamesConfig, games: tuple[str, ...]) -> None:
         return out
 
     data = merged("data", ("data", "starts"))
-    useful = config.event_steps and load_recipe(run.recipe).events
-    events = merged("events", ("events",)) if useful else None
+    events = merged("events", ("events",)) if config.events(games[0]) else None
     stage(config.out, f"{name}-model", lambda: str(run_pipeline(config.run(games[0], data, events))))
 
 

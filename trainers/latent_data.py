@@ -86,6 +86,7 @@ class LatentDataset:
         self._digests = read_json(self.folder / "files.json", DatasetError, "encode the dataset again")
         shards = self.dataset.shards
         self.stored, self.importance = self._read("latents"), self._read("importance")
+        self._frames = Joined([s.frames for s in shards])
         self.actions = np.concatenate([s.actions for s in shards]).astype(np.int64)
         self.rewards = np.concatenate([s.rewards for s in shards])
         self.terminated = np.concatenate([s.terminated for s in shards])
@@ -160,13 +161,7 @@ class LatentDataset:
 
     def frames(self, indices: np.ndarray) -> np.ndarray:
         """The frames at flat indices as the codec is shown them, uint8 (..., h, w, c)."""
-        flat = indices.reshape(-1)
-        ends = np.cumsum([len(s) for s in self.dataset.shards])
-        shard = np.searchsorted(ends, flat, side="right")
-        out = np.stack(
-            [self.dataset.shards[k].frames[i - (ends[k - 1] if k else 0)] for k, i in zip(shard, flat, strict=True)]
-        )
-        out = observe(out, self.codec.frame)
+        out = observe(self._frames[indices.reshape(-1)], self.codec.frame)
         return out.reshape(*indices.shape, *out.shape[1:])
 
 
