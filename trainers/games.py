@@ -25,7 +25,7 @@ from dreamenv.stages import begun, program, run_command, stage, together
 from trainers.pipeline import PipelineConfig, run_pipeline
 from trainers.recipe import load_recipe
 
-_AGENT = Path("agents/configs/ppo_hasty.yaml")
+_AGENT = Path(__file__).parents[1] / "agents" / "configs" / "ppo_hasty.yaml"
 
 
 @dataclass(frozen=True)

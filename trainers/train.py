@@ -1,6 +1,6 @@
 """Train one model: `python -m trainers.train FILE.yaml [--minutes M] [--resume]`.
 
-A file has the sections model, task and loop. `--recipe NAME --stage STAGE` takes them from a recipe instead.
+A file has the sections model, task and loop.
 """
 
 from __future__ import annotations

@@ -65,42 +65,38 @@ def _open_loop(card: dict[str, Any], sampled: bool) -> list[Row]:
 
 
 def _others(card: dict[str, Any], published: dict[str, str]) -> list[Row]:
-    """Rows of one figure each, or of two of a kind, beside published ones."""
+    """Rows of one figure each, beside published ones."""
     c = card
-
-    def two(first: str, second: str, style: str = ".2f") -> str:
-        return f"{c[first]:{style}} ({c[second]:{style}})"
-
     rows = [
-        ("random player: PSNR after 10 steps, dB (mean of clips)", two("random_psnr_10", "random_psnr_mean_10")),
+        ("random player: PSNR after 10 steps, dB", f"{c['random_psnr_10']:.2f}"),
+        ("random player: mean of the clips' PSNR, dB, 10 steps", f"{c['random_psnr_mean_10']:.2f}"),
+        ("mean PSNR of all frames up to the 10th, dB", f"{c['psnr_frames']:.2f}"),
+        ("the same, random player", f"{c['random_psnr_frames']:.2f}", "random_psnr_frames"),
         (
-            "random player: mean PSNR of all frames up to the 10th, dB (the mix of players)",
-            two("random_psnr_frames", "psnr_frames"),
-            "random_psnr_frames",
-        ),
-        (
-            "the same from one frame of context",
+            "the same, random player, from one frame of context",
             f"{c['random_one_frame_psnr_frames']:.2f}",
             "random_one_frame_psnr_frames",
         ),
-        ("autoencoder alone, dB (rare colours)", two("autoencoder_psnr", "autoencoder_psnr_rare"), "autoencoder_psnr"),
-        ("delta-PSNR, 4 steps, dB (random player)", two("delta_psnr_4", "random_delta_psnr_4"), "delta_psnr_4"),
+        ("autoencoder alone, dB", f"{c['autoencoder_psnr']:.2f}", "autoencoder_psnr"),
+        ("autoencoder alone, pixels of rare colours, dB", f"{c['autoencoder_psnr_rare']:.2f}"),
+        ("delta-PSNR, 4 steps, dB", f"{c['delta_psnr_4']:.2f}", "delta_psnr_4"),
+        ("delta-PSNR, 4 steps, dB, random player", f"{c['random_delta_psnr_4']:.2f}"),
         (
             f"futures matched to the real future of the same action, {c['branch_steps']} steps",
-            f"{c['branch_accuracy']:.1%} (guessing: {c['branch_chance']:.1%})",
+            f"{c['branch_accuracy']:.1%}",
         ),
-        ("best time shift of frames / actions (0 is right)", f"{c['frame_offset']} / {c['action_offset']}"),
+        ("the same by guessing", f"{c['branch_chance']:.1%}"),
+        ("best time shift of frames (0 is right)", str(c["frame_offset"])),
+        ("best time shift of actions (0 is right)", str(c["action_offset"])),
         *_outcomes(c),
+        ("end of episode: calibration error", f"{c['end_calibration_error']:.4f}"),
+        ("end of episode, where it is likely: calibration error", f"{c['end_calibration_error_likely']:.3f}"),
         (
-            "end of episode: calibration error (where likely)",
-            f"{c['end_calibration_error']:.4f} ({c['end_calibration_error_likely']:.3f})",
-        ),
-        (
-            f"value of {len(c['closed_loop_policies'])} policies, dream against real: Pearson",
-            f"{c['closed_loop_pearson']:.2f} ({_interval(c['closed_loop_pearson_ci'])})",
+            f"value of {len(c['closed_loop_policies'])} policies, dream against real: Pearson, 95 % interval",
+            _correlation(c, "pearson"),
             "closed_loop_pearson",
         ),
-        ("the same: Spearman", f"{c['closed_loop_spearman']:.2f} ({_interval(c['closed_loop_spearman_ci'])})"),
+        ("the same: Spearman, 95 % interval", _correlation(c, "spearman")),
         ("the same: mean absolute error of the return", f"{c['closed_loop_mean_absolute_error']:.2f}"),
         (
             f"{c['endless_dreams']} dreams of {c['endless_steps']:,} steps: share that diverged",
@@ -126,20 +122,27 @@ def _samples(card: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _outcomes(card: dict[str, Any]) -> list[tuple[str, str]]:
-    """A row for each outcome that occurred on real and on dreamt contexts."""
+    """Rows of each outcome that occurred on real and on dreamt contexts."""
     keys = sorted(k[:-3] for k in card if k.endswith("_ap") and not k.startswith("drifted_"))
-    return [
-        (
-            f"{key.replace('_', ' ')}: average precision (after {card['drift']} dreamt steps; base rate)",
-            f"{card[f'{key}_ap']:.3f} ({card[f'drifted_{key}_ap']:.3f}; {card[f'{key}_base_rate']:.2%})",
-        )
-        for key in keys
-        if card[f"{key}_ap"] is not None and card[f"drifted_{key}_ap"] is not None
-    ]
+    rows = []
+    for key in keys:
+        if card[f"{key}_ap"] is not None and card[f"drifted_{key}_ap"] is not None:
+            name = key.replace("_", " ")
+            rows += [
+                (f"{name}: average precision", f"{card[f'{key}_ap']:.3f}"),
+                (f"{name}: average precision after {card['drift']} dreamt steps", f"{card[f'drifted_{key}_ap']:.3f}"),
+                (f"{name}: share of steps, which is what guessing scores", f"{card[f'{key}_base_rate']:.2%}"),
+            ]
+    return rows
 
 
-def _interval(pair: list[float]) -> str:
-    return f"{pair[0]:.2f} to {pair[1]:.2f}"
+def _correlation(card: dict[str, Any], name: str) -> str:
+    """A correlation of values with its interval; nothing where it is not defined."""
+    value = card[f"closed_loop_{name}"]
+    if value is None:
+        return ""
+    low, high = card[f"closed_loop_{name}_ci"]
+    return f"{value:.2f}, {low:.2f} to {high:.2f}"
 
 
 def write_table(path: Path, card: dict[str, Any], game: str) -> None:

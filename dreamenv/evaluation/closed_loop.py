@@ -151,8 +151,9 @@ def agreement(results: dict[str, tuple[Episodes, Episodes]], replicates: int = 2
     the same ones in both worlds.
 
     Returns:
-        `pearson`, `spearman`, `mean_absolute_error`, each with `_ci`; and `policies`: per policy the mean return,
-        episode length and success rate (a positive return) in both worlds, with `_ci` of the returns.
+        `pearson` and `spearman` (None where all values of one world are the same) and `mean_absolute_error`, each with
+        `_ci`; and `policies`: per policy the mean return, episode length and success rate (a positive
+        return) in both worlds, with `_ci` of the returns.
     """
     names = list(results)
     returns = np.stack([np.stack([e.returns for e in results[n]]) for n in names])  # (P, 2, E)
@@ -167,6 +168,8 @@ def agreement(results: dict[str, tuple[Episodes, Episodes]], replicates: int = 2
     out: dict[str, Any] = {}
     for i, key in enumerate(("pearson", "spearman", "mean_absolute_error")):
         out[key], out[f"{key}_ci"] = figures(value)[i], list(interval(replicated[:, i]))
+    if not np.ptp(value, 0).all():
+        out |= dict.fromkeys(("pearson", "pearson_ci", "spearman", "spearman_ci"))
     out["policies"] = [
         {"policy": name}
         | {

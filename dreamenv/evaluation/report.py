@@ -248,12 +248,16 @@ def _outcomes(out: Path, bundle: Bundle, config: CompareConfig, result: Comparis
 def _closed_loop(out: Path, result: Comparison) -> list[str]:
     """Values of policies in both worlds."""
     f = result.figures
+
+    def said(key: str) -> str:
+        value = f[f"closed_loop_{key}"]
+        return "unknown, all are the same" if value is None else f"{value:.2f} ({_number(f[f'closed_loop_{key}_ci'])})"
+
     return [
         "<h2>Closed loop</h2>",
         f"<p>{len(result.episodes)} policies, {f['closed_loop_episodes']} episodes each from the same first frames, "
         f"cut off after {f['closed_loop_limit']} steps. Value in the dream against value in the game: Pearson "
-        f"{f['closed_loop_pearson']:.2f} ({_number(f['closed_loop_pearson_ci'])}), Spearman "
-        f"{f['closed_loop_spearman']:.2f} ({_number(f['closed_loop_spearman_ci'])}), mean absolute error "
+        f"{said('pearson')}, Spearman {said('spearman')}, mean absolute error "
         f"{f['closed_loop_mean_absolute_error']:.2f}; 95 % bootstrap intervals.</p>",
         embed(out / "policies.png", "values", "plot"),
         table(

@@ -37,6 +37,9 @@ def test_agreement_of_known_worlds() -> None:
     upside_down = {k: (a, b) for (k, a), b in zip(worlds.items(), reversed(worlds.values()), strict=True)}
     turned = agreement(upside_down, replicates=200)
     assert turned["spearman"] == pytest.approx(-1) and turned["pearson"] < -0.98
+    nothing = Episodes(np.zeros(400), np.full(400, 7), np.zeros(400, bool))
+    unknown = agreement({k: (nothing, v) for k, v in worlds.items()}, replicates=20)
+    assert unknown["pearson"] is None and unknown["spearman"] is None and unknown["mean_absolute_error"] > 1
     row = equal["policies"][4]
     mean, spread = worlds["p4"].returns.mean(), worlds["p4"].returns.std() / 20
     assert row["real_return"] == pytest.approx(mean) and row["dream_success"] == pytest.approx(mean / 10)
