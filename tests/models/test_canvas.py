@@ -95,12 +95,12 @@ def test_a_cell_s_picture_is_moved_by_whole_pixels() -> None:
     logits[:, :, 2, 5, 7] = -60
     logits[:, 0, 1, 5, 7] = logits[:, 1, 4, 5, 7] = 0  # this cell shows what was one pixel up and two right
     logits = logits.flatten(1, 2)
-    shown = to_frames(CODEC.decode(moved(latents, logits))).numpy()[0]
+    shown = to_frames(CODEC.decode(moved(latents, logits, 4))).numpy()[0]
     expected = picture[0].copy()
     expected[20:24, 28:32] = picture[0, 19:23, 30:34]
     assert np.array_equal(shown, expected)
     logits[:, 2, 5, 7] = 0  # and half of what was two right of it
-    half = moved(latents, logits)[0, :, 5, 7]
+    half = moved(latents, logits, 4)[0, :, 5, 7]
     expected = [moved_cell(latents, y, 2)[0, :, 5, 7] for y in (-1, 0)]
     assert torch.allclose(half, (expected[0] + expected[1]) / 2, atol=1e-5)
     for motion in (1, 2, 4):
@@ -108,6 +108,16 @@ def test_a_cell_s_picture_is_moved_by_whole_pixels() -> None:
         assert fresh.out.bias is not None
         begins = fresh.out.bias[-2 * moves :].view(2, moves).softmax(1)[:, motion]
         assert begins.tolist() == pytest.approx([0.95, 0.95], abs=0.01), "at rest"
+
+
+@torch.no_grad()
+def test_no_dream_leaves_the_range_of_pixels() -> None:
+    model, action = a_model(new=9, uncovered=-9), torch.tensor([4])
+    state = model.begin(latents_of(a_film(4)[1]), torch.zeros(1, 3, dtype=torch.int64))
+    for _ in range(200):
+        state = model.advance(state, action, model.predict(state, action).latent)
+        assert state.latents.abs().max() <= 2
+    assert (model.train().predict(state, action).latent.abs() > 2).any(), "but for the clamp"
 
 
 @torch.no_grad()

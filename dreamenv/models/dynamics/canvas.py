@@ -19,6 +19,7 @@ from dreamenv.models.registry import build, register
 _VOTES = 32
 """So many pictures more must show another colour before the background is thought to be that."""
 _SAME = 2 / 255  # half a step of a pixel's value, in latents: what is nearer is the same colour when shown
+_MOST = 2.0  # the latent of white, and of black the other way: a dream does not leave the range of pixels
 _STRETCH = 0.1
 
 
@@ -158,35 +159,40 @@ class CanvasFlow(Dynamics):
         out = self.out(features).float()
         sizes = [last.shape[1], self.pixels, self.pixels, 1, 2 * self.moves]
         change, new, uncovered, log_error, moves = out.split(sizes, 1)
-        fresh = (moved(last, moves) if self.moves else last) + change
+        fresh = (moved(last, moves, math.isqrt(self.pixels)) if self.moves else last) + change
         fresh = blend(fresh, background, uncovered - 2)  # begins as what is drawn
         drawn = blend(last, fresh, new).float()
         if self.config.rest and not self.training:
             least = self.rest[state["game"]] if self.config.games else self.rest
             changed = (drawn - last).abs().unflatten(1, (3, self.pixels)).amax(1) >= least.view(-1, 1, 1, 1)
             drawn = torch.where(changed.repeat(1, 3, 1, 1), drawn, last)
+        if not self.training:
+            drawn = drawn.clamp(-_MOST, _MOST)
         return Prediction(drawn, log_error[:, 0], parts={"new": new})
 
 
-def moved(latent: Tensor, logits: Tensor) -> Tensor:
-    """Patches of pixels (B, C, H, W), each cell's picture a mixture of itself moved by whole pixels.
+def moved(maps: Tensor, logits: Tensor, patch: int) -> Tensor:
+    """Patches of pixels (B, n patch^2, H, W), each cell's picture a mixture of itself moved by whole pixels.
 
     Sprites mostly move as they are. The mixture is of moves up to m pixels each way (dynamic neural advection, Finn et
     al. 2016), by the product of two softmaxes of logits (B, 2 (2 m + 1), H, W): of moves down and of moves across.
     """
-    b, c, height, width = latent.shape
-    patch, moves = math.isqrt(c // 3), logits.shape[1] // 2
-    most = moves // 2
-    picture = F.pad(F.pixel_shuffle(latent, patch), (most,) * 4, mode="replicate")
-    around = F.unfold(picture, patch + 2 * most, stride=patch).view(b, 3, patch + 2 * most, -1, height, width)
-    down, across = (part.softmax(1).to(around.dtype) for part in logits.split(moves, 1))
-    rows = around.new_zeros(b, 3, patch, patch + 2 * most, height, width)
-    for move in range(moves):
-        rows = rows + down[:, move, None, None, None] * around[:, :, move : move + patch]
-    out = around.new_zeros(b, 3, patch, patch, height, width)
-    for move in range(moves):
-        out = out + across[:, move, None, None, None] * rows[:, :, :, move : move + patch]
-    return out.reshape(b, c, height, width)
+    b, c, height, width = maps.shape
+    moves, planes = logits.shape[1] // 2, c // patch**2
+    around = patch + moves - 1
+    picture = F.pad(F.pixel_shuffle(maps, patch), (moves // 2,) * 4, mode="replicate")
+    windows = picture.unfold(2, around, patch).unfold(3, around, patch).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+    down, across = (_shifts(part.movedim(1, -1).flatten(0, 2).softmax(1), patch) for part in logits.split(moves, 1))
+    columns = windows.flatten(1, 2) @ across.mT.to(maps.dtype)
+    out = down[:, None].to(columns.dtype) @ columns.unflatten(1, (planes, around))
+    return out.reshape(b, height, width, c).movedim(-1, 1)
+
+
+def _shifts(weights: Tensor, patch: int) -> Tensor:
+    """Matrices (N, patch, patch + moves - 1) whose every row has the weights (N, moves), one further than the last."""
+    count, moves = weights.shape
+    rows = F.pad(weights[:, None].expand(-1, patch, -1), (0, patch)).flatten(1)
+    return rows[:, : patch * (patch + moves - 1)].unflatten(1, (patch, patch + moves - 1))
 
 
 def blend(first: Tensor, second: Tensor, logit: Tensor) -> Tensor:
