@@ -95,12 +95,12 @@ def test_a_cell_s_picture_is_moved_by_whole_pixels() -> None:
     logits[:, :, 2, 5, 7] = -60
     logits[:, 0, 1, 5, 7] = logits[:, 1, 4, 5, 7] = 0  # this cell shows what was one pixel up and two right
     logits = logits.flatten(1, 2)
-    shown = to_frames(CODEC.decode(moved(latents, logits, 4))).numpy()[0]
+    shown = to_frames(CODEC.decode(moved(latents, logits))).numpy()[0]
     expected = picture[0].copy()
     expected[20:24, 28:32] = picture[0, 19:23, 30:34]
     assert np.array_equal(shown, expected)
     logits[:, 2, 5, 7] = 0  # and half of what was two right of it
-    half = moved(latents, logits, 4)[0, :, 5, 7]
+    half = moved(latents, logits)[0, :, 5, 7]
     expected = [moved_cell(latents, y, 2)[0, :, 5, 7] for y in (-1, 0)]
     assert torch.allclose(half, (expected[0] + expected[1]) / 2, atol=1e-5)
     for motion in (1, 2, 4):

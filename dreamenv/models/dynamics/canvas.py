@@ -159,7 +159,7 @@ class CanvasFlow(Dynamics):
         out = self.out(features).float()
         sizes = [last.shape[1], self.pixels, self.pixels, 1, 2 * self.moves]
         change, new, uncovered, log_error, moves = out.split(sizes, 1)
-        fresh = (moved(last, moves, math.isqrt(self.pixels)) if self.moves else last) + change
+        fresh = (moved(last, moves) if self.moves else last) + change
         fresh = blend(fresh, background, uncovered - 2)  # begins as what is drawn
         drawn = blend(last, fresh, new).float()
         if self.config.rest and not self.training:
@@ -171,26 +171,26 @@ class CanvasFlow(Dynamics):
         return Prediction(drawn, log_error[:, 0], parts={"new": new})
 
 
-def moved(maps: Tensor, logits: Tensor, patch: int) -> Tensor:
-    """Patches of pixels (B, n patch^2, H, W), each cell's picture a mixture of itself moved by whole pixels.
+def moved(latent: Tensor, logits: Tensor) -> Tensor:
+    """Patches of pixels (B, C, H, W), each cell's picture a mixture of itself moved by whole pixels.
 
     Sprites mostly move as they are. The mixture is of moves up to m pixels each way (dynamic neural advection, Finn et
     al. 2016), by the product of two softmaxes of logits (B, 2 (2 m + 1), H, W): of moves down and of moves across.
     """
-    b, c, height, width = maps.shape
-    moves, planes = logits.shape[1] // 2, c // patch**2
+    b, c, height, width = latent.shape
+    patch, moves = math.isqrt(c // 3), logits.shape[1] // 2
     around = patch + moves - 1
-    picture = F.pad(F.pixel_shuffle(maps, patch), (moves // 2,) * 4, mode="replicate")
+    picture = F.pad(F.pixel_shuffle(latent, patch), (moves // 2,) * 4, mode="replicate")
     windows = picture.unfold(2, around, patch).unfold(3, around, patch).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
     down, across = (_shifts(part.movedim(1, -1).flatten(0, 2).softmax(1), patch) for part in logits.split(moves, 1))
-    columns = windows.flatten(1, 2) @ across.mT.to(maps.dtype)
-    out = down[:, None].to(columns.dtype) @ columns.unflatten(1, (planes, around))
+    columns = windows.flatten(1, 2) @ across.mT.to(latent.dtype)
+    out = down[:, None].to(columns.dtype) @ columns.unflatten(1, (3, around))
     return out.reshape(b, height, width, c).movedim(-1, 1)
 
 
 def _shifts(weights: Tensor, patch: int) -> Tensor:
     """Matrices (N, patch, patch + moves - 1) whose every row has the weights (N, moves), one further than the last."""
-    count, moves = weights.shape
+    moves = weights.shape[1]
     rows = F.pad(weights[:, None].expand(-1, patch, -1), (0, patch)).flatten(1)
     return rows[:, : patch * (patch + moves - 1)].unflatten(1, (patch, patch + moves - 1))
 
