@@ -95,12 +95,12 @@ def test_a_cell_s_picture_is_moved_by_whole_pixels() -> None:
     logits[:, :, 2, 5, 7] = -60
     logits[:, 0, 1, 5, 7] = logits[:, 1, 4, 5, 7] = 0  # this cell shows what was one pixel up and two right
     logits = logits.flatten(1, 2)
-    shown = to_frames(CODEC.decode(moved(latents, logits))).numpy()[0]
+    shown = to_frames(CODEC.decode(moved(latents, logits, 4))).numpy()[0]
     expected = picture[0].copy()
     expected[20:24, 28:32] = picture[0, 19:23, 30:34]
     assert np.array_equal(shown, expected)
     logits[:, 2, 5, 7] = 0  # and half of what was two right of it
-    half = moved(latents, logits)[0, :, 5, 7]
+    half = moved(latents, logits, 4)[0, :, 5, 7]
     expected = [moved_cell(latents, y, 2)[0, :, 5, 7] for y in (-1, 0)]
     assert torch.allclose(half, (expected[0] + expected[1]) / 2, atol=1e-5)
     for motion in (1, 2, 4):
@@ -118,6 +118,51 @@ def test_no_dream_leaves_the_range_of_pixels() -> None:
         state = model.advance(state, action, model.predict(state, action).latent)
         assert state.latents.abs().max() <= 2
     assert (model.train().predict(state, action).latent.abs() > 2).any(), "but for the clamp"
+
+
+@torch.no_grad()
+def test_what_differs_from_the_background_moves_alone_over_it() -> None:
+    scene, film = a_film(15)
+    config = CanvasFlowConfig(backbone={"type": "unet", "channels": [16], "blocks": [1]}, motion=8, layered=True)
+    model, latents, action = CanvasFlow(config).eval(), latents_of(film), torch.tensor([4])
+    assert model.out.bias is not None
+    model.out.bias[48:64], model.out.bias[64:80] = 9, -9  # all is new, nothing uncovered
+    model.out.bias[82:] = -60
+    model.out.bias[82 + 8] = model.out.bias[82 + 17 + 5] = 0  # each cell shows what was three pixels to the left
+    state = model.begin(latents[:, :4], torch.zeros(1, 3, dtype=torch.int64))
+    for t in range(4, 15):
+        state = model.advance(state, action, latents[:, t])
+    last, expected = film[0, -1], scene.copy()
+    expected[20:28, 45:51] = (255, 0, 128)
+    for apart, wanted in ((9, expected), (-9, np.concatenate([last[:, :1].repeat(3, 1), last[:, :-3]], 1))):
+        model.out.bias[81] = apart
+        shown = to_frames(CODEC.decode(model.predict(state, action).latent)).numpy()[0]
+        assert np.array_equal(shown, wanted)
+    with pytest.raises(ConfigError, match="layered: without motion"):
+        CanvasFlowConfig(layered=True)
+
+
+@torch.no_grad()
+def test_a_trained_model_is_grown_to_longer_moves_and_to_layers() -> None:
+    shared, action = {"backbone": {"type": "unet", "channels": [16], "blocks": [1]}}, torch.tensor([4])
+    old = CanvasFlow(CanvasFlowConfig(motion=2, **shared)).eval()
+    nn.init.normal_(old.out.weight, std=0.05)
+    assert old.out.bias is not None
+    old.out.bias[81:] = torch.tensor([-30.0, 0.0, 9.0, 2.0, -30.0]).repeat(2)
+    for options in ({"motion": 2, "layered": True}, {"motion": 8}, {"motion": 8, "layered": True}):
+        new = CanvasFlow(CanvasFlowConfig(**shared, **options)).eval()  # pyright: ignore
+        grown = new.grown(old.state_dict())
+        if "layered" in options:
+            assert grown["out.bias"][81] == -1 and not grown["out.weight"][81].any(), "a little everywhere"
+            grown["out.bias"][81] = -60  # nowhere
+        new.load_state_dict(grown)
+        state = new.begin(latents_of(a_film(4)[1]), torch.zeros(1, 3, dtype=torch.int64))
+        was, now = old.predict(state, action), new.predict(state, action)
+        assert torch.allclose(was.latent, now.latent, atol=1e-5) and torch.equal(was.log_error, now.log_error)
+        again = new.grown(new.state_dict())
+        assert all(torch.equal(value, again[name]) for name, value in new.state_dict().items())
+    with pytest.raises(RuntimeError, match="size mismatch"):  # never to shorter ones
+        old.load_state_dict(old.grown(CanvasFlow(CanvasFlowConfig(motion=4, **shared)).state_dict()))
 
 
 @torch.no_grad()

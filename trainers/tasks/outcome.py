@@ -60,6 +60,9 @@ class OutcomeTaskConfig:
     """Share of each batch with a dreamt context."""
     context_noise: float = 0.2
     """Largest standard deviation of the noise added to the context."""
+    shift: int = 0
+    """Most cells by which a context is moved each way while training, its edges repeated: what happens in one place
+    would happen in another."""
     val_ratio: float = 0.1
     """Share of levels kept for validation and calibration."""
     max_outcomes: int = 32
@@ -73,6 +76,7 @@ class OutcomeTaskConfig:
         check(self.dreams == 0 or self.dreams >= 2, f"dreams {self.dreams}: must be 0, or 2 or more")
         check(0 <= self.dreamt <= 1, f"dreamt {self.dreamt}: must be in 0..1")
         check(self.context_noise >= 0, f"context_noise {self.context_noise}: must be >= 0")
+        check(0 <= self.shift <= 64, f"shift {self.shift}: must be 0..64 cells")
         check(0 < self.val_ratio < 1, f"val_ratio {self.val_ratio}: must be in (0, 1)")
         check(self.max_outcomes >= 2, f"max_outcomes {self.max_outcomes}: must be >= 2")
 
@@ -195,6 +199,8 @@ class OutcomeTask:
         if dreams is not None:
             context = torch.cat([dreams.contexts(row, depth, self.context), context])
             actions = torch.cat([self.moments.actions(now[:rows]), actions])
+        if config.shift:
+            context = shifted(context, rng.integers(-config.shift, config.shift, (2, size), endpoint=True))
         labels = torch.from_numpy(self.moments.labels[now])
         return OutcomeBatch(context, actions, labels, self.moments.game_of(now))
 
@@ -298,6 +304,15 @@ class OutcomeTask:
             "also": None if also is None else also.dataset.facts,
             "codec_sha256": self.data.facts["codec_sha256"],
         }
+
+
+def shifted(contexts: Tensor, moves: np.ndarray) -> Tensor:
+    """Contexts (B, K, C, H, W), each moved by so many cells down and to the right, int64 (2, B); edges are repeated."""
+    height, width = contexts.shape[-2:]
+    row, column = np.arange(height) - moves[0][:, None], np.arange(width) - moves[1][:, None]
+    rows, columns = (torch.from_numpy(at.clip(0, n - 1)) for at, n in ((row, height), (column, width)))
+    each = torch.arange(len(contexts))[:, None, None]
+    return contexts[each, :, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 4, 1, 2).contiguous()
 
 
 def _fitting_dynamics(folder: str, data: LatentDataset) -> Dynamics:

@@ -21,6 +21,7 @@ _VOTES = 32
 _SAME = 2 / 255  # half a step of a pixel's value, in latents: what is nearer is the same colour when shown
 _MOST = 2.0  # the latent of white, and of black the other way: a dream does not leave the range of pixels
 _STRETCH = 0.1
+_SELDOM = -1.0  # the logit with which moving layers apart begins
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class CanvasFlowConfig:
     """Width of the conditioning vector."""
     motion: int = 0
     """How many pixels a cell's picture may be moved each way before it is drawn over; 0 moves none."""
+    layered: bool = False
+    """Whether what differs from the background may be moved alone, over the background."""
     rest: tuple[float, ...] = ()
     """In each game, by how many of its 256 values a pixel must change or else stays as it was; empty is 0. What stands
     still does not drift then, but nothing fades. It counts in evaluation only, and is chosen after training."""
@@ -56,6 +59,7 @@ class CanvasFlowConfig:
             f"embedding {self.embedding}: must be a multiple of 4 in 8..4096",
         )
         check(0 <= self.motion <= 8, f"motion {self.motion}: must be 0..8")
+        check(self.motion > 0 or not self.layered, "layered: without motion nothing is moved; set motion to 1..8")
         many = max(len(self.games), 1)
         sound = len(self.rest) in (0, many) and all(0 <= value <= 256 for value in self.rest)
         check(sound, f"rest {self.rest}: must be empty, or {many} values in 0..256, one a game")
@@ -90,12 +94,14 @@ class CanvasFlow(Dynamics):
         seen = c * (k + 2) + self.pixels
         self.backbone: Backbone = build("backbone", config.backbone, seen, e, e // 2, where="backbone")
         self.moves = 2 * config.motion + 1 if config.motion else 0  # along each axis
-        out = nn.Conv2d(self.backbone.width, c + 2 * self.pixels + 1 + 2 * self.moves, 3, padding=1)
+        self.sizes = [c, self.pixels, self.pixels, 1, int(config.layered), 2 * self.moves]
+        out = nn.Conv2d(self.backbone.width, sum(self.sizes), 3, padding=1)
         zero_init(out)
         self.out = out
         if self.moves and out.bias is not None:
             rest = out.bias[-2 * self.moves :].view(2, self.moves)[:, config.motion]
             nn.init.constant_(rest, 3.0 + math.log(self.moves - 1))  # begins at rest
+            nn.init.constant_(out.bias[sum(self.sizes[:4]) : sum(self.sizes[:5])], _SELDOM)
         self.action_embedding = nn.Embedding(NULL_ACTION + 1, e // 2)
         self.game_embedding = nn.Embedding(len(config.games), e // 2) if config.games else None
         told = (k + 2 + bool(config.games)) * (e // 2)
@@ -156,11 +162,9 @@ class CanvasFlow(Dynamics):
         tokens = actions + sinusoidal(order, half).to(actions.dtype) if self.backbone.attends else None
         maps = torch.cat([noisy, context.flatten(1, 2), background, state["votes"] / _VOTES], 1)
         features = self.backbone(maps, self.condition(torch.cat(told, 1)), tokens)
-        out = self.out(features).float()
-        sizes = [last.shape[1], self.pixels, self.pixels, 1, 2 * self.moves]
-        change, new, uncovered, log_error, moves = out.split(sizes, 1)
-        fresh = (moved(last, moves) if self.moves else last) + change
-        fresh = blend(fresh, background, uncovered - 2)  # begins as what is drawn
+        change, new, uncovered, log_error, apart, moves = self.out(features).float().split(self.sizes, 1)
+        carried = self._carried(last, background, apart, moves) if self.moves else last
+        fresh = blend(carried + change, background, uncovered - 2)  # begins as what is drawn
         drawn = blend(last, fresh, new).float()
         if self.config.rest and not self.training:
             least = self.rest[state["game"]] if self.config.games else self.rest
@@ -170,21 +174,53 @@ class CanvasFlow(Dynamics):
             drawn = drawn.clamp(-_MOST, _MOST)
         return Prediction(drawn, log_error[:, 0], parts={"new": new})
 
+    def _carried(self, last: Tensor, background: Tensor, apart: Tensor, moves: Tensor) -> Tensor:
+        """The last picture moved; as far as logits (B, 1, H, W) say, only what differs from the background, over it."""
+        patch = math.isqrt(self.pixels)
+        if not self.config.layered:
+            return moved(last, moves, patch)
+        differs = ((last - background).abs().unflatten(1, (3, self.pixels)).amax(1) >= _SAME).to(last.dtype)
+        whole, cover = moved(torch.cat([last, differs], 1), moves, patch).split([last.shape[1], self.pixels], 1)
+        alone = background + cover.repeat(1, 3, 1, 1) * (whole - background)
+        return blend(whole, alone, apart.expand(-1, self.pixels, -1, -1))
 
-def moved(latent: Tensor, logits: Tensor) -> Tensor:
-    """Patches of pixels (B, C, H, W), each cell's picture a mixture of itself moved by whole pixels.
+    def grown(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of shorter moves, or of one layer; longer moves begin as likely as the least likely along their axis.
+
+        A second layer is begun a little, so the prediction is not quite the same then.
+        """
+        own, weights, drawn = self.state_dict(), dict(weights), sum(self.sizes[:4])
+        for name in ("out.weight", "out.bias"):
+            found = weights.get(name)
+            if found is None or found.shape[1:] != own[name].shape[1:] or len(found) <= drawn:
+                continue
+            layers = (len(found) - drawn) % 2  # moves along one axis are as many as along the other
+            apart, moves = found[drawn : drawn + layers], found[drawn + layers :].unflatten(0, (2, -1))
+            further, bias = (self.moves - moves.shape[1]) // 2, found.ndim == 1
+            if further < 0 or layers > self.sizes[4]:
+                continue
+            far = moves.amin(1, keepdim=True) if bias else torch.zeros_like(moves[:, :1])
+            far = far.repeat_interleave(further, 1)
+            if layers < self.sizes[4]:
+                apart = found.new_full((1, *found.shape[1:]), _SELDOM if bias else 0.0)
+            weights[name] = torch.cat([found[:drawn], apart, torch.cat([far, moves, far], 1).flatten(0, 1)])
+        return weights
+
+
+def moved(maps: Tensor, logits: Tensor, patch: int) -> Tensor:
+    """Patches of maps (B, n patch^2, H, W), each cell's picture a mixture of itself moved by whole pixels.
 
     Sprites mostly move as they are. The mixture is of moves up to m pixels each way (dynamic neural advection, Finn et
     al. 2016), by the product of two softmaxes of logits (B, 2 (2 m + 1), H, W): of moves down and of moves across.
     """
-    b, c, height, width = latent.shape
-    patch, moves = math.isqrt(c // 3), logits.shape[1] // 2
+    b, c, height, width = maps.shape
+    moves, planes = logits.shape[1] // 2, c // patch**2
     around = patch + moves - 1
-    picture = F.pad(F.pixel_shuffle(latent, patch), (moves // 2,) * 4, mode="replicate")
+    picture = F.pad(F.pixel_shuffle(maps, patch), (moves // 2,) * 4, mode="replicate")
     windows = picture.unfold(2, around, patch).unfold(3, around, patch).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
     down, across = (_shifts(part.movedim(1, -1).flatten(0, 2).softmax(1), patch) for part in logits.split(moves, 1))
-    columns = windows.flatten(1, 2) @ across.mT.to(latent.dtype)
-    out = down[:, None].to(columns.dtype) @ columns.unflatten(1, (3, around))
+    columns = windows.flatten(1, 2) @ across.mT.to(maps.dtype)
+    out = down[:, None].to(columns.dtype) @ columns.unflatten(1, (planes, around))
     return out.reshape(b, height, width, c).movedim(-1, 1)
 
 

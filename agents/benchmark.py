@@ -1,0 +1,221 @@
+"""Agents that learn in the dream against agents that learn in the game: `python -m agents.benchmark --games coinrun`.
+
+For each game and seed PPO is trained once in the real game and once only in the dream, with the same settings and for
+as many steps of an environment. They, a random player and the best player that always holds the same keys are then
+judged in the real game, on held-out levels. Run the same line again after a kill: what is done is skipped.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from agents.evaluate import evaluate
+from agents.train import CONFIGS, TrainConfig, load_algorithm
+from agents.worlds import TRAIN_LEVELS
+from dreamenv.artifacts import atomic_file
+from dreamenv.config import check, to_dict, whole
+from dreamenv.console import errors_in_one_line
+from dreamenv.contract.actions import NAMES
+from dreamenv.contract.games import GAMES, Game, get_game
+from dreamenv.evaluation.clips import HELD_OUT
+from dreamenv.evaluation.metrics import interval
+from dreamenv.evaluation.pages import markdown, rooms, write_tables
+from dreamenv.stages import begun, program, run_command, stage, together
+
+TABLE = "agents-games"
+"""The markers between which a Markdown file takes the table."""
+_WORLDS = ("real", "dream")
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """Who is trained and how they are judged."""
+
+    games: tuple[str, ...] = ("coinrun",)
+    """Which games; `--games all` is all sixteen."""
+    steps: int = 1_000_000
+    """Environment steps of each training, imagined or real."""
+    seeds: tuple[int, ...] = (0,)
+    """One agent of each world for each seed."""
+    config: Path = CONFIGS / "ppo_hasty.yaml"
+    """The algorithm, of both worlds."""
+    horizon: int | None = None
+    """Cut dreams off after so many steps; None leaves the game's own limit."""
+    bundle: Path | None = None
+    """Bundle folder of the dreams; the embedded one by default."""
+    episodes: int = 500
+    """Held-out levels that each player is judged on, an episode each."""
+    tried: int = 64
+    """Training levels on which the actions are tried, of which the best is held."""
+    limit: int | None = None
+    """Steps after which an episode that is judged is cut off; the game's own limit by default."""
+    out: Path = Path("runs/benchmark")
+    """Run folder: the agents, benchmark.json, benchmark.md."""
+    docs: Path | None = None
+    """A Markdown file whose table between the markers `agents-games` is replaced."""
+    jobs: int = 1
+    """Agents trained at the same time."""
+    device: str = "auto"
+    """Where they are trained: auto, cpu, cuda ..."""
+
+    def __post_init__(self) -> None:
+        """Validate everything before any of it is trained; raises `ConfigError`."""
+        if self.games == ("all",):
+            object.__setattr__(self, "games", tuple(GAMES))
+        check(bool(self.games), "games: name one or more")
+        check(bool(self.seeds), "seeds: name one or more")
+        for name in ("games", "seeds"):
+            values = getattr(self, name)
+            check(len(set(values)) == len(values), f"{name} {', '.join(map(str, values))}: one is named twice")
+        for name in ("steps", "episodes", "tried", "jobs"):
+            whole(getattr(self, name), name, 1)
+        load_algorithm(self.config)
+        for game in self.games:
+            longest = get_game(game).max_steps
+            for name in ("horizon", "limit"):
+                value = getattr(self, name)
+                check(value is None or 1 <= value <= longest, f"{name} {value}: must be in 1..{longest} for {game}")
+            for seed in self.seeds:
+                self.run(game, "dream", seed)
+        if self.docs is not None:
+            rooms(self.docs, [TABLE])
+
+    def run(self, game: str, world: str, seed: int) -> TrainConfig:
+        """How one agent is trained; raises `ConfigError` for bad settings."""
+        out = self.out / game / f"{world}-{seed}"
+        shared: dict[str, Any] = {"game": game, "world": world, "seed": seed, "out": out}
+        shared |= {"steps": self.steps, "config": self.config, "eval_episodes": 0, "device": self.device}
+        if world == "dream":
+            shared |= {"bundle": self.bundle, "horizon": self.horizon}
+        return TrainConfig(**shared, resume=True)
+
+
+def distinct_actions(game: Game) -> list[str]:
+    """Names of the actions that differ in a game, the first of those that do the same."""
+    first: dict[str, str] = {}
+    for name, meaning in zip(NAMES, game.meanings, strict=True):
+        first.setdefault(meaning, name)
+    return list(first.values())
+
+
+def run_benchmark(config: BenchmarkConfig) -> dict[str, dict[str, Any]]:
+    """Train and judge whatever is not done yet.
+
+    Returns:
+        A row for each game: mean returns and 95 % intervals of `random`, `constant`, `real` and `dream` (the mean over
+        seeds, and the interval of all their episodes), those scaled to Procgen's range, and what share of the way from
+        random to real the dream's agent goes.
+
+    Raises:
+        ConfigError: bad settings, or a training that failed.
+    """
+    out = config.out
+    free = ("out", "docs", "games", "seeds", "jobs", "device")
+    with begun(out, {k: str(v) for k, v in to_dict(config).items() if k not in free}):
+        agents = [(game, world, seed) for game in config.games for world in _WORLDS for seed in config.seeds]
+        together(config.jobs, [partial(_train, config, *agent) for agent in agents])
+        rows = {game: _row(config, get_game(game)) for game in config.games}
+    table = table_of(rows)
+    for path, text in ((out / "benchmark.md", table), (out / "benchmark.json", json.dumps(rows, indent=1))):
+        with atomic_file(path) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+    if config.docs is not None:
+        write_tables(config.docs, {TABLE: table})
+    return rows
+
+
+def _train(config: BenchmarkConfig, game: str, world: str, seed: int) -> None:
+    options = {name: getattr(config.run(game, world, seed), name) for name in _OPTIONS}
+    command = program("agents.train", **options)
+    stage(config.out, f"{game}-{world}-{seed}", lambda: json.loads(run_command(command)))
+
+
+_OPTIONS = (
+    *("world", "game", "steps", "out", "config", "bundle", "horizon"),
+    *("eval_episodes", "device", "seed", "resume"),
+)
+
+
+def _judged(config: BenchmarkConfig, game: Game, name: str, agent: str, held_out: bool = True) -> dict[str, Any]:
+    """How an agent fares in the real game."""
+    first, count = HELD_OUT if held_out else TRAIN_LEVELS
+    episodes = config.episodes if held_out else config.tried
+
+    def work() -> dict[str, Any]:
+        found = evaluate(agent, "real", game.name, (first, first + count), episodes, limit=config.limit)
+        return found.figures | {"returns": found.episodes.returns.tolist()}
+
+    return stage(config.out, f"{game.name}-judged-{name}", work)
+
+
+def _row(config: BenchmarkConfig, game: Game) -> dict[str, Any]:
+    """The figures of one game."""
+    tried = {name: f"hold:{name}" for name in distinct_actions(game)}
+    means = {a: _judged(config, game, f"try-{n}", a, held_out=False)["mean_return"] for n, a in tried.items()}
+    best = max(means, key=lambda action: means[action])
+    players = {"random": {"random": "random"}, "constant": {best.replace(":", "-"): best}}
+    for world in _WORLDS:
+        runs = {f"{world}-{seed}": config.run(game.name, world, seed).out / "agent" for seed in config.seeds}
+        players[world] = {name: str(folder) for name, folder in runs.items()}
+    row: dict[str, Any] = {"held": best.partition(":")[2], "steps": config.steps, "seeds": list(config.seeds)}
+    low, high = game.easy
+    for player, agents in players.items():
+        judged = [_judged(config, game, name, agent) for name, agent in agents.items()]
+        returns = np.array([each["returns"] for each in judged])
+        row[player] = float(returns.mean())
+        row[f"{player}_seeds"] = returns.mean(1).tolist()
+        draws = np.random.default_rng(0).choice(returns.reshape(-1), (10_000, returns.size)).mean(1)
+        row[f"{player}_low"], row[f"{player}_high"] = interval(draws)
+        row[f"{player}_scaled"] = (row[player] - low) / (high - low)
+    row["share"] = share_of_the_way(row["random"], row["real"], row["dream"])
+    return row
+
+
+def share_of_the_way(random: float, real: float, dream: float) -> float | None:
+    """(dream - random) / (real - random); None where the agent of the real game is no better than random."""
+    return (dream - random) / (real - random) if real > random else None
+
+
+_COLUMNS = {
+    "random": ("random", ".2f"),
+    "held": ("held keys", ""),
+    "constant": ("holding them", ".2f"),
+    "real": ("PPO in the game", ".2f"),
+    "real_low": ("from", ".2f"),
+    "real_high": ("to", ".2f"),
+    "dream": ("PPO in the dream", ".2f"),
+    "dream_low": ("from", ".2f"),
+    "dream_high": ("to", ".2f"),
+    "dream_scaled": ("dream, in Procgen's range", ".2f"),
+    "share": ("share of the way", ".2f"),
+}
+
+
+def table_of(rows: dict[str, dict[str, Any]]) -> str:
+    """The rows in Markdown, and the median of each figure where there are several games."""
+    known = {game: {k: v for k, v in row.items() if v is not None} for game, row in rows.items()}
+    if len(rows) > 1:
+        shared = {}
+        for name in ("dream_scaled", "share"):
+            values = [row[name] for row in known.values() if name in row]
+            shared |= {name: float(np.median(values))} if values else {}
+        known["median"] = shared
+    return markdown("game", known, _COLUMNS)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line: every field of `BenchmarkConfig` is an option; the table is printed last."""
+    with errors_in_one_line():
+        config = tyro.cli(BenchmarkConfig, args=arguments, description=__doc__)
+        print(table_of(run_benchmark(config)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The benchmark of agents, and the planner."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+import agents.benchmark
+from agents.benchmark import BenchmarkConfig, distinct_actions, run_benchmark, share_of_the_way, table_of
+from agents.evaluate import evaluate
+from dreamenv.contract.games import GAMES, get_game
+from dreamenv.errors import ConfigError
+from dreamenv.vector import DreamVectorEnv
+
+ALGORITHM = """
+algorithm: PPO
+num_envs: 2
+settings: {n_steps: 8, batch_size: 8, n_epochs: 1}
+network: {channels: [4, 4, 4], features: 8}
+"""
+
+
+def test_what_share_of_the_way_from_random_to_real() -> None:
+    assert share_of_the_way(2.0, 6.0, 5.0) == 0.75 and share_of_the_way(2.0, 6.0, 1.0) == -0.25
+    assert share_of_the_way(2.0, 2.0, 3.0) is None
+    rows = {name: {"random": 1.0, "real": 3.0, "share": share} for name, share in zip("abc", (0.1, None, 0.5), strict=True)}
+    assert "| median |" in table_of(rows) and table_of(rows).splitlines()[-1].split(" | ")[-1] == "0.30 |"
+
+
+def test_actions_that_do_the_same_are_tried_once() -> None:
+    for game in GAMES.values():
+        names = distinct_actions(game)
+        assert len(names) == len(set(game.meanings)) == len(set(names))
+    assert distinct_actions(get_game("fruitbot")) == ["left+down", "left", "right", "d"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_agents_of_both_worlds_are_trained_and_judged_once(
+    toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "small.yaml").write_text(ALGORITHM)
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- agents-games -->\n<!-- /agents-games -->\nafter\n")
+    shared: dict[str, Any] = {"steps": 16, "config": tmp_path / "small.yaml", "bundle": toy_bundle, "horizon": 9}
+    shared |= {"episodes": 5, "tried": 2, "limit": 30, "out": tmp_path / "out", "docs": page}
+    row = run_benchmark(BenchmarkConfig(**shared))["coinrun"]
+    alone = evaluate("random", episodes=5, limit=30).figures
+    assert row["random"] == alone["mean_return"] and row["random_scaled"] == pytest.approx((row["random"] - 5) / 5)
+    for world in ("real", "dream"):
+        folder = tmp_path / "out" / "coinrun" / f"{world}-0" / "agent"
+        judged = evaluate(str(folder), episodes=5, limit=30).figures
+        assert row[world] == judged["mean_return"] and row[f"{world}_low"] <= row[world] <= row[f"{world}_high"]
+    assert "| coinrun |" in page.read_text() and page.read_text().endswith("after\n")
+    monkeypatch.setattr(agents.benchmark, "run_command", None)  # a second run trains nothing
+    monkeypatch.setattr(agents.benchmark, "evaluate", None)
+    assert run_benchmark(BenchmarkConfig(**shared))["coinrun"] == row
+    with pytest.raises(ConfigError, match="steps"):
+        run_benchmark(BenchmarkConfig(**shared | {"steps": 32}))
+    for wrong in ({"games": ("maze", "maze")}, {"seeds": ()}, {"episodes": 0}, {"horizon": 10**6}, {"games": ("x",)}):
+        with pytest.raises(ConfigError):
+            BenchmarkConfig(**wrong)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_planner_finds_what_the_dream_rewards(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a dream that pays for one action and ends with another, the plan takes the one and leaves the other."""
+    made = gym.make_vec
+    monkeypatch.setattr(gym, "make_vec", lambda name, **o: made(name, bundle=str(toy_bundle), **o))
+    program = runpy.run_path("examples/plan.py")
+    args: Any = program["Args"](futures=256, horizon=6, every=6, rounds=5, keep=0.0, elite=0.1, gamma=1.0)
+    dream: Any = gym.make_vec("DreamProcgen-v0", num_envs=1, sampler={"temperature": 0.0})
+    outcomes = DreamVectorEnv._outcomes
+
+    def pay(self: Any, imagined: Any, uniforms: np.ndarray) -> Any:
+        rewards, ends, details = outcomes(self, imagined, uniforms)
+        taken = imagined.state.actions[:, -1].numpy()
+        details["expected_reward"] = (taken == 7) * 1.0 + (taken == 3) * 2.0
+        details["end_probability"] = (taken == 3) * 1.0
+        return rewards, ends & False, details
+
+    monkeypatch.setattr(DreamVectorEnv, "_outcomes", pay)
+    frames = [np.zeros((64, 64, 3), np.uint8)] * 3
+    actions = program["plan"](args, dream, frames, [1, 2], np.random.default_rng(0))
+    assert actions.shape == (6,) and (actions[:5] == 7).sum() >= 4 and 3 not in actions[:5]
+
+
+@pytest.mark.slow
+def test_the_planner_plays_the_real_game(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = gym.make_vec
+    monkeypatch.setattr(gym, "make_vec", lambda name, **o: made(name, bundle=str(toy_bundle), **o))
+    program = runpy.run_path("examples/plan.py")
+    args: Any = program["Args"](levels=2, futures=4, horizon=3, limit=12)
+    found = program["main"](args)
+    assert found["episodes"] == 2 and 0 <= found["mean_return"] <= 10
