@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +33,7 @@ class Branching(WorldVectorEnv):
     bundle: Bundle
     _sampler: SamplerConfig
     exact: bool
+    observations: str
     truncate_above: float | None
     _state: State
     _bank: dict[int, tuple[State, np.ndarray]]
@@ -43,12 +46,13 @@ class Branching(WorldVectorEnv):
             ResetError: before the first reset.
         """
         self._check_started("snapshot")
+        self._drawn()
         arrays = {f"{_STATE}{name}": value for name, value in self._state.arrays().items()}
         arrays |= self._counter_arrays()
         return pack("dream", {"bundle": self.bundle.identity, "num_envs": self.num_envs}, arrays)
 
     def restore(self, data: bytes) -> np.ndarray:
-        """Return to a snapshot and its observations, uint8 (N, 64, 64, 3).
+        """Return to a snapshot and its observations.
 
         Raises:
             SnapshotError: damaged bytes, another bundle, or another number of environments.
@@ -65,7 +69,28 @@ class Branching(WorldVectorEnv):
         self._state = State.from_arrays(kept, device)
         self._take_counters(arrays)
         self._started = True
-        return self._frames.copy()
+        return self._shown()
+
+    def render(self) -> tuple[np.ndarray, ...] | None:
+        """See `WorldVectorEnv.render`; where observations are latents, this draws them."""
+        if self.render_mode is not None and self._started:
+            self._drawn()
+        return super().render()
+
+    def _drawn(self) -> None:
+        """Draw what is not drawn at every step."""
+        if self.observations == "latent":
+            with self._settings():
+                self._frames = self._render(self._state)
+
+    @abstractmethod
+    def _shown(self) -> np.ndarray: ...
+
+    @abstractmethod
+    def _render(self, state: State) -> np.ndarray: ...
+
+    @abstractmethod
+    def _settings(self) -> AbstractContextManager[None]: ...
 
     def branch(self, data: bytes, n: int, index: int = 0) -> DreamVectorEnv:
         """Branch one snapshot into n futures: a new vector env whose environments all stand at the same moment.
@@ -139,6 +164,7 @@ class Branching(WorldVectorEnv):
             exact=self.exact,
             truncate_above=self.truncate_above,
             max_episode_steps=self.max_episode_steps,
+            observations=self.observations,
         )
         envs._draw = self._draw
         return envs

@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from gymnasium.spaces import Box
 from safetensors.torch import save as save_tensors
 
 from dreamenv.artifacts import atomic_folder, parse_json, present, readable_folder, sha256_file, write_json
@@ -76,6 +78,12 @@ class Bundle:
     provenance: dict[str, Any] = field(default_factory=dict)
     card: dict[str, Any] = field(default_factory=dict)
     games: tuple[str, ...] = ()
+
+
+def latent_space(bundle: Bundle) -> Box:
+    """The space of a bundle's latents, float32 (C, H, W): twice the range seen in training, beyond which none is."""
+    most = 2 * bundle.limits.latent_max
+    return Box(-most, most, bundle.world_model.latent_shape, np.float32)
 
 
 def save_bundle(

@@ -13,15 +13,15 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
 
 from dreamenv.branching import Branching
-from dreamenv.bundle import Bundle, check_mode, load_bundle, resolve_bundle
+from dreamenv.bundle import Bundle, check_mode, latent_space, load_bundle, resolve_bundle
 from dreamenv.config import check, from_dict, load_yaml, whole
 from dreamenv.contract.noise import draw_step, reset_generator
-from dreamenv.contract.resets import as_array, check_history, check_mask, check_options, check_seeds
+from dreamenv.contract.resets import check_mask, check_options, check_seeds, check_start
 from dreamenv.contract.world import MAX_ENVS
 from dreamenv.device import own_settings, side_by_side
-from dreamenv.errors import ResetError
 from dreamenv.flow import SamplerConfig
 from dreamenv.models.interface import State
 from dreamenv.types import Transition
@@ -32,16 +32,17 @@ _KEPT_STARTS = 64
 """So many starts stay encoded."""
 _PART = 8
 """A batch is shared out among cores by so many environments: fewer are not worth a core."""
+OBSERVATIONS = ("pixels", "latent")
 _RESET_OPTIONS = ("start", "frames", "actions", "reset_mask")
 
 
 class DreamVectorEnv(Branching):
     """A batch of imagined games; only the observation and action spaces of the real one, none of its code.
 
-    Observations are uint8 (N, 64, 64, 3), actions integers (N,) in 0..14, rewards float64 (N,) of the game's own
-    magnitudes. Infos (all per environment): `uncertainty` (the model's own estimate of its root mean squared latent
-    error), `dream_step`, `expected_reward`, `reward_probability` (of any but 0), `end_probability`, and `diverged` /
-    `uncertain` where that truncated it.
+    Observations are uint8 (N, 64, 64, 3), or latents float32 (N, C, H, W); actions are integers (N,) in 0..14, rewards
+    float64 (N,) of the game's own magnitudes. Infos (all per environment): `uncertainty` (the model's own estimate of
+    its root mean squared latent error), `dream_step`, `expected_reward`, `reward_probability` (of any but 0),
+    `end_probability`, and `diverged` / `uncertain` where that truncated it.
 
     Args:
         num_envs: batch size.
@@ -57,6 +58,8 @@ class DreamVectorEnv(Branching):
         precision: "fp32", "bf16", or "auto": bf16 where the hardware has it, see `dreamenv.device.pick_precision`.
         max_episode_steps: truncate episodes after so many steps; None leaves the game's own limit.
         distribution_mode: Procgen's difficulty, which decides the embedded bundle; None is easy, or that of `bundle`.
+        observations: "pixels", or "latent": what the model keeps of a picture, for agents that need no picture. Nothing
+            is drawn then, unless `render` is called; `dreamenv.wrappers.LatentObservation` shows the same of the game.
 
     Attributes:
         seconds: spent so far in the networks' steps ("imagine") and in drawing frames ("decode").
@@ -80,6 +83,7 @@ class DreamVectorEnv(Branching):
         precision: str = "auto",
         max_episode_steps: int | None = None,
         distribution_mode: str | None = None,
+        observations: str = "pixels",
     ) -> None:
         number = isinstance(truncate_above, (int, float)) and not isinstance(truncate_above, bool)
         check(
@@ -87,13 +91,17 @@ class DreamVectorEnv(Branching):
             f"truncate_above {truncate_above!r}: must be > 0 or None",
         )
         check(isinstance(exact, bool), f"exact {exact!r}: must be True or False")
+        check(observations in OBSERVATIONS, f"observations {observations!r}: must be one of {', '.join(OBSERVATIONS)}")
         num_envs = whole(num_envs, "num_envs", 1, MAX_ENVS)
         if not isinstance(bundle, Bundle):
             bundle = load_bundle(resolve_bundle(bundle, game, distribution_mode), device, precision, game)
         check_mode(bundle, distribution_mode)
         frame, modes = bundle.world_model.frame_shape, tuple(AutoresetMode)
         super().__init__(num_envs, frame, autoreset_mode, modes, render_mode, max_episode_steps)
-        self.bundle, self.exact, self.sampler = bundle, exact, sampler
+        self.bundle, self.exact, self.sampler, self.observations = bundle, exact, sampler, observations
+        if observations == "latent":
+            self.single_observation_space = latent_space(bundle)
+            self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.seconds = {"imagine": 0.0, "decode": 0.0}
         self._threads = 1
         self.truncate_above = truncate_above
@@ -107,7 +115,7 @@ class DreamVectorEnv(Branching):
         self._steps = np.zeros(num_envs, np.int64)
         self._starts = np.full(num_envs, -1, np.int64)
         self._finished = np.zeros(num_envs, bool)
-        self._started, self._draw = False, True
+        self._started, self._draw = False, observations == "pixels"
         self._bank: dict[int, tuple[State, np.ndarray]] = {}
 
     @property
@@ -147,7 +155,8 @@ class DreamVectorEnv(Branching):
         options = check_options(options, _RESET_OPTIONS)
         seeds = check_seeds(seed, self.num_envs, SEED_LIMIT)
         mask = check_mask(options, self.num_envs, self._started)
-        chosen, history = self._check_start(options)
+        bank, model = self.bundle.starts, self.bundle.world_model
+        chosen, history = check_start(options, self.num_envs, len(bank.frames), model.frame_shape)
         begun: dict[int, tuple[int, State, np.ndarray]] = {}
         with self._settings():
             if history is not None:  # one at a time, so that a start looks the same in a batch of any size
@@ -168,7 +177,7 @@ class DreamVectorEnv(Branching):
                 else:
                     self._begin(i, None if chosen is None else int(chosen[i]))
         self._started = True
-        return self._frames.copy(), self._infos(np.zeros(self.num_envs, np.float64))
+        return self._shown(), self._infos(np.zeros(self.num_envs, np.float64))
 
     def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Imagine one step of every environment.
@@ -209,7 +218,13 @@ class DreamVectorEnv(Branching):
         infos = self._infos(uncertainty, **details)
         if self.autoreset_mode is AutoresetMode.SAME_STEP and self._finished.any():
             infos = self._autoreset_now(infos)
-        return self._frames.copy(), rewards, terminated, truncated, infos
+        return self._shown(), rewards, terminated, truncated, infos
+
+    def _shown(self) -> np.ndarray:
+        """The observations of now."""
+        if self.observations == "pixels":
+            return self._frames.copy()
+        return self._state.latents[:, -1].float().cpu().numpy().copy()
 
     def _settings(self) -> AbstractContextManager[None]:
         """Torch as this class wants it: one thread for one environment, which gains nothing from more."""
@@ -306,11 +321,11 @@ class DreamVectorEnv(Branching):
 
     def _autoreset_now(self, infos: dict[str, Any]) -> dict[str, Any]:
         done = self._finished.copy()
-        final = np.full(self.num_envs, None, dtype=object)
+        final, last = np.full(self.num_envs, None, dtype=object), self._shown()
         final_info = {k: np.where(done, v, np.zeros_like(v)) for k, v in infos.items() if not k.startswith("_")}
         final_info |= {f"_{k}": done for k in list(final_info)}
         for i in np.flatnonzero(done):
-            final[i] = self._frames[i].copy()
+            final[i] = last[i].copy()
             self._episodes[i] += 1
             self._begin(int(i), None)
         fresh = self._infos(
@@ -322,27 +337,6 @@ class DreamVectorEnv(Branching):
     def _infos(self, uncertainty: np.ndarray, **details: np.ndarray) -> dict[str, Any]:
         infos = {"uncertainty": uncertainty, "dream_step": self._steps.copy(), "start": self._starts.copy(), **details}
         return self._batched(infos)
-
-    def _check_start(self, options: dict[str, Any]) -> tuple[np.ndarray | None, tuple[np.ndarray, np.ndarray] | None]:
-        n, start = self.num_envs, options.get("start")
-        if "frames" in options:
-            if start is not None:
-                raise ResetError("options 'start' and 'frames' exclude each other: give one")
-            return None, check_history(
-                options["frames"], options.get("actions"), n, self.bundle.world_model.frame_shape
-            )
-        if "actions" in options:
-            raise ResetError("option 'actions' without 'frames': give the frames they lead between")
-        if start is None or (isinstance(start, str) and start == "random"):
-            return None, None
-        size = len(self.bundle.starts.frames)
-        try:
-            chosen = np.broadcast_to(as_array(start, "start"), (n,))
-        except ValueError:
-            raise ResetError(f"start {start!r}: expected one index or {n} of them") from None
-        if chosen.dtype.kind not in "iu" or (chosen < 0).any() or (chosen >= size).any():
-            raise ResetError(f"start {start!r}: expected integers in 0..{size - 1}, or 'random'")
-        return chosen, None
 
 
 _DETAILS = ("expected_reward", "reward_probability", "end_probability", "diverged", "uncertain")

@@ -90,9 +90,12 @@ class WorldModel:
         frames, actions = torch.as_tensor(frames), torch.as_tensor(actions).long()
         b, t = frames.shape[:2]
         frames, actions = frames[:, -self.context :], actions[:, max(t - self.context, 0) :].to(self.device)
-        latents = self.encode(frames.flatten(0, 1)).unflatten(0, (b, frames.shape[1]))
-        with torch.inference_mode():
-            return self._begin(self.dynamics.smooth(self.codec.sequence(latents), actions), actions)
+        return self.begin(self.encode(frames.flatten(0, 1)).unflatten(0, (b, frames.shape[1])), actions)
+
+    @torch.inference_mode()
+    def begin(self, latents: Tensor, actions: Tensor) -> State:
+        """Build a state from encoded history: latents (B, T, C, H, W), T in 1..K, and actions int64 (B, T - 1)."""
+        return self._begin(self.dynamics.smooth(self.codec.sequence(latents), actions), actions)
 
     def _begin(self, latents: Tensor, actions: Tensor) -> State:
         """The dynamics' state, which says the game where they know several."""

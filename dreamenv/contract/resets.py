@@ -91,3 +91,38 @@ def check_history(frames: Any, actions: Any, n: int, frame: tuple[int, int, int]
     if ((actions < 0) | (actions >= NUM_ACTIONS)).any():
         raise ResetError(f"actions {actions.min()}..{actions.max()}: expected 0..{NUM_ACTIONS - 1}")
     return np.ascontiguousarray(frames), np.ascontiguousarray(actions, np.int64)
+
+
+def check_start(
+    options: dict[str, Any], n: int, size: int, frame: tuple[int, int, int]
+) -> tuple[np.ndarray | None, tuple[np.ndarray, np.ndarray] | None]:
+    """Where dreams are asked to start.
+
+    Args:
+        options: of `reset`.
+        n: how many dreams.
+        size: of the bank of starts.
+        frame: (H, W, C) of a picture.
+
+    Returns:
+        Indices (n,) into the bank, or None; and frames (n, T, H, W, C) with the actions between them, or None.
+
+    Raises:
+        ResetError: a start of the wrong type, shape or range.
+    """
+    start = options.get("start")
+    if "frames" in options:
+        if start is not None:
+            raise ResetError("options 'start' and 'frames' exclude each other: give one")
+        return None, check_history(options["frames"], options.get("actions"), n, frame)
+    if "actions" in options:
+        raise ResetError("option 'actions' without 'frames': give the frames they lead between")
+    if start is None or (isinstance(start, str) and start == "random"):
+        return None, None
+    try:
+        chosen = np.broadcast_to(as_array(start, "start"), (n,))
+    except ValueError:
+        raise ResetError(f"start {start!r}: expected one index or {n} of them") from None
+    if chosen.dtype.kind not in "iu" or (chosen < 0).any() or (chosen >= size).any():
+        raise ResetError(f"start {start!r}: expected integers in 0..{size - 1}, or 'random'")
+    return chosen, None

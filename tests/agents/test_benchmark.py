@@ -28,7 +28,9 @@ network: {channels: [4, 4, 4], features: 8}
 def test_what_share_of_the_way_from_random_to_real() -> None:
     assert share_of_the_way(2.0, 6.0, 5.0) == 0.75 and share_of_the_way(2.0, 6.0, 1.0) == -0.25
     assert share_of_the_way(2.0, 2.0, 3.0) is None
-    rows = {name: {"random": 1.0, "real": 3.0, "share": share} for name, share in zip("abc", (0.1, None, 0.5), strict=True)}
+    rows = {
+        name: {"random": 1.0, "real": 3.0, "share": share} for name, share in zip("abc", (0.1, None, 0.5), strict=True)
+    }
     assert "| median |" in table_of(rows) and table_of(rows).splitlines()[-1].split(" | ")[-1] == "0.30 |"
 
 
