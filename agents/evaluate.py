@@ -135,7 +135,8 @@ def _figures(every: Episodes, seed: int) -> dict[str, Any]:
 
 def _policy(agent: str | ImpalaAgent | VectorPolicy, bias: np.ndarray, bundle: Path | None, game: str) -> VectorPolicy:
     if isinstance(agent, ImpalaAgent):
-        return AgentPolicy(agent)
+        latent = agent.config.latent is not None
+        return AgentPolicy(agent, bundle=load_bundle(resolve_bundle(bundle, game), game=game) if latent else None)
     if not isinstance(agent, str):
         return agent
     if agent == "bundled":

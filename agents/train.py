@@ -30,6 +30,7 @@ from agents.saved import agent_facts, go_on_from, make_algorithm, save_algorithm
 from agents.worlds import TRAIN_LEVELS, MixedVecEnv, make_world
 from dreamenv import checkpoints
 from dreamenv.artifacts import checksum, only_writer, present
+from dreamenv.bundle import load_bundle, resolve_bundle
 from dreamenv.config import check, from_dict, load_yaml, to_dict
 from dreamenv.console import errors_in_one_line
 from dreamenv.device import keep_freed_memory
@@ -86,6 +87,9 @@ class TrainConfig:
     """Dataset folder whose real contexts dreams start from, instead of the bundle's bank."""
     share: float = 0.5
     """Share of dreams in the mix."""
+    observations: Literal["pixels", "latent"] = "pixels"
+    """What the agent looks at: pictures, or the bundle's latents. In the dream no picture is drawn for these; in the
+    game the bundle's codec makes them."""
     nfe: int = 1
     """Network function evaluations of the dream's steps; one, which dreams the mean, teaches at less cost."""
     eval_every: int = 0
@@ -214,7 +218,11 @@ def _shares(envs: VecEnv, env: float, collecting: float, total: float) -> dict[s
 
 
 def _facts(config: TrainConfig) -> dict[str, Any]:
-    before = {} if config.agent is None else {"from": agent_facts(config.agent)}
+    before: dict[str, Any] = {} if config.agent is None else {"from": agent_facts(config.agent)}
+    if config.observations == "latent":
+        bundle = load_bundle(resolve_bundle(config.bundle, config.game), "cpu", game=config.game)
+        before |= {"bundle_identity": bundle.identity}
+        before |= {} if config.bundle is None else {"bundle": str(config.bundle)}
     mixed = {"share": config.share} if config.world == "mix" else {}
     return {
         "world": config.world,
@@ -229,7 +237,7 @@ def _facts(config: TrainConfig) -> dict[str, Any]:
 def _made(config: TrainConfig, algorithm: AlgorithmConfig) -> tuple[Any, TimedVecEnv, Any]:
     """The world, the same with its time measured and rewards normalised if asked for, and the algorithm on it."""
     dreaming = {"horizon": config.horizon, "truncate_above": config.truncate_above, "sampler": {"nfe": config.nfe}}
-    options: dict[str, Any] = {} if config.world == "real" else dreaming
+    options: dict[str, Any] = {"observations": config.observations} | ({} if config.world == "real" else dreaming)
     where = (config.world, config.game, algorithm.num_envs, config.bundle, config.device, config.starts, config.share)
     inner = make_world(*where, **options)
     timed = TimedVecEnv(inner)

@@ -17,6 +17,7 @@ from dreamenv.data import HELD_OUT_FROM, Dataset, Windows
 from dreamenv.errors import ConfigError, DatasetError
 from dreamenv.evaluation.clips import real_envs
 from dreamenv.vector import DreamVectorEnv
+from dreamenv.wrappers import LatentObservation
 
 TRAIN_LEVELS = (0, HELD_OUT_FROM)
 """First level and number of the levels agents train on."""
@@ -28,9 +29,22 @@ def real_world(
     levels: tuple[int, int] = TRAIN_LEVELS,
     distribution_mode: str = "easy",
     frame: tuple[int, int, int] = NATIVE,
+    seen_by: Bundle | None = None,
 ) -> NativeVecEnv:
-    """The real game (needs procgen); `frame` is (H, W, C) of an observation."""
-    return NativeVecEnv(real_envs(game, num_envs, levels, distribution_mode, frame))
+    """The real game (needs procgen).
+
+    Args:
+        game: which.
+        num_envs: how many.
+        levels: the first one, and how many.
+        distribution_mode: Procgen's difficulty.
+        frame: (H, W, C) of an observation.
+        seen_by: a bundle whose latents of the frames are the observations; None shows the frames.
+    """
+    if seen_by is None:
+        return NativeVecEnv(real_envs(game, num_envs, levels, distribution_mode, frame))
+    envs = real_envs(game, num_envs, levels, distribution_mode, seen_by.world_model.frame_shape)
+    return NativeVecEnv(LatentObservation(envs, seen_by))
 
 
 def dream_world(
@@ -92,20 +106,22 @@ def make_world(
     device: str = "auto",
     data: Path | None = None,
     share: float = 0.5,
+    observations: str = "pixels",
     **options: Any,
 ) -> VecEnv:
-    """Make the world called "real", "dream" or "mix" (of which `share` are dreams).
+    """Make the world called "real", "dream" or "mix" (of which `share` are dreams); see `TrainConfig` for the rest.
 
     Raises:
         ConfigError: another name, or a mix without both.
     """
     if world not in ("real", "dream", "mix"):
         raise ConfigError(f"world {world!r}: must be 'real', 'dream' or 'mix'")
-    if world == "real" and bundle is None:
+    if world == "real" and bundle is None and observations == "pixels":
         return real_world(game, num_envs)
     loaded = load_bundle(resolve_bundle(bundle, game), device, game=game)
+    seen_by = loaded if observations == "latent" else None
     if world == "real":
-        return real_world(game, num_envs, frame=loaded.world_model.frame_shape)
+        return real_world(game, num_envs, frame=loaded.world_model.frame_shape, seen_by=seen_by)
     model = loaded.world_model
     starts = (
         None if data is None else dataset_starts(data, loaded.game.name, 2000, model.context, frame=model.frame_shape)
@@ -113,11 +129,11 @@ def make_world(
     dreams = num_envs if world == "dream" else round(num_envs * share)
     if not 1 <= dreams <= num_envs or (world == "mix" and dreams == num_envs):
         raise ConfigError(f"share {share}: leaves {dreams} dreams of {num_envs} environments; a mix needs both worlds")
-    dream = dream_world(loaded, dreams, starts=starts, **options)
+    dream = dream_world(loaded, dreams, starts=starts, observations=observations, **options)
     if world == "dream":
         return dream
-    facts, frame = loaded.game, loaded.world_model.frame_shape
-    real = real_world(facts.name, num_envs - dreams, distribution_mode=facts.distribution_mode, frame=frame)
+    facts, shown = loaded.game, {"frame": loaded.world_model.frame_shape, "seen_by": seen_by}
+    real = real_world(facts.name, num_envs - dreams, distribution_mode=facts.distribution_mode, **shown)
     return MixedVecEnv([dream, real])
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
@@ -13,7 +12,7 @@ from gymnasium.vector.utils import batch_space
 from dreamenv.bundle import Bundle, latent_space
 from dreamenv.config import check, whole
 from dreamenv.contract.actions import NOOP
-from dreamenv.device import own_settings
+from dreamenv.history import LatentHistory
 
 
 class FrameStackObservation(VectorWrapper):
@@ -101,21 +100,17 @@ class LatentObservation(VectorWrapper):
         check(frame == wanted, f"observations {frame}: this bundle looks at {wanted}")
         self.single_observation_space = latent_space(bundle)
         self.observation_space = batch_space(self.single_observation_space, env.num_envs)
-        self._model = model = bundle.world_model
-        shape = (env.num_envs, model.context, *model.latent_shape)
-        self._latents = torch.zeros(shape, device=model.device)
-        self._actions = torch.full((env.num_envs, model.context), NOOP, device=model.device)  # before each latent
-        self._known = np.zeros(env.num_envs, np.int64)  # how many of them there are, at the end
+        self._seen = LatentHistory(bundle.world_model, env.num_envs)
         self._over = np.zeros(env.num_envs, bool)
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         """See the environment's own."""
         frames, infos = self.env.reset(seed=seed, options=options)
         mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, bool)))
-        self._known[mask] = 0
-        self._look(np.asarray(frames), np.full(self.num_envs, NOOP), mask)
+        self._seen.forget(mask)
+        self._seen.look(np.asarray(frames), np.full(self.num_envs, NOOP), mask)
         self._over = self._over & ~mask
-        return self._shown(), infos
+        return self._seen.latents(), infos
 
     def step(self, actions: Any) -> tuple[np.ndarray, Any, Any, Any, dict[str, Any]]:
         """See the environment's own."""
@@ -126,35 +121,12 @@ class LatentObservation(VectorWrapper):
         if mode is AutoresetMode.SAME_STEP and "final_obs" in infos:
             final, last = np.full(self.num_envs, None, object), np.asarray(infos["_final_obs"])
             pictures = np.stack([infos["final_obs"][i] if last[i] else frames[i] for i in range(self.num_envs)])
-            self._look(pictures, taken, last)
-            shown = self._shown()
+            self._seen.look(pictures, taken, last)
+            shown = self._seen.latents()
             for i in np.flatnonzero(last):
                 final[i] = shown[i]
             infos = infos | {"final_obs": final}
-        self._known[fresh] = 0
-        self._look(frames, taken, np.ones(self.num_envs, bool))
+        self._seen.forget(fresh)
+        self._seen.look(frames, taken)
         self._over = over
-        return self._shown(), rewards, terminated, truncated, infos
-
-    def _look(self, frames: np.ndarray, actions: np.ndarray, which: np.ndarray) -> None:
-        """See one more picture of some environments, and the actions that led there."""
-        rows = torch.from_numpy(np.flatnonzero(which)).to(self._model.device)
-        if not len(rows):
-            return
-        with own_settings(self._model.device, 1 if self.num_envs == 1 else None):
-            latents = self._model.encode(frames[which]).clone()
-        self._latents[rows] = torch.cat([self._latents[rows, 1:], latents[:, None]], 1)
-        led = torch.from_numpy(actions[which].astype(np.int64)).to(rows.device)
-        self._actions[rows] = torch.cat([self._actions[rows, 1:], led[:, None]], 1)
-        self._known[which] = np.minimum(self._known[which] + 1, self._model.context)
-
-    def _shown(self) -> np.ndarray:
-        """Latents float32 (N, C, H, W) of now, as a dream of each one's history would begin with them."""
-        out = np.empty((self.num_envs, *self._model.latent_shape), np.float32)
-        with own_settings(self._model.device, 1 if self.num_envs == 1 else None):
-            for known in np.unique(self._known):
-                rows = np.flatnonzero(self._known == known)
-                of = torch.from_numpy(rows).to(self._model.device)
-                state = self._model.begin(self._latents[of, -known:], self._actions[of, 1 - known :][:, : known - 1])
-                out[rows] = state.latents[:, -1].float().cpu().numpy()
-        return out
+        return self._seen.latents(), rewards, terminated, truncated, infos

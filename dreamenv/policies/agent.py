@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dreamenv.artifacts import atomic_folder, read_json, readable_folder, sha256_file, write_json
+from dreamenv.bundle import Bundle, load_bundle, resolve_bundle
 from dreamenv.config import check, from_dict, to_dict
 from dreamenv.contract.actions import NUM_ACTIONS
 from dreamenv.contract.frames import NATIVE, check_frame
@@ -19,6 +21,7 @@ from dreamenv.device import own_settings, pick_precision
 from dreamenv.errors import BundleError, ConfigError, PolicyError
 from dreamenv.models.interface import to_images
 from dreamenv.models.io import fill, read_part
+from dreamenv.world_model import WorldModel
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class ImpalaConfig:
     """Whether the best action is taken (networks trained as action values) rather than one sampled."""
     frame: tuple[int, int, int] = NATIVE
     """(H, W, C) of the frames that it looks at."""
+    latent: tuple[int, int, int] | None = None
+    """(C, H, W) of the world model's latents that it looks at in place of frames."""
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
@@ -45,6 +50,10 @@ class ImpalaConfig:
         check(1 <= self.features <= 8192, f"features {self.features}: must be 1..8192")
         check(0 <= self.memory <= 8192, f"memory {self.memory}: must be 0..8192")
         check_frame(self.frame, "frame")
+        if self.latent is not None:
+            c, height, width = self.latent
+            sound = 1 <= c <= 1024 and 1 <= height == width <= 128
+            check(sound, f"latent {self.latent}: must be a square of 1..128 cells with 1..1024 channels")
 
 
 class _Residual(nn.Module):
@@ -58,7 +67,7 @@ class _Residual(nn.Module):
 
 
 class ImpalaAgent(nn.Module):
-    """Policy and value of frames.
+    """Policy and value of frames, or of a world model's latents.
 
     Args:
         config: its shape.
@@ -69,7 +78,8 @@ class ImpalaAgent(nn.Module):
         super().__init__()
         self.config, self.precision = config, precision
         stages: list[nn.Module] = []
-        side, _, width = config.frame
+        side, _, width = config.frame if config.latent is None else config.latent[::-1]
+        self.facts: dict[str, Any] = {}  # what was stored with it
         for channels in config.channels:
             stages += [nn.Conv2d(width, channels, 3, padding=1), nn.MaxPool2d(3, 2, 1)]
             stages += [_Residual(channels), _Residual(channels)]
@@ -87,7 +97,7 @@ class ImpalaAgent(nn.Module):
         """Look at one frame of each of B episodes.
 
         Args:
-            images: (B, c, h, w) in [0, 1].
+            images: (B, c, h, w) in [0, 1]; or latents float32 (B, C, H, W).
             memory: float32 (4, B, M), what it remembers: hidden and cell state of the actor and of the critic; None is
                 nothing.
 
@@ -106,17 +116,22 @@ class ImpalaAgent(nn.Module):
 
     @torch.inference_mode()
     def probabilities(self, frames: np.ndarray, memory: Tensor | None = None) -> tuple[np.ndarray, Tensor | None]:
-        """Frames uint8 (B, h, w, c) -> action probabilities float64 (B, 15), and the memory, as `forward` has it.
+        """Action probabilities float64 (B, 15), and the memory, as `forward` has it.
+
+        Args:
+            frames: uint8 (B, h, w, c), or latents float32 (B, C, H, W), whichever it was trained on.
+            memory: see `forward`.
 
         Raises:
-            PolicyError: frames of another shape than it was trained on.
+            PolicyError: of another shape than it was trained on.
         """
-        if tuple(frames.shape[1:]) != tuple(self.config.frame):
-            found, wanted = tuple(frames.shape[1:]), tuple(self.config.frame)
+        found, wanted = tuple(frames.shape[1:]), tuple(self.config.latent or self.config.frame)
+        if found != wanted:
             raise PolicyError(f"frames {found}: this agent looks at {wanted}; take one that was trained on such frames")
         device = self.policy.weight.device
         with own_settings(device):
-            logits, _, memory = self(to_images(torch.as_tensor(frames).to(device)), memory)
+            shown = torch.as_tensor(frames).to(device)
+            logits, _, memory = self(to_images(shown) if self.config.latent is None else shown, memory)
             if self.config.greedy:
                 return F.one_hot(logits.argmax(1), NUM_ACTIONS).double().cpu().numpy(), memory
             return logits.double().softmax(1).cpu().numpy(), memory
@@ -163,8 +178,31 @@ def load_agent(folder: str | Path, precision: str = "auto") -> ImpalaAgent:
         with own_settings(torch.device("cpu")), torch.inference_mode(False), torch.random.fork_rng(devices=[]):
             agent = ImpalaAgent(config, precision)
             fill(agent, data, folder / "agent.safetensors")
+        agent.facts = dict(description.get("facts") or {})
     except PolicyError as error:
         raise PolicyError(f"{error}; save the agent again") from None
-    except (KeyError, TypeError, ConfigError, BundleError) as error:
+    except (KeyError, TypeError, ValueError, ConfigError, BundleError) as error:
         raise PolicyError(f"{path}: is damaged ({error}); save the agent again") from None
     return agent.eval().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def world_model_of(agent: ImpalaAgent, bundle: Bundle | None) -> WorldModel:
+    """The world model from whose latents an agent learnt.
+
+    Args:
+        agent: says by its facts `bundle`, a folder, or `game`, an embedded one, which that is.
+        bundle: it, if it is loaded already.
+
+    Raises:
+        PolicyError: the agent learnt from others.
+    """
+    facts = agent.facts
+    if bundle is None:
+        game = facts.get("game", "coinrun")
+        bundle = load_bundle(resolve_bundle(facts.get("bundle"), game), "cpu", game=game)
+    learnt, found = facts.get("bundle_identity", bundle.identity), bundle.identity
+    if learnt != found or bundle.world_model.latent_shape != tuple(agent.config.latent or ()):
+        raise PolicyError(
+            f"agent: learnt from latents of bundle {learnt[:12]}, not of {found[:12]}; train it in this one"
+        )
+    return bundle.world_model

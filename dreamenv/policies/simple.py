@@ -16,7 +16,10 @@ from dreamenv.errors import PolicyError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dreamenv.bundle import Bundle
+    from dreamenv.history import LatentHistory
     from dreamenv.policies.agent import ImpalaAgent
+    from dreamenv.world_model import WorldModel
 
 DEFAULT_MIX = "random=0.1,sticky=0.2,biased=0.7"
 
@@ -73,29 +76,55 @@ class HoldPolicy:
 class AgentPolicy:
     """A saved agent (`agent.json` + `agent.safetensors`), sampled from, epsilon-greedy towards uniform actions.
 
+    One that learnt from a world model's latents sees frames through that model's codec.
+
+    Args:
+        agent: the network, or the folder of one.
+        epsilon: chance of a uniform action.
+        bundle: whose latents it learnt from; by default what is stored with the agent says which.
+
     Attributes:
         frame: (H, W, C) of the frames that it looks at.
+
+    Raises:
+        PolicyError: no such agent, or it learnt from other latents.
+        BundleError: there is no such bundle.
     """
 
     looks = True
 
-    def __init__(self, agent: str | ImpalaAgent, epsilon: float = 0.0) -> None:
-        from dreamenv.policies.agent import load_agent  # needs torch: only when an agent is asked for
+    def __init__(self, agent: str | ImpalaAgent, epsilon: float = 0.0, bundle: Bundle | None = None) -> None:
+        from dreamenv.policies.agent import load_agent, world_model_of  # need torch: only when an agent is asked for
 
         self._agent = load_agent(agent) if isinstance(agent, str) else agent
-        self.epsilon, self.remembers = epsilon, self._agent.config.memory > 0
-        self.frame = self._agent.config.frame
+        self._model = None if self._agent.config.latent is None else world_model_of(self._agent, bundle)
+        self.epsilon, self.remembers = epsilon, self._agent.config.memory > 0 or self._model is not None
+        self.frame = self._agent.config.frame if self._model is None else self._model.frame_shape
         self._memory: Tensor | None = None
+        self._history: LatentHistory | None = None
+        self._taken = np.zeros(0, np.int64)
 
     def act(self, observations: np.ndarray, first: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """See `VectorPolicy.act`."""
         if self._memory is not None:  # a new episode begins without; so does a batch of another size
             fresh = self._memory.new_tensor(~first)[:, None]
             self._memory = self._memory * fresh if self._memory.shape[1] == len(first) else None
-        probabilities, self._memory = self._agent.probabilities(observations, self._memory)
+        shown = observations if self._model is None else self._latents(self._model, observations, first)
+        probabilities, self._memory = self._agent.probabilities(shown, self._memory)
         probabilities = (1 - self.epsilon) * probabilities + self.epsilon / NUM_ACTIONS
         uniform = rng.random((len(first), 1))
-        return (probabilities.cumsum(1) < uniform).sum(1).clip(max=NUM_ACTIONS - 1)
+        self._taken = (probabilities.cumsum(1) < uniform).sum(1).clip(max=NUM_ACTIONS - 1)
+        return self._taken.copy()
+
+    def _latents(self, model: WorldModel, frames: np.ndarray, first: np.ndarray) -> np.ndarray:
+        """What the world model makes of the frames (N, h, w, c) so far."""
+        from dreamenv.history import LatentHistory
+
+        if self._history is None or self._history.size != len(first):
+            self._history, self._taken = LatentHistory(model, len(first)), np.zeros(len(first), np.int64)
+        self._history.forget(first)
+        self._history.look(frames, self._taken)
+        return self._history.latents()
 
 
 class MixturePolicy:

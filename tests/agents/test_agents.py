@@ -19,11 +19,12 @@ from agents.evaluate import evaluate
 from agents.report import learnt_from
 from agents.saved import ALGORITHMS, agent_facts, go_on_from, make_algorithm, save_algorithm, to_agent
 from agents.train import AlgorithmConfig, TimedVecEnv, TrainConfig, load_algorithm, train
+from dreamenv.bundle import load_bundle
 from dreamenv.errors import CheckpointError, ConfigError, PolicyError
 from dreamenv.policies.agent import ImpalaConfig, load_agent
 from dreamenv.policies.simple import AgentPolicy
 from tests.agents.common import dreams
-from tests.conftest import same_bytes
+from tests.conftest import same_bytes, write_toy_bundle
 
 SMALL = {"channels": [4, 8], "features": 16}
 
@@ -57,6 +58,55 @@ def test_a_saved_agent_acts_as_the_algorithm_that_learnt_it(name: str, toy_bundl
             theirs = cast(Any, model.policy).get_distribution(tensor).distribution.probs.numpy()
         assert exact == pytest.approx(theirs, abs=1e-6) and ours == pytest.approx(theirs, abs=2e-3)
     assert not list(tmp_path.rglob("*.zip")) and not list(tmp_path.rglob("*.pkl"))
+
+
+@pytest.mark.parametrize("name", ["PPO", "RecurrentPPO", "QRDQN"])
+def test_an_agent_of_latents_acts_as_the_algorithm_that_learnt_it(name: str, toy_bundle: Path, tmp_path: Path) -> None:
+    envs = dreams(toy_bundle, 2, observations="latent")
+    model = make_algorithm(name, envs, SETTINGS[name], ImpalaConfig((4, 8), 16), 0, "fp32")
+    model.learn(32)
+    seen = envs.observation_space.sample()[None].repeat(3, 0) / 10
+    saved = load_agent(save_algorithm(tmp_path / "agent", model, {}), "fp32")
+    assert saved.config.latent == envs.observation_space.shape
+    chosen = to_agent(model).probabilities(seen)[0].argmax(1)
+    assert (chosen == model.predict(seen, deterministic=True)[0]).all() and (saved.probabilities(seen)[0] >= 0).all()
+    with pytest.raises(PolicyError, match="looks at"):
+        saved.probabilities(np.zeros((2, 64, 64, 3), np.uint8))
+
+
+@pytest.mark.parametrize("world", ["dream", "mix", "real"])
+def test_an_agent_learns_from_latents_and_plays_the_game_through_the_codec(
+    world: Any, toy_bundle: Path, tmp_path: Path
+) -> None:
+    small = "settings: {n_steps: 4, batch_size: 8, n_epochs: 1}\nnetwork: {channels: [4], features: 8}\n"
+    (tmp_path / "small.yaml").write_text(f"algorithm: PPO\nnum_envs: 4\n{small}")
+    shared: dict[str, Any] = {"steps": 16, "config": tmp_path / "small.yaml", "bundle": toy_bundle, "eval_episodes": 1}
+    found = train(TrainConfig(world=world, out=tmp_path / "out", observations="latent", **shared))
+    bundle, folder = load_bundle(toy_bundle, "cpu"), found["agent"]
+    assert agent_facts(Path(folder))["bundle_identity"] == bundle.identity
+    episodes = [evaluate(folder, world, episodes=2, limit=9, bundle=toy_bundle).figures for world in ("real", "dream")]
+    assert [each["episodes"] for each in episodes] == [2, 2]
+    policy, network = AgentPolicy(folder), load_agent(folder)
+    assert policy.looks and policy.remembers and policy.frame == (64, 64, 3)
+    frames: list[list[np.ndarray]] = [[], []]
+    taken: list[list[int]] = [[], []]
+    asked, rng = [], np.random.default_rng(0)
+    probabilities = network.probabilities
+    policy._agent.probabilities = lambda shown, memory: asked.append(shown) or probabilities(shown, memory)  # pyright: ignore
+    for t in range(7):
+        first = np.array([t == 0, t in (0, 4)])
+        picture = rng.integers(256, size=(2, 64, 64, 3), dtype=np.uint8)
+        for i in np.flatnonzero(first):
+            frames[i], taken[i] = [], []
+        actions = policy.act(picture, first, rng)
+        for i in range(2):
+            frames[i].append(picture[i])
+            begun = bundle.world_model.start(np.stack(frames[i])[None], np.array([taken[i]], np.int64))
+            assert np.allclose(asked[-1][i], begun.latents[0, -1].numpy(), atol=1e-5)
+            taken[i].append(int(actions[i]))
+    with pytest.raises(PolicyError, match="learnt from latents"):
+        other = write_toy_bundle(tmp_path / "other", seed=1)
+        AgentPolicy(folder, bundle=load_bundle(other, "cpu"))
 
 
 def test_a_recurrent_agent_remembers_as_the_algorithm_that_learnt_it(toy_bundle: Path, tmp_path: Path) -> None:

@@ -63,10 +63,12 @@ def test_agents_of_both_worlds_are_trained_and_judged_once(
     monkeypatch.setattr(agents.benchmark, "evaluate", None)
     assert run_benchmark(BenchmarkConfig(**shared))["coinrun"] == row
     with pytest.raises(ConfigError, match="steps"):
-        run_benchmark(BenchmarkConfig(**shared | {"steps": 32}))
-    for wrong in ({"games": ("maze", "maze")}, {"seeds": ()}, {"episodes": 0}, {"horizon": 10**6}, {"games": ("x",)}):
+        run_benchmark(BenchmarkConfig(**(shared | {"steps": 32})))
+    wrongs: list[dict[str, Any]]
+    wrongs = [{"games": ("maze", "maze")}, {"seeds": ()}, {"episodes": 0}, {"horizon": 10**6}, {"games": ("x",)}]
+    for wrong in wrongs:
         with pytest.raises(ConfigError):
-            BenchmarkConfig(**wrong)  # pyright: ignore[reportArgumentType]
+            BenchmarkConfig(**wrong)
 
 
 def test_the_planner_finds_what_the_dream_rewards(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
