@@ -30,6 +30,7 @@ class Args:
     """PPO's settings."""
 
     world: str = "DreamProcgen-v0"
+    game: str = "coinrun"
     steps: int = 1_000_000
     num_envs: int = 64
     rollout: int = 256
@@ -44,7 +45,7 @@ class Args:
     value: float = 0.5
     max_grad_norm: float = 0.5
     reward_scale: float = 0.1
-    """CoinRun's coin is worth 10."""
+    """The rarest rewards of most games, such as CoinRun's coin, are worth 10."""
     out: Path = Path("runs/agents/plain")
     seed: int = 0
 
@@ -71,7 +72,7 @@ def learn(args: Args, agent: ImpalaAgent, optimizer: torch.optim.Optimizer, *rol
 def main(args: Args) -> dict[str, float]:
     """Learn, save the agent, and return how it went."""
     torch.manual_seed(args.seed)
-    envs = gym.make_vec(args.world, num_envs=args.num_envs, autoreset_mode="SameStep")
+    envs = gym.make_vec(args.world, num_envs=args.num_envs, game=args.game, autoreset_mode="SameStep")
     agent = ImpalaAgent(ImpalaConfig())
     nn.init.orthogonal_(agent.policy.weight, 0.01)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, eps=1e-5)
@@ -118,7 +119,7 @@ def main(args: Args) -> dict[str, float]:
         print(f"{taken} steps, {taken / (time.perf_counter() - began):.0f} steps/s, return {recent:.2f}", flush=True)
     envs.close()
     world = "dream" if "Dream" in args.world else "real"
-    save_agent(args.out, agent, {"world": world, "steps": taken, "seed": args.seed})
+    save_agent(args.out, agent, {"world": world, "game": args.game, "steps": taken, "seed": args.seed})
     return {"steps": taken, "return": recent}
 
 

@@ -20,7 +20,8 @@ import agents.report
 from agents.adapter import NativeVecEnv
 from agents.evaluate import evaluate
 from agents.report import ReportConfig, optimism, report
-from agents.saved import ForeignPolicy
+from agents.saved import ForeignPolicy, agent_facts
+from agents.train import TrainConfig, train
 from dreamenv.artifacts import read_json
 from dreamenv.bundle import load_bundle
 from dreamenv.device import keep_freed_memory
@@ -30,6 +31,9 @@ from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, load_agent, save_
 from dreamenv.stages import program
 from dreamenv.vector import DreamVectorEnv
 from tests.conftest import write_toy_bundle
+
+ANY = ("maze", "starpilot", "coinrun")
+"""Games of both embedded bundles, with and without a camera that moves."""
 
 
 def test_optimism_in_closed_form() -> None:
@@ -115,7 +119,7 @@ def test_the_agent_that_ships_with_a_bundle(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_rllib_trains_on_the_same_id_with_two_workers(toy_bundle: Path, tmp_path: Path) -> None:
+def test_rllib_trains_on_the_same_id_with_two_workers(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -128,8 +132,8 @@ def test_rllib_trains_on_the_same_id_with_two_workers(toy_bundle: Path, tmp_path
         "2",
         "--batch",
         "64",
-        "--bundle",
-        str(toy_bundle),
+        "--game",
+        "maze",
         "--out",
         str(tmp_path / "rllib"),
     ]
@@ -149,6 +153,47 @@ def test_ppo_in_one_file(toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.M
     args: Any = program["Args"](steps=128, num_envs=4, rollout=16, minibatches=2, epochs=1, out=tmp_path / "plain")
     assert program["main"](args)["steps"] == 128
     assert load_agent(tmp_path / "plain").probabilities(np.zeros((2, 64, 64, 3), np.uint8))[0].shape == (2, 15)
+
+
+TORCHRL = """
+import gymnasium as gym
+import torch
+from torchrl.envs import GymWrapper
+import dreamenv
+for game in {games!r}:
+    env = GymWrapper(gym.make("DreamProcgen-v0", game=game))
+    seen = env.rollout(3)
+    assert seen["pixels"].shape == (3, 64, 64, 3) and seen["pixels"].dtype == torch.uint8
+    assert seen["next", "reward"].shape == (3, 1)
+    envs = GymWrapper(gym.make_vec("DreamProcgen-v0", num_envs=2, game=game, autoreset_mode="SameStep"))
+    assert envs.rollout(3)["observation"].shape == (2, 3, 64, 64, 3)
+    print(game)
+"""
+
+
+@pytest.mark.slow
+def test_torchrl_wraps_any_game() -> None:
+    code = TORCHRL.format(games=ANY)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert tuple(done.stdout.split()) == ANY
+
+
+@pytest.mark.parametrize("game", ANY)
+@pytest.mark.parametrize("algorithm", ["PPO", "RecurrentPPO"])
+def test_stable_baselines_learns_any_game(algorithm: str, game: str, tmp_path: Path) -> None:
+    settings = "settings: {n_steps: 4, batch_size: 8, n_epochs: 1}\nnetwork: {channels: [4], features: 8}\n"
+    (tmp_path / "small.yaml").write_text(f"algorithm: {algorithm}\nnum_envs: 2\n{settings}")
+    shared: Any = {"steps": 8, "config": tmp_path / "small.yaml", "eval_episodes": 0}
+    assert train(TrainConfig(game=game, out=tmp_path / "out", **shared))["steps"] == 8
+    assert evaluate(str(tmp_path / "out" / "agent"), "real", game, episodes=2, limit=5).figures["game"] == game
+
+
+@pytest.mark.parametrize("game", ANY)
+def test_the_one_file_ppo_learns_any_game(game: str, tmp_path: Path) -> None:
+    program = runpy.run_path("examples/ppo.py")
+    args: Any = program["Args"](game=game, steps=8, num_envs=2, rollout=4, minibatches=2, epochs=1, out=tmp_path / "a")
+    assert program["main"](args)["steps"] == 8 and agent_facts(tmp_path / "a")["game"] == game
 
 
 def test_freed_memory_is_kept_on_linux() -> None:
