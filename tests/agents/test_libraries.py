@@ -176,7 +176,7 @@ def test_torchrl_wraps_any_game() -> None:
     code = TORCHRL.format(games=ANY)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert tuple(done.stdout.split()) == ANY
+    assert set(ANY) <= set(done.stdout.splitlines())  # TorchRL logs there too
 
 
 @pytest.mark.parametrize("game", ANY)
