@@ -1,7 +1,7 @@
 """A trained world model as a folder: save, load, verify, migrate.
 
-`bundle.json` (format version, models, game, limits, provenance, sha256 of every part), the networks as fp16
-safetensors, `starts.safetensors` (real start contexts) and `card.json` (measured fidelity). No pickle anywhere. A
+`bundle.json` (format version, models, game, limits, provenance, sha256 of every part), the networks as fp16 or
+8-bit safetensors, `starts.safetensors` (real start contexts) and `card.json` (measured fidelity). No pickle anywhere. A
 bundle of several games has starts and a card for each, `starts-<game>.safetensors` and `card-<game>.json`.
 """
 
@@ -35,7 +35,7 @@ from dreamenv.description import (
 )
 from dreamenv.device import own_settings, pick_device, pick_precision
 from dreamenv.errors import BundleError, ConfigError
-from dreamenv.models.io import build_for, fill, read_part
+from dreamenv.models.io import build_for, fill, packed, read_part
 from dreamenv.models.registry import spec_of
 from dreamenv.starts import Starts, pack_starts, parse_starts
 from dreamenv.world_model import WorldModel
@@ -107,6 +107,7 @@ def save_bundle_of(
     starts: Mapping[str, Starts],
     provenance: dict[str, Any],
     cards: Mapping[str, dict[str, Any]],
+    bits: int = 16,
 ) -> Path:
     """Write the bundle folder of one or several games, see `save_bundle`; returns it.
 
@@ -118,6 +119,7 @@ def save_bundle_of(
         starts: of each game, by name.
         provenance: where it comes from, JSON.
         cards: measured fidelity in each game, by name; a game without one gets an empty one.
+        bits: of each weight, see `dreamenv.models.io.packed`.
 
     Raises:
         ConfigError: the model is of other games.
@@ -132,7 +134,7 @@ def save_bundle_of(
     networks = {n: getattr(world_model, n) for n in NETWORKS}
     with atomic_folder(folder) as temporary:
         for name, network in networks.items():
-            tensors = {k: v.detach().cpu().half().contiguous() for k, v in network.state_dict().items()}
+            tensors = packed(network.state_dict(), bits)
             (temporary / names["weights", name]).write_bytes(save_tensors(tensors))
         for game in games:
             (temporary / names["starts", game.name]).write_bytes(pack_starts(starts[game.name]))

@@ -32,15 +32,23 @@ def update_card(folder: str | Path, card: dict[str, Any], game: str | None = Non
         write_json(temporary / "bundle.json", description | {"identity": compute_identity(description)})
 
 
-def rewrite_bundle(folder: str | Path, out: str | Path) -> Path:
+def rewrite_bundle(folder: str | Path, out: str | Path, bits: int = 16) -> Path:
     """Write a bundle of any readable version as one of this version, its agent too; returns the new folder.
 
-    Weights are stored as they are loaded, rounded to fp16: those of a bundle are fp16 already, so it dreams the same.
+    Args:
+        folder: the old one.
+        out: the new one.
+        bits: of each weight. With 16 a bundle of 16 bits dreams the same; 8 halve its size and round its weights, see
+            `dreamenv.models.io.packed`.
+
+    Raises:
+        BundleError: the old one is missing or damaged.
+        ConfigError: other bits.
     """
     each = [load_bundle(folder, "cpu", "fp32", game) for game in bundle_games(readable_folder(folder))]
     old, games = each[0], [one.game for one in each]
     starts, cards = {one.game.name: one.starts for one in each}, {one.game.name: one.card for one in each}
-    save_bundle_of(games, out, old.world_model, old.limits, starts, old.provenance, cards)
+    save_bundle_of(games, out, old.world_model, old.limits, starts, old.provenance, cards, bits)
     agent = bundled_agent(old.folder)
     if agent is not None:
         shutil.copytree(agent, Path(out) / "agent")

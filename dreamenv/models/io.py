@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from dreamenv.models.registry import build, locate, spec_of
 
 FORMAT_VERSION = 2
 _REMEDY = "re-download or retrain"
+_SCALE = ":scale"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -102,7 +104,7 @@ def read_part(path: Path, sha256: str) -> bytes:
 
 
 def fill(model: nn.Module, data: bytes, path: Path, version: int = FORMAT_VERSION) -> None:
-    """Fill `model` from the bytes of a safetensors file; half precision is widened to float32.
+    """Fill `model` from the bytes of a safetensors file; half precision, and what `packed` made, becomes float32.
 
     Args:
         model: what to fill.
@@ -113,7 +115,7 @@ def fill(model: nn.Module, data: bytes, path: Path, version: int = FORMAT_VERSIO
     Raises:
         BundleError: malformed, of other names or shapes, or not finite.
     """
-    tensors = parse_tensors(load, data, path, BundleError, _REMEDY)
+    tensors = _unpacked(parse_tensors(load, data, path, BundleError, _REMEDY), path)
     expected = model.state_dict()
     if version == 1:
         tensors = migrations.tensors_from_1(tensors)
@@ -131,10 +133,49 @@ def fill(model: nn.Module, data: bytes, path: Path, version: int = FORMAT_VERSIO
                 f"{tuple(expected[name].shape)}; {_REMEDY}"
             )
         if tensor.dtype not in _DTYPES:
-            raise BundleError(f"{path}: tensor {name} is {tensor.dtype}, expected float16, bfloat16 or float32")
+            known = "float16, bfloat16, float32, or int8 with a scale"
+            raise BundleError(f"{path}: tensor {name} is {tensor.dtype}, expected {known}")
         if not torch.isfinite(tensor).all():
             raise BundleError(f"{path}: tensor {name} is not finite; {_REMEDY}")
     model.load_state_dict({k: v.to(expected[k].dtype) for k, v in tensors.items()})
+
+
+def packed(weights: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
+    """Weights as a bundle stores them, on the CPU.
+
+    Args:
+        weights: by name.
+        bits: 16: as float16; 8: matrices and kernels as int8, each row (an output's weights) a multiple of its largest
+            by 127ths, which stands beside it as `<name>:scale`, float16.
+
+    Raises:
+        ConfigError: other bits.
+    """
+    check(bits in (8, 16), f"bits {bits}: must be 8 or 16")
+    out: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        tensor = tensor.detach().cpu().float()
+        if bits == 16 or tensor.ndim < 2:
+            out[name] = tensor.half().contiguous()
+            continue
+        scale = (tensor.flatten(1).abs().amax(1) / 127).clamp_min(2**-24).half()  # the least above 0 that half has
+        rows = tensor.flatten(1) / scale.float()[:, None]
+        out[name] = rows.round().clamp(-127, 127).to(torch.int8).view_as(tensor).contiguous()
+        out[f"{name}{_SCALE}"] = scale
+    return out
+
+
+def _unpacked(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """What `packed` stored, int8 as float32; raises `BundleError` where a scale is missing or does not fit."""
+    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith(_SCALE)}
+    for name, scale in scales.items():
+        tensor = tensors.get(name.removesuffix(_SCALE))
+        fits = tensor is not None and tensor.dtype == torch.int8 and tensor.ndim > 1 and scale.shape == tensor.shape[:1]
+        if tensor is None or not fits or not scale.is_floating_point():
+            raise BundleError(f"{path}: tensor {name} fits none of 8 bits; {_REMEDY}")
+        rows = tensor.float().flatten(1) * scale.float()[:, None]
+        tensors[name.removesuffix(_SCALE)] = rows.view(tensor.shape)
+    return tensors
 
 
 def initialise(model: nn.Module, folder: str, option: str = "init_from") -> dict[str, Any]:
