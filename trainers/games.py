@@ -44,7 +44,7 @@ class GamesConfig:
     """Run folder; the bundle of all games is <out>/all/bundle, one of a single game <out>/<game>/model/bundle."""
     steps: int = 49_152
     """Transitions of each game."""
-    event_steps: int = 1_000_000
+    event_steps: int = 2_000_000
     """Further transitions of each game, of which only what leads to rewards and ends is kept, for the head; 0 goes
     without."""
     policy: str = "mix"
