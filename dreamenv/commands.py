@@ -237,6 +237,7 @@ def bench(
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     device: str = "auto",
     processes: int = 1,
+    observations: Literal["pixels", "latent"] = "pixels",
 ) -> None:
     """Measure frames/s of one dream and of many, and peak memory; the last line printed is JSON.
 
@@ -249,6 +250,7 @@ def bench(
         precision: fp32, bf16, or auto: bf16 where the hardware has it.
         device: auto, cpu, cuda ...
         processes: more than 1 also measures so many programs at once, on the same cores.
+        observations: what is shown: pixels, or latent, for which nothing is drawn.
     """
     from dreamenv.errors import ConfigError
     from dreamenv.evaluation.bench import bench as run
@@ -257,7 +259,7 @@ def bench(
         nfes = [int(x) for x in nfe.split(",")]
     except ValueError:
         raise ConfigError(f"nfe {nfe!r}: expected integers separated by commas, e.g. 1,2,4") from None
-    result = run(game, bundle, device, nfes, num_envs, seconds, precision, processes)
+    result = run(game, bundle, device, nfes, num_envs, seconds, precision, processes, observations)
     print(f"{'NFE':>4} {'envs':>5} {'processes':>9} {'steps/s':>9} {'ms/step':>9} {'p95':>7}")
     for row in result["rows"]:
         print(

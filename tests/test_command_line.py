@@ -121,11 +121,11 @@ def test_from_the_real_game_to_a_dream_through_the_command_line(tmp_path: Path) 
     assert set(made) == {"side_by_side.mp4", "side_by_side.gif", "horizon.png", "film_strip.png", "metrics.json"}
     assert all(size > 1000 for size in made.values())
     assert json.loads(run("dreamenv", "info", "--bundle", str(out / "bundle")))["card"] == figures
-    timed = run(
-        "dreamenv", "bench", "--bundle", str(out / "bundle"), "--nfe", "1,2", "--num-envs", "4", "--seconds", "0.2"
-    )
-    bench = json.loads(timed.splitlines()[-1])
+    timed = ("dreamenv", "bench", "--bundle", str(out / "bundle"), "--num-envs", "4", "--seconds", "0.2")
+    bench = json.loads(run(*timed, "--nfe", "1,2").splitlines()[-1])
     assert len(bench["rows"]) == 4 and bench["peak_memory_mib"] > 50
+    bench = json.loads(run(*timed, "--nfe", "1", "--observations", "latent").splitlines()[-1])
+    assert [row["num_envs"] for row in bench["rows"]] == [1, 4]
 
 
 @pytest.mark.parametrize("command", [[], ["demo"], ["play"], ["compare"], ["bench"], ["info"]])

@@ -17,7 +17,7 @@ from dreamenv.config import check, whole
 from dreamenv.flow import SamplerConfig
 from dreamenv.vector import DreamVectorEnv
 
-_Options = tuple[str, Path | None, str, str]  # game, bundle, device, precision
+_Options = tuple[str, Path | None, str, str, str]  # game, bundle, device, precision, observations
 
 
 def bench(
@@ -29,6 +29,7 @@ def bench(
     seconds: float,
     precision: str = "auto",
     processes: int = 1,
+    observations: str = "pixels",
 ) -> dict[str, Any]:
     """Step dreams with random actions.
 
@@ -41,6 +42,7 @@ def bench(
         seconds: of each measurement.
         precision: of the networks.
         processes: more than 1 also measures so many programs at once, on the same cores.
+        observations: "pixels" or "latent", see `DreamVectorEnv`.
 
     Returns:
         `rows`: one per (nfe, batch size, processes) with steps/s of all processes together and milliseconds per step;
@@ -51,7 +53,7 @@ def bench(
     """
     processes = whole(processes, "processes", 1, 256)
     check(0 < seconds <= 3600, f"seconds {seconds}: must be in 0..3600")
-    options: _Options = (game, bundle, device, precision)
+    options: _Options = (game, bundle, device, precision, observations)
     rows, used = [], ""
     for nfe in nfes:
         for n in sorted({1, num_envs}):
@@ -84,8 +86,9 @@ def _warm(options: _Options) -> str:
 
 def _measure(options: _Options, nfe: int, n: int, seconds: float, begin: float) -> tuple[str, list[float]]:
     """The precision, and the seconds of each step, from the time `begin` on."""
-    game, bundle, device, precision = options
-    envs = DreamVectorEnv(n, game, bundle, device, SamplerConfig(nfe=nfe), "SameStep", precision=precision)
+    game, bundle, device, precision, shown = options
+    sampler = SamplerConfig(nfe=nfe)
+    envs = DreamVectorEnv(n, game, bundle, device, sampler, "SameStep", precision=precision, observations=shown)
     envs.reset(seed=0)
     rng = np.random.default_rng(0)
     for _ in range(3):
