@@ -83,6 +83,8 @@ class TrainConfig:
     """Cut dreams off after so many steps."""
     truncate_above: float | None = None
     """End dreams whose uncertainty exceeds this."""
+    penalty: float = 0.0
+    """Take so much of the dream's uncertainty from each reward (MOPO, Yu et al. 2020)."""
     starts: Path | None = None
     """Dataset folder whose real contexts dreams start from, instead of the bundle's bank."""
     share: float = 0.5
@@ -113,6 +115,7 @@ class TrainConfig:
             check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
         for name in ("eval_every", "eval_episodes"):
             check(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: must be >= 0")
+        check(self.penalty >= 0, f"penalty {self.penalty}: must be >= 0")
         check(not self.eval_every or self.eval_episodes > 0, f"eval_every {self.eval_every}: needs eval_episodes")
         check(
             self.precision in ("auto", "fp32", "bf16"),
@@ -236,7 +239,12 @@ def _facts(config: TrainConfig) -> dict[str, Any]:
 
 def _made(config: TrainConfig, algorithm: AlgorithmConfig) -> tuple[Any, TimedVecEnv, Any]:
     """The world, the same with its time measured and rewards normalised if asked for, and the algorithm on it."""
-    dreaming = {"horizon": config.horizon, "truncate_above": config.truncate_above, "sampler": {"nfe": config.nfe}}
+    dreaming = {
+        "horizon": config.horizon,
+        "truncate_above": config.truncate_above,
+        "sampler": {"nfe": config.nfe},
+        "penalty": config.penalty,
+    }
     options: dict[str, Any] = {"observations": config.observations} | ({} if config.world == "real" else dreaming)
     where = (config.world, config.game, algorithm.num_envs, config.bundle, config.device, config.starts, config.share)
     inner = make_world(*where, **options)

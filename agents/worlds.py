@@ -17,7 +17,7 @@ from dreamenv.data import HELD_OUT_FROM, Dataset, Windows
 from dreamenv.errors import ConfigError, DatasetError
 from dreamenv.evaluation.clips import real_envs
 from dreamenv.vector import DreamVectorEnv
-from dreamenv.wrappers import LatentObservation
+from dreamenv.wrappers import LatentObservation, UncertaintyPenalty
 
 TRAIN_LEVELS = (0, HELD_OUT_FROM)
 """First level and number of the levels agents train on."""
@@ -48,7 +48,12 @@ def real_world(
 
 
 def dream_world(
-    bundle: Bundle, num_envs: int, horizon: int | None = None, starts: Starts | None = None, **options: Any
+    bundle: Bundle,
+    num_envs: int,
+    horizon: int | None = None,
+    starts: Starts | None = None,
+    penalty: float = 0.0,
+    **options: Any,
 ) -> NativeVecEnv:
     """The dream.
 
@@ -58,6 +63,7 @@ def dream_world(
         horizon: truncate after so many imagined steps; None leaves the game's own limit. Short dreams from diverse
             starts leave an agent little room to exploit the model's errors.
         starts: real contexts to dream from instead of the bundle's bank.
+        penalty: how much of the dream's uncertainty is taken from its rewards, see `UncertaintyPenalty`.
         options: for `DreamVectorEnv`, such as `sampler` and `truncate_above`.
     """
     if horizon is not None:
@@ -66,7 +72,8 @@ def dream_world(
         bundle = replace(bundle, game=replace(bundle.game, max_steps=horizon))
     if starts is not None:
         bundle = replace(bundle, starts=starts)
-    return NativeVecEnv(DreamVectorEnv(num_envs, bundle=bundle, autoreset_mode="SameStep", **options))
+    envs = DreamVectorEnv(num_envs, bundle=bundle, autoreset_mode="SameStep", **options)
+    return NativeVecEnv(UncertaintyPenalty(envs, penalty) if penalty else envs)
 
 
 def dataset_starts(

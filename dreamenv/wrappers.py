@@ -130,3 +130,33 @@ class LatentObservation(VectorWrapper):
         self._seen.look(frames, taken)
         self._over = over
         return self._seen.latents(), rewards, terminated, truncated, infos
+
+
+class UncertaintyPenalty(VectorWrapper):
+    """Rewards less the dream's own estimate of its error, so that an agent gains nothing where the dream is unsure.
+
+    The penalty of model-based offline policy optimisation (MOPO, Yu et al. 2020). A dream that diverged has an infinite
+    error; its last step costs what the largest finite one of that batch does.
+
+    Args:
+        env: dreams, which say their `uncertainty`.
+        weight: what an error of 1 costs, in the game's own rewards.
+
+    Raises:
+        ConfigError: a weight below 0.
+    """
+
+    def __init__(self, env: VectorEnv, weight: float) -> None:
+        super().__init__(env)
+        check(weight >= 0 and np.isfinite(weight), f"weight {weight}: must be >= 0")
+        self.weight = weight
+
+    def step(self, actions: Any) -> tuple[Any, np.ndarray, Any, Any, dict[str, Any]]:
+        """See the environment's own; `info["reward"]` stays what the dream paid."""
+        observations, rewards, terminated, truncated, infos = self.env.step(actions)
+        error = np.array(infos["uncertainty"], np.float64)
+        if "final_info" in infos:  # where an episode ended, what is beside it is of the next one
+            error = np.where(infos["_final_info"], infos["final_info"]["uncertainty"], error)
+        sound = np.isfinite(error)
+        error = np.where(sound, error, error[sound].max(initial=0.0))
+        return observations, rewards - self.weight * error, terminated, truncated, infos | {"reward": rewards}

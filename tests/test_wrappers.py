@@ -22,7 +22,7 @@ from dreamenv.bundle import EMBEDDED, load_bundle
 from dreamenv.errors import ConfigError
 from dreamenv.flow import SamplerConfig
 from dreamenv.vector import DreamVectorEnv
-from dreamenv.wrappers import FrameStackObservation, LatentObservation
+from dreamenv.wrappers import FrameStackObservation, LatentObservation, UncertaintyPenalty
 from tests.conftest import write_toy_bundle
 
 WORLDS = ("dream", "real")
@@ -369,3 +369,35 @@ def test_the_game_is_shown_as_latents_too(toy_bundle: Path, world: str, mode: st
             taken[i] = [] if fresh else [*taken[i], int(actions[i])]
     with pytest.raises(ConfigError, match="looks at"):
         LatentObservation(FrameStackObservation(envs.env, 2), bundle)
+
+
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
+def test_uncertainty_costs(toy_bundle: Path, mode: str) -> None:
+    options: dict[str, Any] = {"bundle": toy_bundle, "max_episode_steps": 3, "autoreset_mode": mode}
+    plain, envs = DreamVectorEnv(3, **options), UncertaintyPenalty(DreamVectorEnv(3, **options), 2.5)
+    plain.reset(seed=0), envs.reset(seed=0)
+    for t in range(6):
+        _, rewards, _, truncated, infos = plain.step(np.full(3, t))
+        _, less, *_, told = envs.step(np.full(3, t))
+        error = infos["uncertainty"]
+        if mode == "SameStep" and truncated.any():
+            error = infos["final_info"]["uncertainty"]
+        assert np.array_equal(told["reward"], rewards) and np.allclose(less, rewards - 2.5 * error)
+        assert (error > 0).all() != (mode == "NextStep" and t == 3)
+
+
+def test_a_diverged_dream_costs_what_the_others_do(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    envs = UncertaintyPenalty(DreamVectorEnv(3, bundle=toy_bundle), 1.0)
+    envs.reset(seed=0)
+    step = DreamVectorEnv.step
+    errors = [np.array([0.5, np.inf, 0.2]), np.full(3, np.inf)]
+
+    def diverge(self: Any, actions: Any) -> Any:
+        seen, _, terminated, truncated, infos = step(self, actions)
+        return seen, np.zeros(3), terminated, truncated, infos | {"uncertainty": errors.pop(0)}
+
+    monkeypatch.setattr(DreamVectorEnv, "step", diverge)
+    assert envs.step(np.zeros(3, int))[1].tolist() == [-0.5, -0.5, -0.2]
+    assert envs.step(np.zeros(3, int))[1].tolist() == [0, 0, 0]
+    with pytest.raises(ConfigError, match="weight -1"):
+        UncertaintyPenalty(envs.env, -1)
