@@ -40,7 +40,7 @@ class NativeVecEnv(VecEnv):
         self._actions: np.ndarray | None = None
 
     def reset(self) -> np.ndarray:
-        """Start new episodes with the seeds and options set before; returns uint8 (N, 64, 64, 3)."""
+        """Start new episodes with the seeds and options set before; returns their observations (N, ...)."""
         seeds: Any = list(self._seeds)
         observations, infos = self.envs.reset(seed=seeds, options=self._merged_options())
         self.reset_infos = split_infos(infos, self.num_envs)
@@ -56,7 +56,7 @@ class NativeVecEnv(VecEnv):
         """Take the step.
 
         Returns:
-            uint8 observations (N, 64, 64, 3), float32 rewards (N,), bool dones (N,), and one info dict each.
+            observations (N, ...), float32 rewards (N,), bool dones (N,), and one info dict each.
         """
         observations, rewards, terminated, truncated, batched = self.envs.step(self._actions)
         dones = np.asarray(terminated | truncated)

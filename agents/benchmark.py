@@ -20,10 +20,12 @@ from agents.evaluate import evaluate
 from agents.train import CONFIGS, TrainConfig, load_algorithm
 from agents.worlds import TRAIN_LEVELS
 from dreamenv.artifacts import atomic_file
+from dreamenv.bundle import load_bundle, resolve_bundle
 from dreamenv.config import check, to_dict, whole
 from dreamenv.console import errors_in_one_line
 from dreamenv.contract.actions import NAMES
 from dreamenv.contract.games import GAMES, Game, get_game
+from dreamenv.device import pick_device
 from dreamenv.evaluation.clips import HELD_OUT
 from dreamenv.evaluation.metrics import interval
 from dreamenv.evaluation.pages import markdown, rooms, write_tables
@@ -66,7 +68,7 @@ class BenchmarkConfig:
     """Where they are trained: auto, cpu, cuda ..."""
 
     def __post_init__(self) -> None:
-        """Validate everything before any of it is trained; raises `ConfigError`."""
+        """Validate all before any of it is trained; raises `ConfigError`, or `BundleError` for a missing bundle."""
         if self.games == ("all",):
             object.__setattr__(self, "games", tuple(GAMES))
         check(bool(self.games), "games: name one or more")
@@ -77,11 +79,13 @@ class BenchmarkConfig:
         for name in ("steps", "episodes", "tried", "jobs"):
             whole(getattr(self, name), name, 1)
         load_algorithm(self.config)
+        pick_device(self.device)
         for game in self.games:
             longest = get_game(game).max_steps
             for name in ("horizon", "limit"):
                 value = getattr(self, name)
                 check(value is None or 1 <= value <= longest, f"{name} {value}: must be in 1..{longest} for {game}")
+            load_bundle(resolve_bundle(self.bundle, game), "cpu", game=game)
             for seed in self.seeds:
                 self.run(game, "dream", seed)
         if self.docs is not None:
@@ -118,7 +122,8 @@ def run_benchmark(config: BenchmarkConfig) -> dict[str, dict[str, Any]]:
     """
     out = config.out
     free = ("out", "docs", "games", "seeds", "jobs", "device")
-    with begun(out, {k: str(v) for k, v in to_dict(config).items() if k not in free}):
+    settings = {k: str(v) for k, v in to_dict(config).items() if k not in free}
+    with begun(out, settings | {"algorithm": str(to_dict(load_algorithm(config.config)))}):
         agents = [(game, world, seed) for game in config.games for world in _WORLDS for seed in config.seeds]
         together(config.jobs, [partial(_train, config, *agent) for agent in agents])
         rows = {game: _row(config, get_game(game)) for game in config.games}

@@ -134,9 +134,9 @@ def _figures(every: Episodes, seed: int) -> dict[str, Any]:
 
 
 def _policy(agent: str | ImpalaAgent | VectorPolicy, bias: np.ndarray, bundle: Path | None, game: str) -> VectorPolicy:
+    loaded = None if bundle is None else load_bundle(bundle, game=game)  # it may have learnt from the latents of that
     if isinstance(agent, ImpalaAgent):
-        latent = agent.config.latent is not None
-        return AgentPolicy(agent, bundle=load_bundle(resolve_bundle(bundle, game), game=game) if latent else None)
+        return AgentPolicy(agent, bundle=loaded)
     if not isinstance(agent, str):
         return agent
     if agent == "bundled":
@@ -145,7 +145,7 @@ def _policy(agent: str | ImpalaAgent | VectorPolicy, bias: np.ndarray, bundle: P
             raise PolicyError(f"agent 'bundled': {folder} ships none; train one with python -m agents.train")
         return AgentPolicy(str(found))
     if present(Path(agent) / "agent.json"):
-        return AgentPolicy(agent)
+        return AgentPolicy(agent, bundle=loaded)
     return make_policy(agent, bias)
 
 

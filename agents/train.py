@@ -116,6 +116,9 @@ class TrainConfig:
         for name in ("eval_every", "eval_episodes"):
             check(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: must be >= 0")
         check(self.penalty >= 0, f"penalty {self.penalty}: must be >= 0")
+        check(not self.penalty or self.world != "real", f"penalty {self.penalty}: the real game has no uncertainty")
+        known = self.observations in ("pixels", "latent")
+        check(known, f"observations {self.observations!r}: must be 'pixels' or 'latent'")
         check(not self.eval_every or self.eval_episodes > 0, f"eval_every {self.eval_every}: needs eval_episodes")
         check(
             self.precision in ("auto", "fp32", "bf16"),
@@ -224,8 +227,8 @@ def _facts(config: TrainConfig) -> dict[str, Any]:
     before: dict[str, Any] = {} if config.agent is None else {"from": agent_facts(config.agent)}
     if config.observations == "latent":
         bundle = load_bundle(resolve_bundle(config.bundle, config.game), "cpu", game=config.game)
-        before |= {"bundle_identity": bundle.identity}
-        before |= {} if config.bundle is None else {"bundle": str(config.bundle)}
+        before |= {"latents_sha256": bundle.latents}
+        before |= {} if config.bundle is None else {"bundle": str(config.bundle.resolve())}
     mixed = {"share": config.share} if config.world == "mix" else {}
     return {
         "world": config.world,

@@ -52,7 +52,7 @@ class Branching(WorldVectorEnv):
         return pack("dream", {"bundle": self.bundle.identity, "num_envs": self.num_envs}, arrays)
 
     def restore(self, data: bytes) -> np.ndarray:
-        """Return to a snapshot and its observations.
+        """Return to a snapshot and its observations, of whichever kind this env shows.
 
         Raises:
             SnapshotError: damaged bytes, another bundle, or another number of environments.

@@ -78,10 +78,12 @@ class Bundle:
     provenance: dict[str, Any] = field(default_factory=dict)
     card: dict[str, Any] = field(default_factory=dict)
     games: tuple[str, ...] = ()
+    latents: str = ""
+    """sha256 of the weights that make its latents: the codec's and the dynamics'."""
 
 
 def latent_space(bundle: Bundle) -> Box:
-    """The space of a bundle's latents, float32 (C, H, W): twice the range seen in training, beyond which none is."""
+    """The space of a bundle's latents, float32 (C, H, W): twice the range of training, where dreams are cut off."""
     most = 2 * bundle.limits.latent_max
     return Box(-most, most, bundle.world_model.latent_shape, np.float32)
 
@@ -301,7 +303,9 @@ def _build(
     if len(games) > 1:
         identity = hashlib.sha256(f"{identity} {game.name}".encode()).hexdigest()
     names = tuple(known.name for known in games)
-    return Bundle(folder, identity, world_model, game, limits, starts, provenance, card, names)
+    makers = "".join(str(description["sha256"][part_names(names)["weights", n]]) for n in ("codec", "dynamics"))
+    latents = hashlib.sha256(makers.encode()).hexdigest()
+    return Bundle(folder, identity, world_model, game, limits, starts, provenance, card, names, latents)
 
 
 def bundle_games(folder: Path) -> tuple[str, ...]:

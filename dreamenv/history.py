@@ -25,6 +25,16 @@ class LatentHistory:
         self._known = np.zeros(size, np.int64)  # how many of them there are, the last ones
         self._threads = 1 if size == 1 else None
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that it knows, by name, for a snapshot."""
+        return {"latents": self._latents.cpu().numpy(), "actions": self._actions.cpu().numpy(), "known": self._known}
+
+    def take(self, arrays: dict[str, np.ndarray]) -> None:
+        """Know what `arrays` returned, which has been checked."""
+        self._latents = torch.from_numpy(arrays["latents"].copy()).to(self._model.device)
+        self._actions = torch.from_numpy(arrays["actions"].copy()).to(self._model.device)
+        self._known = arrays["known"].copy()
+
     def forget(self, which: np.ndarray) -> None:
         """New episodes begin where bool (N,) says so."""
         self._known[which] = 0

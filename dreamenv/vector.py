@@ -37,7 +37,7 @@ _RESET_OPTIONS = ("start", "frames", "actions", "reset_mask")
 
 
 class DreamVectorEnv(Branching):
-    """A batch of imagined games; only the observation and action spaces of the real one, none of its code.
+    """A batch of imagined games: the real one's spaces, or latents in place of frames, and none of its code.
 
     Observations are uint8 (N, 64, 64, 3), or latents float32 (N, C, H, W); actions are integers (N,) in 0..14, rewards
     float64 (N,) of the game's own magnitudes. Infos (all per environment): `uncertainty` (the model's own estimate of
@@ -59,7 +59,7 @@ class DreamVectorEnv(Branching):
         max_episode_steps: truncate episodes after so many steps; None leaves the game's own limit.
         distribution_mode: Procgen's difficulty, which decides the embedded bundle; None is easy, or that of `bundle`.
         observations: "pixels", or "latent": what the model keeps of a picture, for agents that need no picture. Nothing
-            is drawn then, unless `render` is called; `dreamenv.wrappers.LatentObservation` shows the same of the game.
+            is drawn then, but by `render` and `snapshot`. `dreamenv.wrappers.LatentObservation` does so for games.
 
     Attributes:
         seconds: spent so far in the networks' steps ("imagine") and in drawing frames ("decode").
@@ -146,7 +146,7 @@ class DreamVectorEnv(Branching):
                 `reset_mask` bool (N,): reset only these.
 
         Returns:
-            uint8 observations (N, 64, 64, 3) and infos.
+            observations and infos.
 
         Raises:
             ResetError: a seed or option of the wrong type, shape or range; the state is unchanged.
@@ -311,7 +311,8 @@ class DreamVectorEnv(Branching):
         """The state after a history (1, T, h, w, c), and how the codec draws it."""
         model = self.bundle.world_model
         state = model.start(frames, actions)
-        return state, model.render(state)[0].numpy()
+        drawn = self.observations == "pixels"
+        return state, model.render(state)[0].numpy() if drawn else np.zeros(model.frame_shape, np.uint8)
 
     def _place(self, i: int, start: int, state: State, frame: np.ndarray) -> None:
         with torch.inference_mode():  # in place: every step makes new tensors, so nobody else holds these

@@ -12,6 +12,8 @@ from gymnasium.vector.utils import batch_space
 from dreamenv.bundle import Bundle, latent_space
 from dreamenv.config import check, whole
 from dreamenv.contract.actions import NOOP
+from dreamenv.contract.snapshot import check_arrays, check_range, pack, unpack
+from dreamenv.errors import SnapshotError
 from dreamenv.history import LatentHistory
 
 
@@ -49,8 +51,10 @@ class FrameStackObservation(VectorWrapper):
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         """See the environment's own; where `options["reset_mask"]` is False the frames stay."""
+        mask = np.array(
+            (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
+        )  # some environments take it out
         frames, infos = self.env.reset(seed=seed, options=options)
-        mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, bool)))
         self._fill(frames, mask)
         self._over = self._over & ~mask
         return self._stack.copy(), infos
@@ -105,8 +109,10 @@ class LatentObservation(VectorWrapper):
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         """See the environment's own."""
+        mask = np.array(
+            (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
+        )  # some environments take it out
         frames, infos = self.env.reset(seed=seed, options=options)
-        mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, bool)))
         self._seen.forget(mask)
         self._seen.look(np.asarray(frames), np.full(self.num_envs, NOOP), mask)
         self._over = self._over & ~mask
@@ -131,12 +137,36 @@ class LatentObservation(VectorWrapper):
         self._over = over
         return self._seen.latents(), rewards, terminated, truncated, infos
 
+    def snapshot(self) -> bytes:
+        """The environments' own snapshot, and what was seen before it."""
+        own: Any = self.env.unwrapped
+        inner = np.frombuffer(own.snapshot(), np.uint8)
+        return pack("latents", {}, self._seen.arrays() | {"over": self._over, "inner": inner})
+
+    def restore(self, data: bytes) -> np.ndarray:
+        """Return to a snapshot and its observations, latents float32 (N, C, H, W).
+
+        Raises:
+            SnapshotError: damaged bytes, of another model, or of another number of environments.
+        """
+        own: Any = self.env.unwrapped
+        _, arrays = unpack("latents", data)
+        known = self._seen.arrays() | {"over": self._over, "inner": arrays.get("inner", self._over)}
+        check_arrays(arrays, {name: (value.shape, str(value.dtype)) for name, value in known.items()})
+        if arrays["inner"].dtype != np.uint8 or not np.isfinite(arrays["latents"]).all():
+            raise SnapshotError("snapshot: is of no environment that shows latents; take it again")
+        check_range("known", arrays["known"], 1, len(arrays["latents"][0]))
+        own.restore(arrays["inner"].tobytes())
+        self._seen.take(arrays)
+        self._over = arrays["over"].copy()
+        return self._seen.latents()
+
 
 class UncertaintyPenalty(VectorWrapper):
     """Rewards less the dream's own estimate of its error, so that an agent gains nothing where the dream is unsure.
 
     The penalty of model-based offline policy optimisation (MOPO, Yu et al. 2020). A dream that diverged has an infinite
-    error; its last step costs what the largest finite one of that batch does.
+    error; its last step costs what the largest finite one so far did.
 
     Args:
         env: dreams, which say their `uncertainty`.
@@ -148,15 +178,27 @@ class UncertaintyPenalty(VectorWrapper):
 
     def __init__(self, env: VectorEnv, weight: float) -> None:
         super().__init__(env)
-        check(weight >= 0 and np.isfinite(weight), f"weight {weight}: must be >= 0")
-        self.weight = weight
+        sound = isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 <= weight < np.inf
+        check(sound, f"weight {weight!r}: must be a number, >= 0 and finite")
+        self.weight, self._most = weight, 0.0
 
     def step(self, actions: Any) -> tuple[Any, np.ndarray, Any, Any, dict[str, Any]]:
-        """See the environment's own; `info["reward"]` stays what the dream paid."""
+        """See the environment's own; `paid` in the infos is what the dream paid.
+
+        Raises:
+            ConfigError: the environment says no `uncertainty`.
+        """
         observations, rewards, terminated, truncated, infos = self.env.step(actions)
-        error = np.array(infos["uncertainty"], np.float64)
+        check("uncertainty" in infos, "env: its infos have no uncertainty; only dreams can be penalised")
+        error, told = (
+            np.array(infos["uncertainty"], np.float64),
+            {"paid": rewards, "_paid": np.ones(len(rewards), bool)},
+        )
         if "final_info" in infos:  # where an episode ended, what is beside it is of the next one
-            error = np.where(infos["_final_info"], infos["final_info"]["uncertainty"], error)
+            over = infos["_final_info"]
+            error = np.where(over, infos["final_info"]["uncertainty"], error)
+            told["final_info"] = infos["final_info"] | {"paid": np.where(over, rewards, 0.0), "_paid": over}
         sound = np.isfinite(error)
-        error = np.where(sound, error, error[sound].max(initial=0.0))
-        return observations, rewards - self.weight * error, terminated, truncated, infos | {"reward": rewards}
+        self._most = max(self._most, error[sound].max(initial=0.0))
+        cost = self.weight * np.where(sound, error, self._most)
+        return observations, rewards - cost, terminated, truncated, infos | told

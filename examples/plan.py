@@ -17,7 +17,8 @@ import gymnasium as gym
 import numpy as np
 import tyro
 
-import dreamenv  # noqa: F401 - registers DreamProcgen-v0 and, with procgen, RealProcgen-v0
+import dreamenv  # noqa: F401 - registers DreamProcgen-v0
+from dreamenv.config import check
 
 ACTIONS = 15
 
@@ -43,6 +44,12 @@ class Args:
     limit: int = 500
     """Steps after which an episode is given up."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no plan."""
+        for name in ("levels", "futures", "horizon", "every", "rounds", "limit"):
+            check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
+        check(self.every <= self.horizon, f"every {self.every}: must be at most the horizon, {self.horizon}")
 
 
 def propose(args: Args, chances: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -92,7 +99,7 @@ def main(args: Args) -> dict[str, float]:
                 frame, reward, terminated, truncated, _ = real.step(int(action))
                 frames, taken = [*frames, frame][-context:], [*taken, action][1 - context :]
                 earned, steps, over = earned + float(reward), steps + 1, terminated or truncated
-                if over:
+                if over or steps == args.limit:
                     break
         returns.append(earned)
         print(f"level {level}: {earned:g} after {steps} steps, mean {np.mean(returns):.2f}", flush=True)

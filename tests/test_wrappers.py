@@ -15,15 +15,15 @@ import torch
 from gymnasium import wrappers
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box
-from gymnasium.vector import VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.wrappers import vector as vector_wrappers
 
 from dreamenv.bundle import EMBEDDED, load_bundle
-from dreamenv.errors import ConfigError
+from dreamenv.errors import ConfigError, SnapshotError
 from dreamenv.flow import SamplerConfig
 from dreamenv.vector import DreamVectorEnv
 from dreamenv.wrappers import FrameStackObservation, LatentObservation, UncertaintyPenalty
-from tests.conftest import write_toy_bundle
+from tests.conftest import of_all, write_toy_bundle
 
 WORLDS = ("dream", "real")
 OLD = tuple(map(int, gym.__version__.split(".")[:2])) < (1, 4)
@@ -335,8 +335,11 @@ def test_an_agent_may_be_shown_latents_and_nothing_is_drawn(toy_bundle: Path, mo
 
 @pytest.mark.parametrize("mode", ["NextStep", "SameStep", "Disabled"])
 @pytest.mark.parametrize("world", WORLDS)
-def test_the_game_is_shown_as_latents_too(toy_bundle: Path, world: str, mode: str) -> None:
+def test_the_game_is_shown_as_latents_too(
+    toy_bundle: Path, world: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundle = load_bundle(toy_bundle)
+    monkeypatch.setattr(type(bundle.world_model.dynamics), "smooth", of_all)
     ids = {"dream": ("DreamProcgen-v0", {"bundle": bundle}), "real": ("envs:RealProcgen-v0", {})}
     name, options = ids[world]
     plain, envs = (gym.make_vec(name, num_envs=2, autoreset_mode=mode, max_episode_steps=6, **options) for _ in "ab")
@@ -355,9 +358,15 @@ def test_the_game_is_shown_as_latents_too(toy_bundle: Path, world: str, mode: st
             mask = {"reset_mask": np.array([True, False])}
             frame, shown = plain.reset(seed=2, options=mask)[0], envs.reset(seed=2, options=mask)[0]
             assert np.allclose(shown[0], bundle.world_model.start(frame[:1, None], np.zeros((1, 0))).latents[0, -1])
+            past = np.stack(frames[1])[None], np.array([taken[1]], np.int64)
+            assert np.allclose(shown[1], bundle.world_model.start(*past).latents[0, -1], atol=1e-5), "not reset"
             return
         frame, _, terminated, truncated, infos = plain.step(actions)
+        data, before = envs.snapshot(), shown
         shown, *_, extra = envs.step(actions)
+        assert np.array_equal(envs.restore(data), before)
+        again, *_, extra = envs.step(actions)
+        assert np.array_equal(shown, again), "a snapshot holds what was seen"
         assert truncated.all() == (t == 5)
         for i in range(2):
             if mode == "SameStep" and truncated[i]:
@@ -367,6 +376,9 @@ def test_the_game_is_shown_as_latents_too(toy_bundle: Path, world: str, mode: st
             fresh = over or (mode == "SameStep" and truncated[i])
             frames[i] = [frame[i]] if fresh else [*frames[i], frame[i]]
             taken[i] = [] if fresh else [*taken[i], int(actions[i])]
+    for wrong in (plain.unwrapped.snapshot(), data[:-1], b""):  # pyright: ignore
+        with pytest.raises(SnapshotError):
+            envs.restore(wrong)
     with pytest.raises(ConfigError, match="looks at"):
         LatentObservation(FrameStackObservation(envs.env, 2), bundle)
 
@@ -382,7 +394,9 @@ def test_uncertainty_costs(toy_bundle: Path, mode: str) -> None:
         error = infos["uncertainty"]
         if mode == "SameStep" and truncated.any():
             error = infos["final_info"]["uncertainty"]
-        assert np.array_equal(told["reward"], rewards) and np.allclose(less, rewards - 2.5 * error)
+        assert np.array_equal(told["paid"], rewards) and np.allclose(less, rewards - 2.5 * error)
+        if "final_info" in told:
+            assert np.array_equal(told["final_info"]["paid"], rewards) and told["final_info"]["_paid"].all()
         assert (error > 0).all() != (mode == "NextStep" and t == 3)
 
 
@@ -390,14 +404,39 @@ def test_a_diverged_dream_costs_what_the_others_do(toy_bundle: Path, monkeypatch
     envs = UncertaintyPenalty(DreamVectorEnv(3, bundle=toy_bundle), 1.0)
     envs.reset(seed=0)
     step = DreamVectorEnv.step
-    errors = [np.array([0.5, np.inf, 0.2]), np.full(3, np.inf)]
+    errors = [np.full(3, np.inf), np.array([0.5, np.inf, 0.2]), np.full(3, np.inf)]
 
     def diverge(self: Any, actions: Any) -> Any:
         seen, _, terminated, truncated, infos = step(self, actions)
         return seen, np.zeros(3), terminated, truncated, infos | {"uncertainty": errors.pop(0)}
 
     monkeypatch.setattr(DreamVectorEnv, "step", diverge)
-    assert envs.step(np.zeros(3, int))[1].tolist() == [-0.5, -0.5, -0.2]
-    assert envs.step(np.zeros(3, int))[1].tolist() == [0, 0, 0]
-    with pytest.raises(ConfigError, match="weight -1"):
-        UncertaintyPenalty(envs.env, -1)
+    wanted = [[0, 0, 0], [-0.5, -0.5, -0.2], [-0.5, -0.5, -0.5]]
+    assert [envs.step(np.zeros(3, int))[1].tolist() for _ in range(3)] == wanted
+    for weight in (-1, np.inf, "x", None, True):
+        with pytest.raises(ConfigError, match="weight"):
+            UncertaintyPenalty(envs.env, weight)  # pyright: ignore[reportArgumentType]
+    real = UncertaintyPenalty(gym.make_vec("envs:RealProcgen-v0", num_envs=1), 1.0)
+    real.reset(seed=0)
+    with pytest.raises(ConfigError, match="only dreams"):
+        real.step(np.zeros(1, int))
+
+
+@pytest.mark.parametrize("wrapper", ["frames", "latents"])
+def test_gymnasium_s_own_batches_are_reset_in_part(wrapper: str, toy_bundle: Path) -> None:
+    """They take the mask out of the options."""
+    options: dict[str, Any] = {
+        "vectorization_mode": "sync",
+        "vector_kwargs": {"autoreset_mode": AutoresetMode.DISABLED},
+    }
+    envs: Any = gym.make_vec("DreamProcgen-v0", num_envs=2, bundle=str(toy_bundle), **options)
+    assert isinstance(envs, gym.vector.SyncVectorEnv)
+    bundle = load_bundle(toy_bundle)
+    envs = FrameStackObservation(envs, 3) if wrapper == "frames" else LatentObservation(envs, bundle)
+    envs.reset(seed=0)
+    for action in (3, 4, 5):
+        before = envs.step(np.full(2, action))[0]
+    after, _ = envs.reset(seed=9, options={"reset_mask": np.array([True, False])})
+    assert np.array_equal(after[1], before[1]) and not np.array_equal(after[0], before[0])
+    if wrapper == "latents":
+        assert envs._seen.arrays()["known"].tolist() == [1, 4]

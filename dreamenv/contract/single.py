@@ -36,7 +36,7 @@ class SingleView(JsonSpec, gym.Env):  # pyright: ignore[reportIncompatibleVariab
             options: see the subclass.
 
         Returns:
-            uint8 observation (64, 64, 3) and info.
+            observation, uint8 (64, 64, 3) unless the environment was asked for others, and info.
 
         Raises:
             ResetError: a seed or option of the wrong type, shape or range; the state is unchanged.
@@ -62,7 +62,7 @@ class SingleView(JsonSpec, gym.Env):  # pyright: ignore[reportIncompatibleVariab
         """Advance by one action.
 
         Returns:
-            uint8 observation (64, 64, 3), reward in the game's own magnitude, terminated, truncated, info.
+            observation, reward in the game's own magnitude, terminated, truncated, info.
 
         Raises:
             InvalidActionError: not an integer in 0..14; the state is unchanged.
@@ -81,7 +81,7 @@ class SingleView(JsonSpec, gym.Env):  # pyright: ignore[reportIncompatibleVariab
         return self.vector.snapshot()
 
     def restore(self, data: bytes, **options: Any) -> np.ndarray:
-        """Return to a snapshot and its observation, uint8 (64, 64, 3); see the vector environment's `restore`."""
+        """Return to a snapshot and its observation; see the vector environment's `restore`."""
         return self.vector.restore(data, **options)[0]
 
     def get_keys_to_action(self) -> dict[tuple[int, ...], int]:

@@ -73,6 +73,7 @@ def bench(
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "precision": used,
+        "observations": observations,
         "rows": rows,
         "peak_memory_mib": peak / (2**20 if sys.platform == "darwin" else 2**10),
     }

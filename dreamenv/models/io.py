@@ -179,7 +179,7 @@ def _unpacked(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def initialise(model: nn.Module, folder: str, option: str = "init_from") -> dict[str, Any]:
-    """Start a model from another one's weights; a smaller configuration is grown where that changes nothing.
+    """Start a model from another one's weights; a smaller configuration is grown where that changes little.
 
     Returns:
         The facts of the model folder.

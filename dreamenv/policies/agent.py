@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dreamenv.artifacts import atomic_folder, read_json, readable_folder, sha256_file, write_json
-from dreamenv.bundle import Bundle, load_bundle, resolve_bundle
+from dreamenv.artifacts import atomic_folder, present, read_json, readable_folder, sha256_file, write_json
+from dreamenv.bundle import Bundle, embedded_games, load_bundle, resolve_bundle
 from dreamenv.config import check, from_dict, to_dict
 from dreamenv.contract.actions import NUM_ACTIONS
 from dreamenv.contract.frames import NATIVE, check_frame
@@ -186,23 +186,28 @@ def load_agent(folder: str | Path, precision: str = "auto") -> ImpalaAgent:
     return agent.eval().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
-def world_model_of(agent: ImpalaAgent, bundle: Bundle | None) -> WorldModel:
+def world_model_of(agent: ImpalaAgent, folder: Path | None = None, bundle: Bundle | None = None) -> WorldModel:
     """The world model from whose latents an agent learnt.
 
     Args:
-        agent: says by its facts `bundle`, a folder, or `game`, an embedded one, which that is.
-        bundle: it, if it is loaded already.
+        agent: by its facts, `latents_sha256` says which latents these are, `bundle` is a folder and `game` a game.
+        folder: where the agent was read; the bundle that it ships with is the folder around it.
+        bundle: one that is loaded already.
 
     Raises:
-        PolicyError: the agent learnt from others.
+        PolicyError: none of these bundles makes such latents.
     """
-    facts = agent.facts
-    if bundle is None:
-        game = facts.get("game", "coinrun")
-        bundle = load_bundle(resolve_bundle(facts.get("bundle"), game), "cpu", game=game)
-    learnt, found = facts.get("bundle_identity", bundle.identity), bundle.identity
-    if learnt != found or bundle.world_model.latent_shape != tuple(agent.config.latent or ()):
-        raise PolicyError(
-            f"agent: learnt from latents of bundle {learnt[:12]}, not of {found[:12]}; train it in this one"
-        )
-    return bundle.world_model
+    facts, tried = agent.facts, [] if bundle is None else [bundle]
+    game, told = str(facts.get("game", "coinrun")), facts.get("bundle")
+    folders = [folder.parent] if folder is not None and present(folder.parent / "bundle.json") else []
+    folders += [Path(str(told))] if told else [resolve_bundle(None, game)] if game in embedded_games() else []
+    for each in [*tried, *folders]:
+        try:
+            found = each if isinstance(each, Bundle) else load_bundle(each, "cpu", game=game)
+        except BundleError:
+            continue
+        fits = facts.get("latents_sha256", found.latents) == found.latents
+        if fits and found.world_model.latent_shape == tuple(agent.config.latent or ()):
+            return found.world_model
+    named = ", ".join(str(each.folder if isinstance(each, Bundle) else each) for each in [*tried, *folders]) or "none"
+    raise PolicyError(f"agent of {game}: learnt from latents that no bundle here makes ({named}); name that one")

@@ -5,6 +5,7 @@ They drive the real game and the dream alike: collection, demos and comparisons 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -81,14 +82,13 @@ class AgentPolicy:
     Args:
         agent: the network, or the folder of one.
         epsilon: chance of a uniform action.
-        bundle: whose latents it learnt from; by default what is stored with the agent says which.
+        bundle: whose latents it learnt from, if it did; by default the one that it ships with, or that it names.
 
     Attributes:
         frame: (H, W, C) of the frames that it looks at.
 
     Raises:
-        PolicyError: no such agent, or it learnt from other latents.
-        BundleError: there is no such bundle.
+        PolicyError: no such agent, or no bundle makes the latents that it learnt from.
     """
 
     looks = True
@@ -97,7 +97,8 @@ class AgentPolicy:
         from dreamenv.policies.agent import load_agent, world_model_of  # need torch: only when an agent is asked for
 
         self._agent = load_agent(agent) if isinstance(agent, str) else agent
-        self._model = None if self._agent.config.latent is None else world_model_of(self._agent, bundle)
+        where = Path(agent) if isinstance(agent, str) else None
+        self._model = None if self._agent.config.latent is None else world_model_of(self._agent, where, bundle)
         self.epsilon, self.remembers = epsilon, self._agent.config.memory > 0 or self._model is not None
         self.frame = self._agent.config.frame if self._model is None else self._model.frame_shape
         self._memory: Tensor | None = None

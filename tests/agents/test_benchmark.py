@@ -14,7 +14,7 @@ import agents.benchmark
 from agents.benchmark import BenchmarkConfig, distinct_actions, run_benchmark, share_of_the_way, table_of
 from agents.evaluate import evaluate
 from dreamenv.contract.games import GAMES, get_game
-from dreamenv.errors import ConfigError
+from dreamenv.errors import BundleError, ConfigError
 from dreamenv.vector import DreamVectorEnv
 
 ALGORITHM = """
@@ -65,7 +65,16 @@ def test_agents_of_both_worlds_are_trained_and_judged_once(
     with pytest.raises(ConfigError, match="steps"):
         run_benchmark(BenchmarkConfig(**(shared | {"steps": 32})))
     wrongs: list[dict[str, Any]]
-    wrongs = [{"games": ("maze", "maze")}, {"seeds": ()}, {"episodes": 0}, {"horizon": 10**6}, {"games": ("x",)}]
+    wrongs = [
+        {"games": ("maze", "maze")},
+        {"seeds": ()},
+        {"episodes": 0},
+        {"horizon": 10**6},
+        {"games": ("x",)},
+        {"device": "y"},
+    ]
+    with pytest.raises(BundleError):
+        BenchmarkConfig(bundle=tmp_path / "nowhere")
     for wrong in wrongs:
         with pytest.raises(ConfigError):
             BenchmarkConfig(**wrong)
@@ -91,6 +100,13 @@ def test_the_planner_finds_what_the_dream_rewards(toy_bundle: Path, monkeypatch:
     frames = [np.zeros((64, 64, 3), np.uint8)] * 3
     actions = program["plan"](args, dream, frames, [1, 2], np.random.default_rng(0))
     assert actions.shape == (6,) and (actions[:5] == 7).sum() >= 4 and 3 not in actions[:5]
+
+
+def test_plans_that_are_none_are_refused() -> None:
+    program = runpy.run_path("examples/plan.py")
+    for wrong in ({"rounds": 0}, {"every": 0}, {"every": 9, "horizon": 8}, {"futures": 0}):
+        with pytest.raises(ConfigError):
+            program["Args"](**wrong)
 
 
 @pytest.mark.slow

@@ -161,6 +161,10 @@ def test_a_trained_model_is_grown_to_longer_moves_and_to_layers() -> None:
         assert torch.allclose(was.latent, now.latent, atol=1e-5) and torch.equal(was.log_error, now.log_error)
         again = new.grown(new.state_dict())
         assert all(torch.equal(value, again[name]) for name, value in new.state_dict().items())
+    for size in (80, 81, 82):  # of no shape that ever was: left as they are, to be refused
+        cut = {"out.weight": old.out.weight[:size], "out.bias": old.out.bias[:size]}
+        assert {name: len(value) for name, value in new.grown(cut).items()} == dict.fromkeys(cut, size)
+    assert not new.grown({"out.bias": torch.tensor(1.0)})["out.bias"].ndim
     with pytest.raises(RuntimeError, match="size mismatch"):  # never to shorter ones
         old.load_state_dict(old.grown(CanvasFlow(CanvasFlowConfig(motion=4, **shared)).state_dict()))
 

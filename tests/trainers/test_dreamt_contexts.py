@@ -166,3 +166,5 @@ def test_a_head_learns_from_moved_contexts(latents: Path) -> None:
     assert all(any(row) for row in which) and len({row.index(True) for row in which}) > 5
     with pytest.raises(ConfigError, match="shift -1"):
         OutcomeTaskConfig(latents="", shift=-1)
+    with pytest.raises(ConfigError, match="shift 16: needs"):
+        OutcomeTask(replace(config, shift=16), HEAD, 0)

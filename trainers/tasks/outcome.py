@@ -76,7 +76,7 @@ class OutcomeTaskConfig:
         check(self.dreams == 0 or self.dreams >= 2, f"dreams {self.dreams}: must be 0, or 2 or more")
         check(0 <= self.dreamt <= 1, f"dreamt {self.dreamt}: must be in 0..1")
         check(self.context_noise >= 0, f"context_noise {self.context_noise}: must be >= 0")
-        check(0 <= self.shift <= 64, f"shift {self.shift}: must be 0..64 cells")
+        check(self.shift >= 0, f"shift {self.shift}: must be >= 0 cells")
         check(0 < self.val_ratio < 1, f"val_ratio {self.val_ratio}: must be in (0, 1)")
         check(self.max_outcomes >= 2, f"max_outcomes {self.max_outcomes}: must be >= 2")
 
@@ -119,6 +119,12 @@ class OutcomeTask:
         check(found == self.data.codec.spec, f"model.latent {found}: the latents are {self.data.codec.spec}")
         if before is not None:
             initialise(self.model, config.init_from)
+        side = min(found.shape[1:])
+        movable = not self.model.hinted and not found.known and config.shift < side
+        check(
+            not config.shift or movable,
+            f"shift {config.shift}: needs a head without hints, latents without known quantities, and less than {side}",
+        )
         self.context = self.model.config.context
         if dynamics is not None:
             check(

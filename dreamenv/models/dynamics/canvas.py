@@ -192,7 +192,7 @@ class CanvasFlow(Dynamics):
         own, weights, drawn = self.state_dict(), dict(weights), sum(self.sizes[:4])
         for name in ("out.weight", "out.bias"):
             found = weights.get(name)
-            if found is None or found.shape[1:] != own[name].shape[1:] or len(found) <= drawn:
+            if found is None or not found.ndim or found.shape[1:] != own[name].shape[1:] or len(found) < drawn + 2:
                 continue
             layers = (len(found) - drawn) % 2  # moves along one axis are as many as along the other
             apart, moves = found[drawn : drawn + layers], found[drawn + layers :].unflatten(0, (2, -1))
