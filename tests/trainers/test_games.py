@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import trainers.choose
 from dreamenv.bundle import load_bundle
 from dreamenv.contract.frames import NATIVE
 from dreamenv.contract.games import get_game
@@ -126,11 +127,14 @@ def test_the_shares_are_told_which_pixels_change(latents: Path) -> None:
     assert loss.item() == pytest.approx(2 * expected, rel=1e-4)
 
 
-def test_what_is_left_open_is_chosen_by_how_it_dreams(latents: Path, tmp_path: Path) -> None:
+def test_what_is_left_open_is_chosen_by_how_it_dreams(
+    latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = CanvasFlow(CanvasFlowConfig(backbone=CANVAS["backbone"], games=GAMES))  # pyright: ignore
     assert model.out.bias is not None
     with torch.no_grad():  # every pixel becomes brighter by three values a step
         model.out.bias[:48], model.out.bias[48:64], model.out.bias[64:80] = 3 * 4 / 255, 9, -9
+    assert trainers.choose._TOLERANCE == pytest.approx(np.log(10**0.01))
     digest = json.loads((latents / "latents.json").read_text())["codec_sha256"]
     save_model(tmp_path / "model", model, {"step": 7, "codec_sha256": digest, "val_ratio": 0.2})
     found = choose(tmp_path / "model", latents, tmp_path / "chosen", 8, "cpu")
@@ -139,6 +143,11 @@ def test_what_is_left_open_is_chosen_by_how_it_dreams(latents: Path, tmp_path: P
     assert chosen.config.rest == tuple(found["rest"]) and facts["step"] == 7 and facts["chosen"] == found
     again = choose(tmp_path / "chosen", latents, tmp_path / "again", 8, "cpu")
     assert again == found, "what was chosen before does not count"
+    scores = {0.0: 1.0, 4.0: 1.02, 8.0: 1.03, 16.0: 2.0}
+    monkeypatch.setattr(trainers.choose, "_score", lambda tried, *_: scores[tried.config.rest[0]])
+    assert set(choose(tmp_path / "model", latents, tmp_path / "even", 8, "cpu")["rest"]) == {4.0}, "hardly worse"
+    scores[4.0], scores[8.0] = 1.03, 1.03
+    assert set(choose(tmp_path / "model", latents, tmp_path / "best", 8, "cpu")["rest"]) == {0.0}
     with pytest.raises(ConfigError, match="clips 0"):
         choose(tmp_path / "model", latents, tmp_path / "none", 0, "cpu")
     save_model(tmp_path / "other", model, {"step": 7, "codec_sha256": "x"})
