@@ -91,7 +91,8 @@ class DreamVectorEnv(Branching):
             f"truncate_above {truncate_above!r}: must be > 0 or None",
         )
         check(isinstance(exact, bool), f"exact {exact!r}: must be True or False")
-        check(observations in OBSERVATIONS, f"observations {observations!r}: must be one of {', '.join(OBSERVATIONS)}")
+        named = isinstance(observations, str) and observations in OBSERVATIONS
+        check(named, f"observations {observations!r}: must be one of {', '.join(OBSERVATIONS)}")
         num_envs = whole(num_envs, "num_envs", 1, MAX_ENVS)
         if not isinstance(bundle, Bundle):
             bundle = load_bundle(resolve_bundle(bundle, game, distribution_mode), device, precision, game)

@@ -114,6 +114,6 @@ def test_the_planner_plays_the_real_game(toy_bundle: Path, monkeypatch: pytest.M
     made = gym.make_vec
     monkeypatch.setattr(gym, "make_vec", lambda name, **o: made(name, bundle=str(toy_bundle), **o))
     program = runpy.run_path("examples/plan.py")
-    args: Any = program["Args"](levels=2, futures=4, horizon=3, limit=12)
+    args: Any = program["Args"](levels=2, futures=4, horizon=3, every=2, limit=12)
     found = program["main"](args)
     assert found["episodes"] == 2 and 0 <= found["mean_return"] <= 10
