@@ -37,7 +37,7 @@ test-all: $(VENV)/test
 test-lowest: $(VENV)/test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 		--target $(VENV)/lowest -r tests/lowest.txt
-	PYTHONPATH=$(VENV)/lowest $(BIN)/python -m pytest tests/test_worlds.py tests/test_wrappers.py \
+	PYTHONPATH=$(VENV)/lowest $(BIN)/python -m pytest tests/test_worlds.py tests/test_wrappers.py tests/test_latents.py \
 		tests/test_dream_env.py tests/test_dream_env_limits.py tests/test_refusals.py tests/test_snapshots.py tests/envs/test_real_env.py -m "not slow"
 
 # every test of reliability, whole: hours; figures into out/battery

@@ -51,9 +51,7 @@ class FrameStackObservation(VectorWrapper):
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         """See the environment's own; where `options["reset_mask"]` is False the frames stay."""
-        mask = np.array(
-            (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
-        )  # some environments take it out
+        mask = _mask(options, self.num_envs)
         frames, infos = self.env.reset(seed=seed, options=options)
         self._fill(frames, mask)
         self._over = self._over & ~mask
@@ -79,6 +77,11 @@ class FrameStackObservation(VectorWrapper):
 
     def _fill(self, frames: np.ndarray, which: np.ndarray) -> None:
         self._stack[which] = np.asarray(frames)[which][:, None]
+
+
+def _mask(options: dict[str, Any] | None, n: int) -> np.ndarray:
+    """Which environments a reset is of, bool (N,); asked before it, for some take the mask out of the options."""
+    return np.array((options or {}).get("reset_mask", np.ones(n, bool)))
 
 
 class LatentObservation(VectorWrapper):
@@ -109,9 +112,7 @@ class LatentObservation(VectorWrapper):
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         """See the environment's own."""
-        mask = np.array(
-            (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
-        )  # some environments take it out
+        mask = _mask(options, self.num_envs)
         frames, infos = self.env.reset(seed=seed, options=options)
         self._seen.forget(mask)
         self._seen.look(np.asarray(frames), np.full(self.num_envs, NOOP), mask)

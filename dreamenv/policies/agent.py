@@ -198,7 +198,7 @@ def world_model_of(agent: ImpalaAgent, folder: Path | None = None, bundle: Bundl
         PolicyError: none of these bundles makes such latents.
     """
     facts, tried = agent.facts, [] if bundle is None else [bundle]
-    game, told = str(facts.get("game", "coinrun")), facts.get("bundle")
+    game, told = str(facts.get("game", "")), facts.get("bundle")
     folders = [folder.parent] if folder is not None and present(folder.parent / "bundle.json") else []
     folders += [Path(str(told))] if told else [resolve_bundle(None, game)] if game in embedded_games() else []
     for each in [*tried, *folders]:
@@ -210,4 +210,4 @@ def world_model_of(agent: ImpalaAgent, folder: Path | None = None, bundle: Bundl
         if fits and found.world_model.latent_shape == tuple(agent.config.latent or ()):
             return found.world_model
     named = ", ".join(str(each.folder if isinstance(each, Bundle) else each) for each in [*tried, *folders]) or "none"
-    raise PolicyError(f"agent of {game}: learnt from latents that no bundle here makes ({named}); name that one")
+    raise PolicyError(f"agent: learnt from latents that no bundle here makes ({named}); give it the one that does")
