@@ -138,6 +138,10 @@ def test_what_differs_from_the_background_moves_alone_over_it() -> None:
         model.out.bias[81] = apart
         shown = to_frames(CODEC.decode(model.predict(state, action).latent)).numpy()[0]
         assert np.array_equal(shown, wanted)
+    model.out.bias[81], model.out.bias[82 + 17 + 8] = 9, 0  # or, as likely, it stays
+    places = [to_images(torch.from_numpy(p)) for p in (last, expected)]
+    half = CODEC.decode(model.predict(state, action).latent)
+    assert torch.allclose(half, (places[0] + places[1]) / 2, atol=1e-3), "a mean of two pictures, not of four"
     with pytest.raises(ConfigError, match="layered: without motion"):
         CanvasFlowConfig(layered=True)
 

@@ -107,6 +107,11 @@ class CanvasFlow(Dynamics):
         told = (k + 2 + bool(config.games)) * (e // 2)
         self.condition = nn.Sequential(nn.Linear(told, 2 * e), nn.SiLU(), nn.Linear(2 * e, e), nn.SiLU())
 
+    @property
+    def local(self) -> bool:
+        """See `Dynamics.local`: as its backbone."""
+        return self.backbone.local
+
     def begin(
         self,
         latents: Tensor,
@@ -180,8 +185,9 @@ class CanvasFlow(Dynamics):
         if not self.config.layered:
             return moved(last, moves, patch)
         differs = ((last - background).abs().unflatten(1, (3, self.pixels)).amax(1) >= _SAME).to(last.dtype)
-        whole, cover = moved(torch.cat([last, differs], 1), moves, patch).split([last.shape[1], self.pixels], 1)
-        alone = background + cover.repeat(1, 3, 1, 1) * (whole - background)
+        sprite = torch.cat([last * differs.repeat(1, 3, 1, 1), last, differs], 1)
+        sprite, whole, cover = moved(sprite, moves, patch).split([last.shape[1], last.shape[1], self.pixels], 1)
+        alone = sprite + (1 - cover.repeat(1, 3, 1, 1)) * background
         return blend(whole, alone, apart.expand(-1, self.pixels, -1, -1))
 
     def grown(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
