@@ -17,6 +17,9 @@ from dreamenv.contract.actions import NUM_ACTIONS
 from dreamenv.errors import BundleError
 
 _LIMIT = 2**28  # bytes of frames, unpacked
+_FILTERS = [
+    {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0, "lc": 4, "lp": 0}
+]  # for bytes, not words
 _XZ = b"\xfd7zXZ\x00"  # how an .xz stream begins; zlib's, of bundles before version 3, begin otherwise
 
 
@@ -37,7 +40,8 @@ class Starts:
 
 def pack_starts(starts: Starts) -> bytes:
     """A bank as a safetensors file, its frames compressed as one: many of a game's pictures share a background."""
-    packed = np.frombuffer(lzma.compress(np.ascontiguousarray(starts.frames).tobytes()), np.uint8)
+    packed = lzma.compress(np.ascontiguousarray(starts.frames).tobytes(), lzma.FORMAT_XZ, filters=_FILTERS)
+    packed = np.frombuffer(packed, np.uint8)
     return save_arrays({"frames": packed, "actions": starts.actions, "level_seeds": starts.level_seeds})
 
 
