@@ -30,6 +30,8 @@ class DynamicsBatch(Batch):
         extra: what terms want besides, by their own names.
         game: int64 (B,), which of several games each sample is of; None where there is but one.
         weight: float32 (B,), how much each sample's errors count; None is 1.
+        rim: bool (B, H, W), cells that are not predicted but go on from the truth: what is beside them, outside a part
+            of a picture, is not known. None where pictures are whole.
     """
 
     latents: Tensor
@@ -41,6 +43,7 @@ class DynamicsBatch(Batch):
     extra: dict[str, Tensor] = field(default_factory=dict)
     game: Tensor | None = None
     weight: Tensor | None = None
+    rim: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -191,12 +194,14 @@ class Rollouts:
         given = given.repeat(times, 1)
         cells = 1 + self.config.importance * (batch.importance.float() / 16 - 1).clamp_min(0)
         cells = cells if batch.weight is None else cells * batch.weight[:, None, None, None]
+        rim = None if batch.rim is None else batch.rim.repeat(times, 1, 1)
         steps, trail = [], list(state.latents.unbind(1))
         half = torch.full((len(given),), 0.5, device=given.device)
         for u in range(self.config.unroll):
             action, target = given[:, k - 1 + u], batch.latents[:, k + u]
             target = target.repeat(times, 1, 1, 1)
             live = batch.live[:, u].float()[:, None, None].repeat(times, 1, 1) * self.codec.visible(target)
+            live = live if rim is None else live * ~rim
             hints = dynamics.truth(state, target)
             prediction = self.model(state, action, level=level, hints=hints)
             draw, going = None, prediction.latent
@@ -208,6 +213,8 @@ class Rollouts:
             weights = cells[:, u].repeat(times, 1, 1)
             steps.append(Step(state, action, target, hints, prediction, draw, error, live, weights))
             following = dynamics.align(going.to(state.latents.dtype), target)
+            if rim is not None:
+                following = torch.where(rim[:, None], target.to(following.dtype), following)
             trail.append(following)
             if self.config.own < 1:
                 own = self.uniform(len(following)) < self.config.own

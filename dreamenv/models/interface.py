@@ -161,6 +161,11 @@ class Dynamics(nn.Module, ABC):
         return getattr(self.config, "games", ())
 
     @property
+    def local(self) -> bool:
+        """Whether a part of a picture is to it as a smaller picture is."""
+        return False
+
+    @property
     def sees_noise(self) -> bool:
         """Whether what it says at tau = 0 depends on the noise `x`."""
         return False
@@ -270,10 +275,12 @@ class Backbone(nn.Module, ABC):
     Attributes:
         width: channels of its features.
         attends: whether it looks at the sequence of actions.
+        local: whether it knows a cell's place only from where the picture ends.
     """
 
     width: int
     attends: bool = False
+    local: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, x: Tensor, cond: Tensor, tokens: Tensor | None = None) -> Tensor:

@@ -19,6 +19,7 @@ from dreamenv.models.interface import Codec, Dynamics, to_frames
 from dreamenv.models.io import initialise
 from dreamenv.models.registry import build, register
 from dreamenv.video import check_film, save_video
+from trainers.crop import cropped
 from trainers.latent_data import LatentDataset, channel_weights
 from trainers.models import check_told, completed, of_game, told_apart
 from trainers.rollout import DynamicsBatch, RolloutConfig, Rollouts
@@ -60,6 +61,10 @@ class DynamicsTaskConfig:
     changes: float = 0.0
     """Share of samples drawn the more often, the more their first step changes, of each game as many; the others are
     drawn evenly."""
+    crop: int = 0
+    """Rows and columns of cells of the part of each picture that is learnt from, 0 for whole pictures: that costs so
+    much less, and much of a picture mostly stands still. The share `changes` of the parts is laid around what changes.
+    Their outermost cells, but for a picture's own edge, go on from the truth and do not count."""
     even: float = 0.0
     """How far several games' errors count alike: each is divided by what copying the last latent costs in that game, to
     this power. 0 leaves them as they are: games in which much moves decide nearly all of the loss."""
@@ -78,6 +83,7 @@ class DynamicsTaskConfig:
         check(self.importance >= 0, f"importance {self.importance}: must be >= 0")
         check(0 <= self.past <= 64, f"past {self.past}: must be in 0..64")
         check(1 <= self.gap <= 1000, f"gap {self.gap}: must be in 1..1000")
+        check(self.crop == 0 or 4 <= self.crop <= 256, f"crop {self.crop}: must be 0, or 4..256")
         check(0 <= self.changes <= 1, f"changes {self.changes}: must be in 0..1")
         check(0 <= self.even <= 1, f"even {self.even}: must be in 0..1")
         for name in ("drop_actions", "pad", "forget"):
@@ -121,11 +127,23 @@ class DynamicsTask:
         check(fits, f"terms {', '.join(wanted)}: want draws, and the dynamics know no noise; leave them out")
         networks = nn.ModuleDict({name: term for name, term in self.terms.items() if list(term.parameters())})
         self.auxiliary: nn.Module | None = networks if len(networks) else None
+        self._check_crop()
         self._split()
         probe = np.random.default_rng(0).choice(len(self.data.stored), 256)
         latents = self.data.latents_at(np.sort(probe)).float()
         self.channels = channel_weights(self.codec, latents)[:, None, None]
         self._weigh()
+
+    def _check_crop(self) -> None:
+        """Raise `ConfigError` if parts of pictures are wanted and something needs whole ones."""
+        crop, fits = self.config.crop, min(self.codec.spec.shape[1:])
+        if not crop:
+            return
+        check(crop <= fits, f"crop {crop}: the latents of {self.config.latents} have {fits} cells; use 0..{fits}")
+        whole = [name for name, term in self.terms.items() if type(term).extra is not Term.extra]
+        check(not whole, f"crop {crop}: terms {', '.join(whole)} want whole pictures; leave them out, or set crop to 0")
+        sound = self.model.local and not self.codec.columns and not self.codec.keeps
+        check(sound, f"crop {crop}: {type(self.model).__name__} wants whole pictures; set crop to 0")
 
     def _weigh(self) -> None:
         """How often each training step is drawn, and how much its game's errors count."""
@@ -176,7 +194,8 @@ class DynamicsTask:
         last = now + u
         for term in self.terms.values():
             now, last = term.choose(rng, now, last)
-        return self._gathered(rng, now, last)
+        batch = self._gathered(rng, now, last)
+        return cropped(rng, batch, self.context, config.crop, config.changes) if config.crop else batch
 
     def _gathered(self, rng: np.random.Generator, now: np.ndarray, last: np.ndarray) -> DynamicsBatch:
         """Samples that begin at `now` (B,) and of which the steps up to `last` (B,) exist."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,8 @@ class UNetConfig:
 @register("backbone", "unet", UNetConfig)
 class UNet(Backbone):
     """U-Net (Ronneberger et al. 2015) of `ResBlock`s, each level half the grid before, conditioned by a vector."""
+
+    local: ClassVar[bool] = True
 
     def __init__(self, config: UNetConfig, c_in: int, cond: int, tokens: int = 0) -> None:
         super().__init__()
