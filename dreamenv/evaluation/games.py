@@ -1,16 +1,19 @@
 """Every embedded game's figures in one table: `python -m dreamenv.evaluation.games FILE.md`.
 
-Embedded games without a card are measured first, one after the other; a killed run goes on where it was. Then the
+Embedded games without a card are measured first; a killed run goes on where it was. Then the
 tables between a Markdown file's markers are written anew from the cards.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import tyro
 
 from dreamenv.bundle import embedded_games, load_bundle
@@ -92,8 +95,8 @@ def _known(value: Any) -> bool:
     return isinstance(value, (int, float)) and not np.isnan(value)
 
 
-def measure(folder: Path, game: str, config: CompareConfig, sampler: SamplerConfig, out: Path) -> None:
-    """Measure one game (needs procgen) and store the figures in the bundle as its card.
+def measure(folder: Path, game: str, config: CompareConfig, sampler: SamplerConfig, out: Path) -> dict[str, Any]:
+    """Measure one game (needs procgen): the figures of its card.
 
     Args:
         folder: of the bundle.
@@ -105,8 +108,32 @@ def measure(folder: Path, game: str, config: CompareConfig, sampler: SamplerConf
     bundle = load_bundle(folder, "auto", game=game)
     result = compare(bundle, config, sampler, lambda stage: print(f"[{game}] {stage}", flush=True))
     save_comparison(out / game, bundle, config, result)
-    asked = {"policy": config.policy, "levels": list(config.levels), "seed": config.seed}
-    update_card(folder, result.figures | asked, game)
+    return result.figures | {"policy": config.policy, "levels": list(config.levels), "seed": config.seed}
+
+
+def measure_all(
+    wanted: dict[str, Path], config: CompareConfig, sampler: SamplerConfig, out: Path, jobs: int = 1
+) -> None:
+    """Measure games, `jobs` at a time, and store each one's figures in its bundle as its card as soon as it has them.
+
+    Args:
+        wanted: game -> folder of its bundle; others as of `measure`.
+        jobs: processes, which share the threads that PyTorch is to use.
+    """
+    if jobs == 1:
+        for game, folder in wanted.items():
+            update_card(folder, measure(folder, game, config, sampler, out), game)
+        return
+    threads = max(torch.get_num_threads() // jobs, 1)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, spawn, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        begun = {pool.submit(measure, folder, game, config, sampler, out): game for game, folder in wanted.items()}
+        try:
+            for done in as_completed(begun):
+                update_card(wanted[begun[done]], done.result(), begun[done])
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def main(
@@ -116,6 +143,7 @@ def main(
     clips: int = SETTINGS.clips,
     nfe: int = 1,
     again: bool = False,
+    jobs: int = 1,
 ) -> None:
     """Measure embedded games that are not measured yet, and write the tables.
 
@@ -126,16 +154,17 @@ def main(
         clips: held-out clips.
         nfe: network function evaluations per step.
         again: measure all of them anew.
+        jobs: games that are measured at a time, each in a process.
     """
+    check(1 <= jobs <= 256, f"jobs {jobs}: must be 1..256")
     embedded = embedded_games()
     for name in games:
         check(name in embedded, f"games {name}: not embedded; {', '.join(embedded)} are")
     config = replace(SETTINGS, clips=clips)
     for file in files:
         rooms(file, _TABLES)
-    for name in games or embedded:
-        if again or games or not load_bundle(embedded[name], "cpu", game=name).card:
-            measure(embedded[name], name, config, SamplerConfig(nfe=nfe), out)
+    chosen = [n for n in games or embedded if again or games or not load_bundle(embedded[n], "cpu", game=n).card]
+    measure_all({name: embedded[name] for name in chosen}, config, SamplerConfig(nfe=nfe), out, jobs)
     cards = {name: load_bundle(folder, "cpu", game=name).card for name, folder in embedded.items()}
     cards = {name: card for name, card in cards.items() if card}
     tables = {name: games_table(cards, columns) for name, columns in _TABLES.items()}

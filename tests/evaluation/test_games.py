@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dreamenv.bundle import embedded_games
+from dreamenv.bundle import embedded_games, load_bundle
 from dreamenv.errors import BundleError, ConfigError
 from dreamenv.evaluation.demo import mosaic
-from dreamenv.evaluation.games import PICTURES, SHORT, games_table
+from dreamenv.evaluation.games import PICTURES, SETTINGS, SHORT, games_table, measure_all
 from dreamenv.evaluation.metrics import still_pixels
 from dreamenv.evaluation.pages import write_tables
+from dreamenv.flow import SamplerConfig
 
 
 def test_a_mosaic_shows_every_game_beside_its_dream(tmp_path: Path) -> None:
@@ -59,3 +62,22 @@ def test_a_table_has_a_line_a_game_and_the_medians(tmp_path: Path) -> None:
         write_tables(page, {"games-short": "new"})
     with pytest.raises(ConfigError, match="cannot be read"):
         write_tables(tmp_path / "none.md", {"games-short": "new"})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_games_measured_at_a_time_have_the_figures_of_games_measured_alone(tmp_path: Path) -> None:
+    games = ("maze", "leaper")
+    few = {"clips": 2, "horizon": 6, "random_clips": 2, "examined": 1, "steps": 320, "samples": 1, "branches": 2}
+    little = {"negatives": 8, "events": 4, "drift": 1, "policies": ("random", "sticky"), "episodes": 1, "limit": 4}
+    config = replace(SETTINGS, **few, **little, endless_steps=4)
+    cards = []
+    for jobs in (1, 2):
+        folder = tmp_path / f"jobs{jobs}"
+        shutil.copytree(embedded_games()["maze"], folder)
+        measure_all(dict.fromkeys(games, folder), config, SamplerConfig(nfe=1), tmp_path / "out", jobs)
+        cards.append({game: load_bundle(folder, "cpu", game=game).card for game in games})
+    for game in games:
+        alone, together = (card[game] for card in cards)
+        assert alone["psnr_1"] == pytest.approx(together["psnr_1"], abs=0.01) and alone["clips"] == 2
+        assert alone.keys() == together.keys() and alone["copy_psnr_1"] == together["copy_psnr_1"]
