@@ -50,6 +50,9 @@ class BenchmarkConfig:
     """The algorithm, of both worlds."""
     horizon: int | None = None
     """Cut dreams off after so many steps; None leaves the game's own limit."""
+    choose: int = 0
+    """Imagined steps between evaluations in dreams that begin elsewhere; the agent that did best in one is taken from
+    the dream then. 0 takes the last. The game is never asked."""
     bundle: Path | None = None
     """Bundle folder of the dreams; the embedded one by default."""
     episodes: int = 500
@@ -78,6 +81,7 @@ class BenchmarkConfig:
             check(len(set(values)) == len(values), f"{name} {', '.join(map(str, values))}: one is named twice")
         for name in ("steps", "episodes", "tried", "jobs"):
             whole(getattr(self, name), name, 1)
+        whole(self.choose, "choose", 0)
         load_algorithm(self.config)
         pick_device(self.device)
         for game in self.games:
@@ -98,6 +102,8 @@ class BenchmarkConfig:
         shared |= {"steps": self.steps, "config": self.config, "eval_episodes": 0, "device": self.device}
         if world == "dream":
             shared |= {"bundle": self.bundle, "horizon": self.horizon}
+        if world == "dream" and self.choose:
+            shared |= {"judge": "dream", "eval_every": self.choose, "eval_episodes": 64}
         return TrainConfig(**shared, resume=True)
 
 
@@ -144,7 +150,7 @@ def _train(config: BenchmarkConfig, game: str, world: str, seed: int) -> None:
 
 _OPTIONS = (
     *("world", "game", "steps", "out", "config", "bundle", "horizon"),
-    *("eval_episodes", "device", "seed", "resume"),
+    *("judge", "eval_every", "eval_episodes", "device", "seed", "resume"),
 )
 
 
@@ -167,7 +173,8 @@ def _row(config: BenchmarkConfig, game: Game) -> dict[str, Any]:
     best = max(means, key=lambda action: means[action])
     players = {"random": {"random": "random"}, "constant": {best.replace(":", "-"): best}}
     for world in _WORLDS:
-        runs = {f"{world}-{seed}": config.run(game.name, world, seed).out / "agent" for seed in config.seeds}
+        kept = "best" if world == "dream" and config.choose else "agent"
+        runs = {f"{world}-{seed}": config.run(game.name, world, seed).out / kept for seed in config.seeds}
         players[world] = {name: str(folder) for name, folder in runs.items()}
     row: dict[str, Any] = {"held": best.partition(":")[2], "steps": config.steps, "seeds": list(config.seeds)}
     low, high = game.easy

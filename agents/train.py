@@ -1,7 +1,7 @@
 """Trains an agent in the real game, in the dream, or in both at once.
 
 `python -m agents.train --world dream --game coinrun --steps 1000000 --out runs/agents/dream`. The run folder holds
-`agent/` (JSON + safetensors), `best/` by the evaluation in the other world, `checkpoint/`, `progress.csv` and
+`agent/` (JSON + safetensors), `best/` by the evaluations on the way, `checkpoint/`, `progress.csv` and
 TensorBoard's files. Run the same line with `--resume` after a kill.
 """
 
@@ -94,8 +94,11 @@ class TrainConfig:
     game the bundle's codec makes them."""
     nfe: int = 1
     """Network function evaluations of the dream's steps; one, which dreams the mean, teaches at less cost."""
+    judge: Literal["other", "real", "dream"] = "other"
+    """Where it is evaluated: in the other world, or in the one named. `dream` for an agent that learns in the dream
+    begins at first frames of levels, not at the starts it learns from, and asks the game for no reward."""
     eval_every: int = 0
-    """Environment steps between evaluations in the other world; 0 evaluates at the end only."""
+    """Environment steps between evaluations; 0 evaluates at the end only. The best agent so far is kept in `best/`."""
     eval_episodes: int = 64
     """Episodes of each evaluation, on training levels; 0 evaluates never, for games that no bundle knows yet."""
     checkpoint_every: int = 10
@@ -118,6 +121,8 @@ class TrainConfig:
         check(self.penalty >= 0, f"penalty {self.penalty}: must be >= 0")
         check(not self.penalty or self.world != "real", f"penalty {self.penalty}: the real game has no uncertainty")
         known = self.observations in ("pixels", "latent")
+        places = ("other", "real", "dream")
+        check(self.judge in places, f"judge {self.judge!r}: must be one of {', '.join(places)}")
         check(known, f"observations {self.observations!r}: must be 'pixels' or 'latent'")
         check(not self.eval_every or self.eval_episodes > 0, f"eval_every {self.eval_every}: needs eval_episodes")
         check(
@@ -128,12 +133,12 @@ class TrainConfig:
 
 
 class _Keeper(BaseCallback):
-    """Between rollouts: checkpoint, evaluate in the other world, keep the best."""
+    """Between rollouts: checkpoint, evaluate, keep the best."""
 
     def __init__(self, config: TrainConfig, identity: str) -> None:
         super().__init__()
         self.config, self.identity = config, identity
-        self.other = "real" if config.world == "dream" else "dream"
+        self.where = config.judge if config.judge != "other" else {"dream": "real"}.get(config.world, "dream")
         self.rollouts, self.evaluated, self.best = 0, 0, float("-inf")
         self.collecting, self._began = 0.0, time.perf_counter()
 
@@ -141,7 +146,7 @@ class _Keeper(BaseCallback):
         """Go on after `steps`: remember the best so far, and do not make up for evaluations of before."""
         self.evaluated = steps
         if present(self.config.out / "best" / "agent.json"):
-            self.best = float(agent_facts(self.config.out / "best").get(f"{self.other}_return", "-inf"))
+            self.best = float(agent_facts(self.config.out / "best").get(f"{self.where}_return", "-inf"))
 
     def _on_rollout_start(self) -> None:
         steps, every = self.model.num_timesteps, self.config.eval_every
@@ -170,10 +175,10 @@ class _Keeper(BaseCallback):
 
     def judge(self) -> dict[str, Any]:
         """Evaluate without touching the run's random streams; keeps the agent if it is the best so far."""
-        other, state = self.other, torch.get_rng_state()
+        where, state = self.where, torch.get_rng_state()
         figures = evaluate(
             to_agent(self.model).cpu(),
-            other,
+            where,
             self.config.game,
             (TRAIN_LEVELS[0], sum(TRAIN_LEVELS)),  # the first, and the one after the last
             self.config.eval_episodes,
@@ -183,10 +188,10 @@ class _Keeper(BaseCallback):
         ).figures
         torch.set_rng_state(state)
         for name in ("mean_return", "success_rate", "mean_length"):
-            self.logger.record(f"{other}/{name}", figures[name])
+            self.logger.record(f"{where}/{name}", figures[name])
         if figures["mean_return"] > self.best:
             self.best = figures["mean_return"]
-            save_algorithm(self.config.out / "best", self.model, _facts(self.config) | {f"{other}_return": self.best})
+            save_algorithm(self.config.out / "best", self.model, _facts(self.config) | {f"{where}_return": self.best})
         return figures
 
 
@@ -320,7 +325,7 @@ def _train(config: TrainConfig, algorithm: AlgorithmConfig, progress: bool) -> d
         "steps": model.num_timesteps,
         "steps_per_s": steps / seconds if steps else 0.0,
         "shares": _shares(inner, timed.seconds, keeper.collecting, seconds) if steps else {},
-        ("real" if config.world == "dream" else "dream"): figures,
+        keeper.where: figures,
     }
 
 

@@ -117,7 +117,10 @@ def measure_all(
     """Measure games, `jobs` at a time, and store each one's figures in its bundle as its card as soon as it has them.
 
     Args:
-        wanted: game -> folder of its bundle; others as of `measure`.
+        wanted: game -> folder of its bundle.
+        config: how much is measured.
+        sampler: how dreams are drawn.
+        out: folder for the reports.
         jobs: processes, which share the threads that PyTorch is to use.
     """
     if jobs == 1:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from agents.evaluate import evaluate
+from agents.evaluate import Evaluation, evaluate
 from agents.report import learnt_from
 from agents.saved import ALGORITHMS, agent_facts, go_on_from, make_algorithm, save_algorithm, to_agent
 from agents.train import AlgorithmConfig, TimedVecEnv, TrainConfig, load_algorithm, train
@@ -217,6 +217,26 @@ def config(tmp_path: Path, bundle: Path, **changes: Any) -> TrainConfig:
         "horizon": 30,
     }
     return TrainConfig(**cast(Any, settings | changes))
+
+
+@pytest.mark.slow
+def test_a_dreamer_can_be_judged_in_other_dreams_alone(
+    toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worlds: list[str] = []
+
+    def watched(agent: Any, world: str, *args: Any, **options: Any) -> Evaluation:
+        worlds.append(world)
+        return evaluate(agent, world, *args, **options)
+
+    monkeypatch.setattr("agents.train.evaluate", watched)
+    result = train(config(tmp_path, toy_bundle, judge="dream", eval_every=128))
+    assert worlds == ["dream", "dream"] and "real" not in result
+    kept = tmp_path / "run" / "best"
+    again = evaluate(str(kept), "dream", levels=(0, 10_000), episodes=2, bundle=toy_bundle, nfe=1)
+    assert agent_facts(kept)["dream_return"] == again.figures["mean_return"] >= result["dream"]["mean_return"]
+    with pytest.raises(ConfigError, match="judge 'game': must be one of other, real, dream"):
+        config(tmp_path, toy_bundle, judge="game")
 
 
 @pytest.mark.slow

@@ -69,10 +69,14 @@ def test_agents_of_both_worlds_are_trained_and_judged_once(
         {"games": ("maze", "maze")},
         {"seeds": ()},
         {"episodes": 0},
+        {"choose": -1},
         {"horizon": 10**6},
         {"games": ("x",)},
         {"device": "y"},
     ]
+    chosen = BenchmarkConfig(**(shared | {"choose": 8}))
+    asked = {world: chosen.run("coinrun", world, 0) for world in ("real", "dream")}
+    assert (asked["dream"].judge, asked["dream"].eval_every) == ("dream", 8) and asked["real"].eval_every == 0
     with pytest.raises(BundleError):
         BenchmarkConfig(bundle=tmp_path / "nowhere")
     for wrong in wrongs:

@@ -43,7 +43,8 @@ def places() -> DynamicsBatch:
     for i in range(B):
         latents[i, K:, 2, i % SIDE, i % SIDE] = 1
     importance = torch.from_numpy(rows * SIDE + columns).to(torch.uint8).expand(B, U, SIDE, SIDE)
-    return DynamicsBatch(latents, torch.zeros(B, K + U, dtype=torch.long), importance, torch.ones(B, U, dtype=torch.bool))
+    actions, live = torch.zeros(B, K + U, dtype=torch.long), torch.ones(B, U, dtype=torch.bool)
+    return DynamicsBatch(latents, actions, importance, live)
 
 
 @pytest.mark.parametrize("around", [0.0, 1.0])
