@@ -9,13 +9,19 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+from PIL import Image
 
 import agents.benchmark
+import agents.real_steps
 from agents.benchmark import BenchmarkConfig, distinct_actions, run_benchmark, share_of_the_way, table_of
 from agents.evaluate import evaluate
+from agents.real_steps import RealStepsConfig, run_real_steps
+from agents.saved import agent_facts
 from dreamenv.contract.games import GAMES, get_game
+from dreamenv.data import Dataset
 from dreamenv.errors import BundleError, ConfigError
 from dreamenv.vector import DreamVectorEnv
+from tests.here import run_here
 
 ALGORITHM = """
 algorithm: PPO
@@ -74,7 +80,8 @@ def test_agents_of_both_worlds_are_trained_and_judged_once(
         {"games": ("x",)},
         {"device": "y"},
     ]
-    chosen = BenchmarkConfig(**(shared | {"choose": 8}))
+    choosing: dict[str, Any] = shared | {"choose": 8}
+    chosen = BenchmarkConfig(**choosing)
     asked = {world: chosen.run("coinrun", world, 0) for world in ("real", "dream")}
     assert (asked["dream"].judge, asked["dream"].eval_every) == ("dream", 8) and asked["real"].eval_every == 0
     with pytest.raises(BundleError):
@@ -82,6 +89,46 @@ def test_agents_of_both_worlds_are_trained_and_judged_once(
     for wrong in wrongs:
         with pytest.raises(ConfigError):
             BenchmarkConfig(**wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_how_many_real_steps_it_takes_is_one_command_that_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "small.yaml").write_text(ALGORITHM)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- agents-steps -->\n<!-- /agents-steps -->\n")
+    shared: dict[str, Any] = {"games": ("maze",), "steps": (2000,), "imagined": 16, "stage_steps": 2, "limit": 20}
+    shared |= {
+        "config": tmp_path / "small.yaml",
+        "recipe": "predictor_patches",
+        "episodes": 5,
+        "horizon": 9,
+        "docs": page,
+    }
+    shared |= {"set": ("loop.batch_size=4", "task.val_ratio=0.2"), "out": tmp_path / "out"}
+    monkeypatch.setattr(agents.real_steps, "run_command", run_here)
+    rows = run_real_steps(RealStepsConfig(**shared))
+    assert [row["steps"] for row in rows] == [2000]
+    for row in rows:
+        here = tmp_path / "out" / "maze" / str(row["steps"])
+        assert row["steps"] <= len(Dataset(here / "model" / "data")) < row["steps"] + 200
+        assert agent_facts(here / "dream" / "agent")["world"] == "dream"
+        for world in ("real", "dream"):
+            judged = evaluate(str(here / world / "agent"), game="maze", episodes=5, limit=20).figures
+            assert row[world] == judged["mean_return"] and row[f"{world}_low"] <= row[world] <= row[f"{world}_high"]
+    assert "| maze, 2,000 |" in page.read_text()
+    with Image.open(tmp_path / "out" / "real_steps.png") as plot:
+        assert plot.width > 500
+    monkeypatch.setattr(agents.real_steps, "run_command", None)  # a second run trains nothing
+    monkeypatch.setattr(agents.real_steps, "evaluate", None)
+    assert run_real_steps(RealStepsConfig(**shared)) == rows
+    wrongs: list[dict[str, Any]]
+    wrongs = [{"steps": (5, 5)}, {"steps": ()}, {"steps": (0,)}, {"minutes": 0}, {"games": ("x",)}, {"horizon": 10**6}]
+    for wrong in wrongs:
+        with pytest.raises(ConfigError):
+            RealStepsConfig(**wrong)
 
 
 def test_the_planner_finds_what_the_dream_rewards(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
