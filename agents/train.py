@@ -20,14 +20,13 @@ import tyro
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
 from stable_baselines3.common.logger import Logger, make_output_format
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
+from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv
 
-from agents.adapter import NativeVecEnv
 from agents.checkpoint import load_checkpoint, save_checkpoint
 from agents.evaluate import evaluate
 from agents.saved import agent_facts, go_on_from, make_algorithm, save_algorithm, to_agent
-from agents.worlds import TRAIN_LEVELS, MixedVecEnv, make_world
+from agents.worlds import TRAIN_LEVELS, TimedVecEnv, make_world, time_shares
 from dreamenv import checkpoints
 from dreamenv.artifacts import checksum, only_writer, present
 from dreamenv.bundle import load_bundle, resolve_bundle
@@ -85,6 +84,9 @@ class TrainConfig:
     """End dreams whose uncertainty exceeds this."""
     penalty: float = 0.0
     """Take so much of the dream's uncertainty from each reward (MOPO, Yu et al. 2020)."""
+    vote: Path | None = None
+    """Bundle of a second model on the same latents, such as one fine-tuned on other data: how far the two disagree is
+    the dream's uncertainty then, for `penalty` and `truncate_above`."""
     starts: Path | None = None
     """Dataset folder whose real contexts dreams start from, instead of the bundle's bank."""
     share: float = 0.5
@@ -119,7 +121,9 @@ class TrainConfig:
         for name in ("eval_every", "eval_episodes"):
             check(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: must be >= 0")
         check(self.penalty >= 0, f"penalty {self.penalty}: must be >= 0")
-        check(not self.penalty or self.world != "real", f"penalty {self.penalty}: the real game has no uncertainty")
+        for name in ("penalty", "vote"):
+            value = getattr(self, name)
+            check(not value or self.world != "real", f"{name} {value}: the real game has no uncertainty")
         known = self.observations in ("pixels", "latent")
         places = ("other", "real", "dream")
         check(self.judge in places, f"judge {self.judge!r}: must be one of {', '.join(places)}")
@@ -195,39 +199,6 @@ class _Keeper(BaseCallback):
         return figures
 
 
-class TimedVecEnv(VecMonitor):
-    """`VecMonitor` that also adds up the seconds spent in the environments.
-
-    Attributes:
-        seconds: spent in `step_wait` so far.
-    """
-
-    def __init__(self, venv: VecEnv) -> None:
-        super().__init__(venv)
-        self.seconds = 0.0
-
-    def step_wait(self) -> Any:
-        """See `VecMonitor.step_wait`."""
-        began = time.perf_counter()
-        result = super().step_wait()
-        self.seconds += time.perf_counter() - began
-        return result
-
-
-def _shares(envs: VecEnv, env: float, collecting: float, total: float) -> dict[str, float]:
-    """Where the time went: `imagine` and `decode` (the dream's networks), the rest of `env`, `policy`, and `update`.
-
-    `update` is all that is not collecting: gradients, and checkpoints between rollouts.
-    """
-    parts = [p.envs for p in envs.parts] if isinstance(envs, MixedVecEnv) else [cast(NativeVecEnv, envs).envs]
-    dream = {"imagine": 0.0, "decode": 0.0}
-    for part in parts:
-        for name, seconds in getattr(part.unwrapped, "seconds", {}).items():
-            dream[name] += seconds
-    spent = dream | {"env": env - sum(dream.values()), "policy": collecting - env, "update": total - collecting}
-    return {name: max(seconds, 0.0) / total for name, seconds in spent.items()}
-
-
 def _facts(config: TrainConfig) -> dict[str, Any]:
     before: dict[str, Any] = {} if config.agent is None else {"from": agent_facts(config.agent)}
     if config.observations == "latent":
@@ -252,6 +223,7 @@ def _made(config: TrainConfig, algorithm: AlgorithmConfig) -> tuple[Any, TimedVe
         "truncate_above": config.truncate_above,
         "sampler": {"nfe": config.nfe},
         "penalty": config.penalty,
+        "vote": config.vote,
     }
     options: dict[str, Any] = {"observations": config.observations} | ({} if config.world == "real" else dreaming)
     where = (config.world, config.game, algorithm.num_envs, config.bundle, config.device, config.starts, config.share)
@@ -268,8 +240,8 @@ def train(config: TrainConfig, progress: bool = False) -> dict[str, Any]:
     """Train one agent and save it as `<out>/agent`.
 
     Returns:
-        `agent` (its folder), `steps`, `steps_per_s`, `shares` of the time (see `_shares`), and the last evaluation's
-        figures.
+        `agent` (its folder), `steps`, `steps_per_s`, `shares` of the time (see `time_shares`), and the
+        last evaluation's figures.
 
     Raises:
         ConfigError: bad settings.
@@ -324,7 +296,7 @@ def _train(config: TrainConfig, algorithm: AlgorithmConfig, progress: bool) -> d
         "agent": str(folder),
         "steps": model.num_timesteps,
         "steps_per_s": steps / seconds if steps else 0.0,
-        "shares": _shares(inner, timed.seconds, keeper.collecting, seconds) if steps else {},
+        "shares": time_shares(inner, timed.seconds, keeper.collecting, seconds) if steps else {},
         keeper.where: figures,
     }
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
+from stable_baselines3.common.vec_env import VecMonitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvStepReturn
 
 from agents.adapter import NativeVecEnv
@@ -53,6 +55,7 @@ def dream_world(
     horizon: int | None = None,
     starts: Starts | None = None,
     penalty: float = 0.0,
+    vote: Path | None = None,
     **options: Any,
 ) -> NativeVecEnv:
     """The dream.
@@ -64,6 +67,7 @@ def dream_world(
             starts leave an agent little room to exploit the model's errors.
         starts: real contexts to dream from instead of the bundle's bank.
         penalty: how much of the dream's uncertainty is taken from its rewards, see `UncertaintyPenalty`.
+        vote: bundle folder of a second model, whose disagreement is the dream's uncertainty, see `WorldModel`.
         options: for `DreamVectorEnv`, such as `sampler` and `truncate_above`.
     """
     if horizon is not None:
@@ -72,6 +76,10 @@ def dream_world(
         bundle = replace(bundle, game=replace(bundle.game, max_steps=horizon))
     if starts is not None:
         bundle = replace(bundle, starts=starts)
+    if vote is not None:
+        model = bundle.world_model
+        second = load_bundle(vote, str(model.device), model.precision, bundle.game.name).world_model
+        bundle = replace(bundle, world_model=model.with_second(second))
     envs = DreamVectorEnv(num_envs, bundle=bundle, autoreset_mode="SameStep", **options)
     return NativeVecEnv(UncertaintyPenalty(envs, penalty) if penalty else envs)
 
@@ -211,3 +219,36 @@ class MixedVecEnv(VecEnv):
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
         """See `NativeVecEnv.env_is_wrapped`."""
         return [False for _ in self._get_indices(indices)]
+
+
+class TimedVecEnv(VecMonitor):
+    """`VecMonitor` that also adds up the seconds spent in the environments.
+
+    Attributes:
+        seconds: spent in `step_wait` so far.
+    """
+
+    def __init__(self, venv: VecEnv) -> None:
+        super().__init__(venv)
+        self.seconds = 0.0
+
+    def step_wait(self) -> Any:
+        """See `VecMonitor.step_wait`."""
+        began = time.perf_counter()
+        result = super().step_wait()
+        self.seconds += time.perf_counter() - began
+        return result
+
+
+def time_shares(envs: VecEnv, env: float, collecting: float, total: float) -> dict[str, float]:
+    """Where the time went: `imagine` and `decode` (the dream's networks), the rest of `env`, `policy`, and `update`.
+
+    `update` is all that is not collecting: gradients, and checkpoints between rollouts.
+    """
+    parts = [p.envs for p in envs.parts] if isinstance(envs, MixedVecEnv) else [cast(NativeVecEnv, envs).envs]
+    dream = {"imagine": 0.0, "decode": 0.0}
+    for part in parts:
+        for name, seconds in getattr(part.unwrapped, "seconds", {}).items():
+            dream[name] += seconds
+    spent = dream | {"env": env - sum(dream.values()), "policy": collecting - env, "update": total - collecting}
+    return {name: max(seconds, 0.0) / total for name, seconds in spent.items()}

@@ -21,9 +21,12 @@ class WorldModel:
         precision: "fp32", or "bf16" autocast of dynamics and head, and of a codec's decoder that allows it; the rest of
             a codec is always fp32, for bf16 has no more digits than a pixel.
         game: which of the games that dynamics and head are told apart it is to dream, counted from 0.
+        second: other dynamics of that kind on the same latents, as of another training. How far the two disagree on
+            the next latent is the model's uncertainty then, in place of the error that the first expects: an ensemble
+            as in MOReL (Kidambi et al. 2020). Each step is the first's alone, and costs both.
 
     Raises:
-        ConfigError: the three disagree on what a latent is, how many a state holds, or which games there are.
+        ConfigError: the parts disagree on what a latent is, how many a state holds, or which games there are.
     """
 
     def __init__(
@@ -34,7 +37,11 @@ class WorldModel:
         device: torch.device | str = "cpu",
         precision: str = "fp32",
         game: int = 0,
+        second: Dynamics | None = None,
     ) -> None:
+        alike = second is None or (type(second) is type(dynamics) and second.spec == dynamics.spec)
+        alike = alike and (second is None or (second.context, second.games) == (dynamics.context, dynamics.games))
+        check(alike, f"second: {type(second).__name__} cannot go on from the states of {type(dynamics).__name__}")
         for name, part in (("dynamics", dynamics), ("head", head)):
             check(
                 part.spec == codec.spec, f"{name}: disagrees with the codec on the latents, {part.spec}, {codec.spec}"
@@ -47,8 +54,8 @@ class WorldModel:
         check(0 <= game < count, f"game {game}: must be one of the {count} that the model knows, from 0")
         self.device, self.game = torch.device(device), game
         self.precision = precision
-        self.codec, self.dynamics, self.head = codec, dynamics, head
-        for model in (codec, dynamics, head):
+        self.codec, self.dynamics, self.head, self.second = codec, dynamics, head, second
+        for model in (codec, dynamics, head, *(() if second is None else (second,))):
             model.to(device=self.device)
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
             model.eval().requires_grad_(False)
@@ -62,6 +69,18 @@ class WorldModel:
 
     def _autocast(self, wanted: bool = True) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted and self.precision == "bf16")
+
+    def with_second(self, other: WorldModel) -> WorldModel:
+        """This model with the dynamics of another one as its `second`.
+
+        Raises:
+            ConfigError: the other's latents are made by another codec, or its dynamics are of another kind.
+        """
+        own, its = self.codec.state_dict(), other.codec.state_dict()
+        same = own.keys() == its.keys() and all(torch.equal(own[k], its[k].to(own[k].device)) for k in own)
+        check(same, "second: the two models' codecs differ, so their latents do; trainers.finetune keeps a codec")
+        networks = (self.codec, self.dynamics, self.head)
+        return WorldModel(*networks, self.device, self.precision, self.game, other.dynamics)
 
     @torch.inference_mode()
     def encode(self, frames: np.ndarray | Tensor) -> Tensor:
@@ -126,10 +145,14 @@ class WorldModel:
         noise = None if noise is None else torch.as_tensor(noise, device=self.device)
         with self._autocast():
             prediction = sample(self.dynamics, state, action, noise, sampler)
+            other = None if self.second is None else sample(self.second, state, action, noise, sampler)
         following = self.dynamics.advance(state, action, prediction.latent)
         with self._autocast():
             outcomes = self.head.log_probabilities(state, action, prediction.hints)[:, self._own]
-        return Transition(following, outcomes, prediction.log_error.exp().mean((1, 2)).sqrt())
+        error = prediction.log_error.exp().mean((1, 2))
+        if other is not None:
+            error = (other.latent - prediction.latent).float().square().mean((1, 2, 3))
+        return Transition(following, outcomes, error.sqrt())
 
     @torch.inference_mode()
     def outcomes(self, state: State, actions: np.ndarray | Tensor) -> Tensor:

@@ -18,14 +18,16 @@ import torch
 from agents.evaluate import Evaluation, evaluate
 from agents.report import learnt_from
 from agents.saved import ALGORITHMS, agent_facts, go_on_from, make_algorithm, save_algorithm, to_agent
-from agents.train import AlgorithmConfig, TimedVecEnv, TrainConfig, load_algorithm, train
-from dreamenv.bundle import load_bundle
+from agents.train import AlgorithmConfig, TrainConfig, load_algorithm, train
+from agents.worlds import TimedVecEnv, dream_world
+from dreamenv.bundle import load_bundle, save_bundle
 from dreamenv.errors import CheckpointError, ConfigError, PolicyError
 from dreamenv.policies.agent import ImpalaConfig, load_agent
 from dreamenv.policies.simple import AgentPolicy
 from dreamenv.rewrite import rewrite_bundle
+from dreamenv.world_model import WorldModel
 from tests.agents.common import dreams
-from tests.conftest import of_all, same_bytes, write_toy_bundle
+from tests.conftest import MEAN, of_all, same_bytes, write_toy_bundle
 
 SMALL = {"channels": [4, 8], "features": 16}
 
@@ -217,6 +219,29 @@ def config(tmp_path: Path, bundle: Path, **changes: Any) -> TrainConfig:
         "horizon": 30,
     }
     return TrainConfig(**cast(Any, settings | changes))
+
+
+def test_where_two_models_disagree_the_dream_is_unsure(toy_bundle: Path, tmp_path: Path) -> None:
+    one, stranger = load_bundle(toy_bundle, "cpu"), load_bundle(write_toy_bundle(tmp_path / "other", seed=5), "cpu")
+    dynamics = stranger.world_model.dynamics
+    second = WorldModel(one.world_model.codec, dynamics, one.world_model.head)
+    save_bundle(tmp_path / "second", second, one.game, one.limits, one.starts, {"toy": True})
+    plain = dream_world(one, 3, sampler=MEAN)
+    same, apart = (dream_world(one, 3, sampler=MEAN, vote=folder) for folder in (toy_bundle, tmp_path / "second"))
+    for world in (plain, same, apart):
+        world.envs.reset(seed=1)
+    for t in range(4):
+        state = plain.envs._state
+        steps = [model.step(state, np.full(3, t), None, MEAN).state for model in (one.world_model, second)]
+        off = (steps[0].latents[:, -1] - steps[1].latents[:, -1]).square().mean((1, 2, 3)).sqrt().numpy()
+        seen = [world.envs.step(np.full(3, t)) for world in (plain, same, apart)]
+        assert all(np.array_equal(a, b) for other in seen[1:] for a, b in zip(seen[0][:4], other[:4], strict=True))
+        assert not seen[1][4]["uncertainty"].any() and off.min() > 1e-3
+        assert np.allclose(seen[2][4]["uncertainty"], off, rtol=1e-3)
+    with pytest.raises(ConfigError, match="codecs differ"):
+        dream_world(one, 3, vote=stranger.folder)
+    with pytest.raises(ConfigError, match="the real game has no uncertainty"):
+        TrainConfig(world="real", vote=toy_bundle)
 
 
 @pytest.mark.slow
