@@ -26,10 +26,21 @@ def _sampler(
     return from_dict(SamplerConfig, given if file is None else load_yaml(file), "" if file is None else str(file))
 
 
+def _folder(bundle: Path | None, game: str, distribution_mode: str | None) -> Path:
+    """The bundle that was asked for; raises `ConfigError` if it is of another difficulty."""
+    from dreamenv.bundle import check_mode, load_bundle, resolve_bundle
+
+    folder = resolve_bundle(bundle, game, distribution_mode)
+    if bundle is not None and distribution_mode is not None:
+        check_mode(load_bundle(folder, "cpu", game=game), distribution_mode)
+    return folder
+
+
 def demo(
     out: Path = Path("out/demo"),
     game: str = "",
     bundle: Path | None = None,
+    distribution_mode: str | None = None,
     clips: int = 256,
     horizon: int = 30,
     nfe: int = _SAMPLER.nfe,
@@ -43,6 +54,7 @@ def demo(
             horizon.png and metrics.json.
         game: which embedded game, or which game of a bundle of several; by default all, or the only one.
         bundle: a bundle folder instead.
+        distribution_mode: Procgen's difficulty, which decides the embedded bundle; easy by default.
         clips: how many real clips of one game, each of which the model continues.
         horizon: steps dreamt in each.
         nfe: network function evaluations per step.
@@ -53,13 +65,15 @@ def demo(
     from dreamenv.evaluation.demo import demo as run
     from dreamenv.evaluation.demo import mosaic
 
-    if not game and bundle is None and len(embedded_games()) > 1:
+    if not game and bundle is None and distribution_mode is None and len(embedded_games()) > 1:
         filmed = mosaic(out, sampler=_sampler(nfe), device=device, seed=seed)
         print(f"{len(filmed['games'])} games, each beside its dream; one alone, measured: dreamenv demo --game NAME")
         print(f"written to {out}/: mosaic.mp4, mosaic.gif, mosaic.png")
         return
-    game = game or next(iter(embedded_games() if bundle is None else bundle_games(bundle)))
-    figures = run(out, game, bundle, clips, horizon, sampler=_sampler(nfe), device=device, seed=seed)["figures"]
+    named = embedded_games(distribution_mode or "easy") if bundle is None else bundle_games(bundle)
+    game = game or next(iter(named), "")
+    folder = _folder(bundle, game, distribution_mode)
+    figures = run(out, game, folder, clips, horizon, sampler=_sampler(nfe), device=device, seed=seed)["figures"]
     print(f"\n{'steps dreamt':>14} {'PSNR dB':>9} {'copy last':>9}")
     for h in (1, 5, 10, 30, 50, 100):
         if f"psnr_{h}" in figures:
@@ -115,6 +129,7 @@ def compare(
     out: Path = Path("out/compare"),
     game: str = "coinrun",
     bundle: Path | None = None,
+    distribution_mode: str | None = None,
     nfe: int = _SAMPLER.nfe,
     solver: Literal["euler", "heun"] = "euler",
     temperature: float = 1.0,
@@ -132,6 +147,7 @@ def compare(
         out: folder for report.html, metrics.json, tables, pictures and films.
         game: which embedded bundle; of a bundle of several games, which game.
         bundle: a bundle folder instead.
+        distribution_mode: Procgen's difficulty, which decides the embedded bundle; easy by default.
         nfe: network function evaluations per step.
         solver: euler or heun.
         temperature: scales the dream's noise.
@@ -144,7 +160,7 @@ def compare(
     """
     from tqdm import tqdm
 
-    from dreamenv.bundle import load_bundle, resolve_bundle
+    from dreamenv.bundle import load_bundle
     from dreamenv.config import check
     from dreamenv.evaluation.compare import compare as run
     from dreamenv.evaluation.report import save_comparison
@@ -152,7 +168,7 @@ def compare(
 
     check(not (quick and thorough), "quick and thorough exclude each other: give one")
     settings = settings.quick() if quick else settings.thorough() if thorough else settings
-    loaded = load_bundle(folder := resolve_bundle(bundle, game), device, game=game)
+    loaded = load_bundle(folder := _folder(bundle, game, distribution_mode), device, game=game)
     stages = 6 + bool(settings.drift) + settings.closed_loop + bool(settings.endless_steps)
     with tqdm(total=stages, unit="stage", bar_format="{l_bar}{bar}| {n}/{total} [{elapsed}]") as bar:
         seen: list[str] = []
@@ -176,6 +192,7 @@ def generate(
     out: Path = Path("out/clips"),
     game: str = "coinrun",
     bundle: Path | None = None,
+    distribution_mode: str | None = None,
     form: Literal["video", "dataset", "grid", "futures"] = "video",
     clips: int = 8,
     steps: int = 100,
@@ -194,6 +211,7 @@ def generate(
         out: folder for clip-0000.mp4 and so on, for the dataset, for grid.png or futures.png.
         game: which embedded bundle; of a bundle of several games, which game.
         bundle: a bundle folder instead.
+        distribution_mode: Procgen's difficulty, which decides the embedded bundle; easy by default.
         form: video; dataset, which says that it is of a dream; grid, eight dreams from fixed starts under
             fixed actions; or futures, four dreams of one start under the same actions.
         clips: how many clips.
@@ -207,11 +225,11 @@ def generate(
         device: auto, cpu, cuda ...
         seed: decides starts, actions and noise.
     """
-    from dreamenv.bundle import load_bundle, resolve_bundle
+    from dreamenv.bundle import load_bundle
     from dreamenv.evaluation import generate as module
 
     chosen = _sampler(nfe, solver, temperature, guidance, sampler)
-    loaded = load_bundle(resolve_bundle(bundle, game), device, game=game)
+    loaded = load_bundle(_folder(bundle, game, distribution_mode), device, game=game)
     if form in ("grid", "futures"):
         path = out / f"{form}.png"
         if form == "grid":
@@ -231,6 +249,7 @@ def generate(
 def bench(
     game: str = "coinrun",
     bundle: Path | None = None,
+    distribution_mode: str | None = None,
     nfe: str = "1,2,4",
     num_envs: int = 64,
     seconds: float = 5.0,
@@ -244,6 +263,7 @@ def bench(
     Args:
         game: which embedded bundle; of a bundle of several games, which game.
         bundle: a bundle folder instead.
+        distribution_mode: Procgen's difficulty, which decides the embedded bundle; easy by default.
         nfe: numbers of function evaluations, separated by commas.
         num_envs: the large batch.
         seconds: time per measurement.
@@ -259,7 +279,8 @@ def bench(
         nfes = [int(x) for x in nfe.split(",")]
     except ValueError:
         raise ConfigError(f"nfe {nfe!r}: expected integers separated by commas, e.g. 1,2,4") from None
-    result = run(game, bundle, device, nfes, num_envs, seconds, precision, processes, observations)
+    folder = _folder(bundle, game, distribution_mode)
+    result = run(game, folder, device, nfes, num_envs, seconds, precision, processes, observations)
     print(f"{'NFE':>4} {'envs':>5} {'processes':>9} {'steps/s':>9} {'ms/step':>9} {'p95':>7}")
     for row in result["rows"]:
         print(
@@ -270,19 +291,20 @@ def bench(
     print(json.dumps(result))
 
 
-def info(game: str = "coinrun", bundle: Path | None = None) -> None:
+def info(game: str = "coinrun", bundle: Path | None = None, distribution_mode: str | None = None) -> None:
     """Verify a bundle and print what it is, where it comes from and how faithful it was measured to be.
 
     Args:
         game: which embedded bundle; of a bundle of several games, which game.
         bundle: a bundle folder instead.
+        distribution_mode: Procgen's difficulty, which decides the embedded bundle; easy by default.
     """
     from dreamenv.artifacts import read_json
-    from dreamenv.bundle import NETWORKS, bundled_agent, load_bundle, resolve_bundle
+    from dreamenv.bundle import NETWORKS, bundled_agent, load_bundle
     from dreamenv.config import to_dict
     from dreamenv.errors import PolicyError
 
-    loaded = load_bundle(resolve_bundle(bundle, game), "cpu", game=game)
+    loaded = load_bundle(_folder(bundle, game, distribution_mode), "cpu", game=game)
     model = loaded.world_model
     parameters = {n: sum(p.numel() for p in getattr(model, n).parameters()) for n in NETWORKS}
     size = sum(p.stat().st_size for p in loaded.folder.iterdir() if p.is_file())

@@ -18,7 +18,9 @@ from safetensors.numpy import load, save
 
 from dreamenv.artifacts import atomic_folder, recover_folder, sha256_file
 from dreamenv.bundle import FORMAT_VERSION, NETWORKS, compute_identity, embedded_games, load_bundle, resolve_bundle
+from dreamenv.commands import bench, generate, info
 from dreamenv.errors import BundleError, ConfigError
+from dreamenv.play.run import PlayConfig, run
 from dreamenv.rewrite import rewrite_bundle, update_card
 from dreamenv.vector import DreamVectorEnv
 from tests.conftest import toy_world_model
@@ -284,7 +286,9 @@ def test_an_atomic_folder_survives_a_failing_writer_and_a_killed_swap(tmp_path: 
     assert (folder / "a").read_text() == "old"
 
 
-def test_the_difficulty_decides_the_embedded_bundle(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_difficulty_decides_the_embedded_bundle(
+    toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     mode = load_bundle(toy_bundle, "cpu").game.distribution_mode
     other = {"easy": "hard", "hard": "easy"}[mode]
     monkeypatch.setattr("dreamenv.bundle.EMBEDDED", toy_bundle.parent)
@@ -297,3 +301,12 @@ def test_the_difficulty_decides_the_embedded_bundle(toy_bundle: Path, monkeypatc
     with pytest.raises(BundleError, match="'esay': coinrun has easy, hard"):
         resolve_bundle(None, "coinrun", "esay")
     assert DreamVectorEnv(1, "coinrun", device="cpu", distribution_mode=mode).bundle.folder == toy_bundle
+    info(distribution_mode=mode)
+    assert json.loads(capsys.readouterr().out)["folder"] == str(toy_bundle)
+    with pytest.raises(BundleError, match=f"no embedded bundle in {other} mode"):
+        info(distribution_mode=other)
+    asked: dict[str, Any] = {"bundle": toy_bundle, "distribution_mode": other}
+    film = PlayConfig(headless=tmp_path / "film.gif", world="dream", device="cpu", **asked)
+    for command in (lambda: info(**asked), lambda: bench(**asked), lambda: run(film), lambda: generate(**asked)):
+        with pytest.raises(ConfigError, match=f"distribution_mode '{other}': the bundle is of {mode}"):
+            command()

@@ -13,10 +13,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dreamenv.artifacts import atomic_folder, present, read_json, readable_folder, sha256_file, write_json
-from dreamenv.bundle import Bundle, embedded_games, load_bundle, resolve_bundle
+from dreamenv.bundle import Bundle, embedded_games, load_bundle
 from dreamenv.config import check, from_dict, to_dict
 from dreamenv.contract.actions import NUM_ACTIONS
 from dreamenv.contract.frames import NATIVE, check_frame
+from dreamenv.contract.games import GAMES, get_game
 from dreamenv.device import own_settings, pick_precision
 from dreamenv.errors import BundleError, ConfigError, PolicyError
 from dreamenv.models.interface import to_images
@@ -200,7 +201,8 @@ def world_model_of(agent: ImpalaAgent, folder: Path | None = None, bundle: Bundl
     facts, tried = agent.facts, [] if bundle is None else [bundle]
     game, told = str(facts.get("game", "")), facts.get("bundle")
     folders = [folder.parent] if folder is not None and present(folder.parent / "bundle.json") else []
-    folders += [Path(str(told))] if told else [resolve_bundle(None, game)] if game in embedded_games() else []
+    modes = get_game(game).distribution_modes if game in GAMES and not told else ()
+    folders += [Path(str(told))] if told else [embedded_games(m)[game] for m in modes if game in embedded_games(m)]
     for each in [*tried, *folders]:
         try:
             found = each if isinstance(each, Bundle) else load_bundle(each, "cpu", game=game)
