@@ -29,6 +29,7 @@ from dreamenv.policies.simple import make_policy, parse_mix
 from envs.making import procgen_version
 
 _MOST_SHARDS = 10**5
+_UNSET = ("events", "most", "limit")  # what a manifest does not name where it is 0
 _LARGE = 200_000  # steps from which starting more processes pays
 
 
@@ -62,6 +63,9 @@ class CollectConfig:
     most: int = 0
     """Most events of each kind (a reward, with or without an end) that a shard keeps; 0 keeps all. Some games reward
     every tenth step."""
+    limit: int = 0
+    """Steps after which an episode is left for one of another level; 0 plays each to its end. Where episodes are long,
+    so many steps show few levels, and a model of few levels knows only these."""
     workers: int = 0
     """Processes; 1 collects in this one, 0 is one a core, 8 at most, for 200,000 steps or more, and 1 for fewer."""
 
@@ -80,7 +84,7 @@ class CollectConfig:
             check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
         shards = -(-self.steps // (self.num_envs * self.shard_steps))
         check(shards <= _MOST_SHARDS, f"steps {self.steps}: {shards} shards, at most {_MOST_SHARDS}; raise shard_steps")
-        for name in ("events", "most"):
+        for name in _UNSET:
             check(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: must be >= 0")
         check(self.workers >= 0, f"workers {self.workers}: must be >= 0")
         check(0 <= self.seed < 2**63, f"seed {self.seed}: must be in 0..2^63-1")
@@ -100,9 +104,7 @@ class CollectConfig:
     def facts(self) -> dict[str, Any]:
         """What the manifest records: everything that decides the bytes, and the game's facts."""
         game = get_game(self.game)
-        facts = {
-            k: v for k, v in asdict(self).items() if k not in ("out", "workers") and (v or k not in ("events", "most"))
-        }
+        facts = {k: v for k, v in asdict(self).items() if k not in ("out", "workers") and (v or k not in _UNSET)}
         facts |= {
             "backend": f"procgen {procgen_version()}",
             "num_shards": len(self.shard_lengths),
@@ -189,6 +191,7 @@ def make_envs(config: CollectConfig) -> Any:
         config.num_levels,
         config.distribution_mode,
         AutoresetMode.SAME_STEP,
+        max_episode_steps=config.limit or None,
     )
 
 

@@ -44,6 +44,9 @@ class GamesConfig:
     """Run folder; the bundle of all games is <out>/all/bundle, one of a single game <out>/<game>/model/bundle."""
     steps: int = 49_152
     """Transitions of each game."""
+    limit: int = 128
+    """Of these, steps after which an episode is left for one of another level; 0 plays each to its end, and where
+    episodes are long few levels are seen."""
     event_steps: int = 2_000_000
     """Further transitions of each game, of which only what leads to rewards and ends is kept, for the head; 0 goes
     without."""
@@ -79,7 +82,7 @@ class GamesConfig:
             check(not twice, f"games: {name} is named twice")
         for name in ("steps", "starts", "bank_kib", "jobs"):
             whole(getattr(self, name), name, 1)
-        for name in ("agent_steps", "event_steps"):
+        for name in ("limit", "agent_steps", "event_steps"):
             check(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: must be >= 0")
         check(0 < self.agent_share < 1, f"agent_share {self.agent_share}: must be between 0 and 1")
         check(0 <= self.seed < 2**31 - 1, f"seed {self.seed}: must be in 0..2^31-2")
@@ -147,7 +150,8 @@ def _collect(config: GamesConfig, game: str) -> None:
         policy = mixed(config.policy, f"agent:{agent / 'agent'}:0.1", config.agent_share)
     shared = {"game": game, "distribution_mode": mode}
     played = shared | {"steps": config.steps, "policy": policy, "seed": seed, "out": out / "data", "workers": 1}
-    stage(config.out, f"{game}-data", lambda: run_command(program("envs.collect", **played)))
+    cut = {"limit": config.limit or None}
+    stage(config.out, f"{game}-data", lambda: run_command(program("envs.collect", **played, **cut)))
     if how := config.events(game):
         rare = played | how | {"steps": config.event_steps, "seed": seed + 2, "out": out / "events", "num-envs": 64}
         stage(config.out, f"{game}-events", lambda: run_command(program("envs.collect", **rare)))

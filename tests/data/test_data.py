@@ -86,6 +86,22 @@ def test_the_same_settings_give_the_same_bytes_in_any_number_of_workers(small: P
     )
 
 
+def test_short_episodes_show_more_levels(tmp_path: Path) -> None:
+    shared = {"game": "maze", "steps": 2000, "num_envs": 4, "shard_steps": 500, "policy": "random"}
+    whole, cut = (
+        Dataset(collect(CollectConfig(out=str(tmp_path / str(limit)), limit=limit, **shared), progress=False))  # pyright: ignore
+        for limit in (0, 50)
+    )
+    assert "limit" not in whole.facts and cut.facts["limit"] == 50 and cut.facts["max_steps"] == 500
+    levels = [len(np.unique(np.concatenate([s.level_seeds for s in data.shards]))) for data in (whole, cut)]
+    assert levels[1] >= 40 > 2 * levels[0]
+    shard = cut.shards[0]
+    begun = np.flatnonzero(shard.first)
+    assert np.diff([*begun, len(shard)]).max() == 50
+    last = begun[begun % 500 > 0] - 1  # a game of the batch is stored behind the other
+    assert (shard.truncated[last] ^ shard.terminated[last]).all() and shard.truncated[last].sum() >= 30
+
+
 def test_ends_are_the_last_steps_of_episodes_that_ended(small: Path, tmp_path: Path) -> None:
     ends = Dataset(
         collect(CollectConfig(out=str(tmp_path / "ends"), events=7, **SMALL), progress=False), verify="sha256"
