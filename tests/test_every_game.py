@@ -23,14 +23,22 @@ _MIB = 2**20
 _STILL = {"bossfight": 25, "starpilot": 25}  # dB; all others keep 30, these two fall short of it so far
 
 
-@pytest.fixture(params=embedded_games())
+_MODES = ("easy", "hard")
+_ALL = [(game, mode) for mode in _MODES for game in embedded_games(mode)]
+
+
+@pytest.fixture(params=_ALL, ids="-".join)
 def bundle(request: pytest.FixtureRequest) -> Bundle:
-    return load_bundle(embedded_games()[request.param], "cpu", game=request.param)
+    game, mode = request.param
+    found = load_bundle(embedded_games(mode)[game], "cpu", game=game)
+    assert found.game.distribution_mode == mode
+    return found
 
 
 def test_it_steps_like_any_environment(bundle: Bundle) -> None:
-    game = bundle.game.name
-    env = gym.make("DreamProcgen-v0", game=game, device="cpu", render_mode="rgb_array")
+    which = {"game": bundle.game.name, "distribution_mode": bundle.game.distribution_mode, "device": "cpu"}
+    env = gym.make("DreamProcgen-v0", **which, render_mode="rgb_array")
+    assert env.unwrapped.bundle.folder == bundle.folder  # pyright: ignore
     check_env(env.unwrapped, skip_render_check=True)
     frame, _ = env.reset(seed=3)
     drawn = env.unwrapped.render()  # pyright: ignore
@@ -47,7 +55,7 @@ def test_it_steps_like_any_environment(bundle: Bundle) -> None:
     assert [env.step(a)[0].tobytes() for a in (4, 7, 8)] == first
     assert env.render().shape == (64, 64, 3) and frame.shape == (64, 64, 3)  # pyright: ignore
     env.close()
-    batch = gym.make_vec("DreamProcgen-v0", num_envs=2, game=game, device="cpu")
+    batch = gym.make_vec("DreamProcgen-v0", num_envs=2, **which)
     frames, _ = batch.reset(seed=[3, 3])
     assert np.array_equal(frames[0], frames[1])
     batch.close()
@@ -55,7 +63,7 @@ def test_it_steps_like_any_environment(bundle: Bundle) -> None:
 
 def test_its_facts_are_the_games_and_its_starts_are_of_training_levels(bundle: Bundle) -> None:
     game = get_game(bundle.game.name)
-    assert bundle.game.max_steps == game.max_steps and bundle.game.distribution_mode == "easy"
+    assert bundle.game.max_steps == game.max_steps
     assert bundle.starts.level_seeds.max() < 10000
     data = bundle.provenance["data"]
     assert data["start_level"] + data["num_levels"] <= 10000
@@ -63,7 +71,7 @@ def test_its_facts_are_the_games_and_its_starts_are_of_training_levels(bundle: B
 
 def test_it_is_nearer_to_the_real_game_than_the_last_frame_is(bundle: Bundle) -> None:
     model = bundle.world_model
-    play = play_real(bundle.game.name, 150, 32, seed=21)
+    play = play_real(bundle.game.name, 150, 32, distribution_mode=bundle.game.distribution_mode, seed=21)
     clips = cut_clips(play, 48, model.context, 10)
     real, last = clips.frames[:, model.context :], clips.frames[:, model.context - 1 : model.context]
     dream, _ = open_loop(model, clips, SamplerConfig(temperature=0.0), 0)
@@ -86,6 +94,6 @@ def test_the_pages_show_what_was_measured(page: str, columns: Columns) -> None:
 
 
 def test_the_bundles_are_small() -> None:
-    folders = set(embedded_games().values())
+    folders = {folder for mode in _MODES for folder in embedded_games(mode).values()}
     sizes = {f.name: sum(p.stat().st_size for p in f.rglob("*") if p.is_file()) for f in folders}
     assert sum(sizes.values()) - sizes["coinrun"] <= 12 * _MIB

@@ -145,23 +145,28 @@ def _correlation(card: dict[str, Any], name: str) -> str:
     return f"{value:.2f}, {low:.2f} to {high:.2f}"
 
 
-def write_table(path: Path, card: dict[str, Any], game: str) -> None:
-    """Replace the table between the markers of a Markdown file by that of a game's card.
+def write_table(path: Path, card: dict[str, Any], game: str, distribution_mode: str = "easy") -> None:
+    """Replace the table between the markers of a Markdown file by that of a game's card in a difficulty.
+
+    The markers are `fidelity`, or of another difficulty than easy for example `fidelity-hard`.
 
     Raises:
         ConfigError: it has no markers.
     """
-    write_tables(path, {"fidelity": fidelity_table(card, game)})
+    marker = "fidelity" if distribution_mode == "easy" else f"fidelity-{distribution_mode}"
+    write_tables(path, {marker: fidelity_table(card, game)})
 
 
-def main(file: Path, game: str) -> None:
+def main(file: Path, game: str, distribution_mode: str = "easy") -> None:
     """Write the table of a game's embedded bundle into a file.
 
     Args:
         file: a Markdown file with the two markers.
         game: which game.
+        distribution_mode: Procgen's difficulty.
     """
-    write_table(file, load_bundle(resolve_bundle(None, game), "cpu", game=game).card, game)
+    folder = resolve_bundle(None, game, distribution_mode)
+    write_table(file, load_bundle(folder, "cpu", game=game).card, game, distribution_mode)
 
 
 if __name__ == "__main__":
