@@ -171,11 +171,9 @@ def compare(
     loaded = load_bundle(folder := _folder(bundle, game, distribution_mode), device, game=game)
     stages = 6 + bool(settings.drift) + settings.closed_loop + bool(settings.endless_steps)
     with tqdm(total=stages, unit="stage", bar_format="{l_bar}{bar}| {n}/{total} [{elapsed}]") as bar:
-        seen: list[str] = []
 
         def progress(stage: str) -> None:
-            bar.update(bool(seen))
-            seen.append(stage)
+            bar.update(bool(bar.desc))  # nothing is done before the first
             bar.set_description(f"{stage:>24}")
 
         result = run(loaded, settings, _sampler(nfe, solver, temperature, guidance, sampler), progress)
