@@ -51,10 +51,12 @@ lint: $(VENV)/test
 	$(BIN)/basedpyright
 	$(BIN)/python .ci/functions.py dreamenv trainers envs agents examples
 
-# measures the embedded bundle anew and writes the table in docs/fidelity.md
+# measures CoinRun's embedded bundles anew, of easy and of hard mode, and writes the tables in docs/fidelity.md
 fidelity: $(VENV)/demo
 	$(BIN)/dreamenv compare --thorough --card
 	$(BIN)/python -m dreamenv.evaluation.card docs/fidelity.md coinrun
+	$(BIN)/dreamenv compare --card --distribution-mode hard --out out/compare-hard
+	$(BIN)/python -m dreamenv.evaluation.card docs/fidelity.md coinrun hard
 
 clean:
 	rm -rf $(VENV) out
