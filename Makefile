@@ -56,7 +56,7 @@ fidelity: $(VENV)/demo
 	$(BIN)/dreamenv compare --thorough --card
 	$(BIN)/python -m dreamenv.evaluation.card docs/fidelity.md coinrun
 	$(BIN)/dreamenv compare --card --distribution-mode hard --out out/compare-hard
-	$(BIN)/python -m dreamenv.evaluation.card docs/fidelity.md coinrun hard
+	$(BIN)/python -m dreamenv.evaluation.card docs/fidelity.md coinrun --distribution-mode hard
 
 clean:
 	rm -rf $(VENV) out
