@@ -147,6 +147,20 @@ def test_what_differs_from_the_background_moves_alone_over_it() -> None:
 
 
 @torch.no_grad()
+def test_what_is_left_out_in_evaluation_would_not_have_been_seen() -> None:
+    config = CanvasFlowConfig(backbone={"type": "unet", "channels": [16], "blocks": [1]}, motion=8, layered=True)
+    torch.manual_seed(0)
+    model, latents, action = CanvasFlow(config), latents_of(a_film(9)[1]), torch.tensor([4])
+    torch.nn.init.normal_(model.out.weight, std=0.3)
+    state = model.begin(latents[:, :4], torch.zeros(1, 3, dtype=torch.int64))
+    for t in range(4, 9):
+        state = model.advance(state, action, latents[:, t])
+        whole = model.train().predict(state, action).latent.clamp(-2, 2)
+        assert torch.allclose(model.eval().predict(state, action).latent, whole, atol=1e-5)
+        assert (whole - state["background"]).abs().max() > 0.1
+
+
+@torch.no_grad()
 def test_a_trained_model_is_grown_to_longer_moves_and_to_layers() -> None:
     shared, action = {"backbone": {"type": "unet", "channels": [16], "blocks": [1]}}, torch.tensor([4])
     old = CanvasFlow(CanvasFlowConfig(motion=2, **shared)).eval()

@@ -185,8 +185,13 @@ class CanvasFlow(Dynamics):
         if not self.config.layered:
             return moved(last, moves, patch)
         differs = ((last - background).abs().unflatten(1, (3, self.pixels)).amax(1) >= _SAME).to(last.dtype)
-        sprite = torch.cat([last * differs.repeat(1, 3, 1, 1), last, differs], 1)
-        sprite, whole, cover = moved(sprite, moves, patch).split([last.shape[1], last.shape[1], self.pixels], 1)
+        whole = moved(last, moves, patch)
+        sprite, needed = torch.cat([last * differs.repeat(1, 3, 1, 1), differs], 1), None
+        if not self.training:  # elsewhere it is nothing that is moved, or is not shown
+            reach = -(-self.config.motion // patch)
+            near = F.max_pool2d(differs.amax(1, keepdim=True), 2 * reach + 1, 1, reach)
+            needed = (near[:, 0] > 0) & (_share(apart[:, 0]) > 0)
+        sprite, cover = moved(sprite, moves, patch, needed).split([last.shape[1], self.pixels], 1)
         alone = sprite + (1 - cover.repeat(1, 3, 1, 1)) * background
         return blend(whole, alone, apart.expand(-1, self.pixels, -1, -1))
 
@@ -213,20 +218,25 @@ class CanvasFlow(Dynamics):
         return weights
 
 
-def moved(maps: Tensor, logits: Tensor, patch: int) -> Tensor:
+def moved(maps: Tensor, logits: Tensor, patch: int, needed: Tensor | None = None) -> Tensor:
     """Patches of maps (B, n patch^2, H, W), each cell's picture a mixture of itself moved by whole pixels.
 
     Sprites mostly move as they are. The mixture is of moves up to m pixels each way (dynamic neural advection, Finn et
     al. 2016), by the product of two softmaxes of logits (B, 2 (2 m + 1), H, W): of moves down and of moves across.
+    Only cells that are needed, bool (B, H, W), are worked out; the others are 0.
     """
     b, c, height, width = maps.shape
     moves, planes = logits.shape[1] // 2, c // patch**2
     around = patch + moves - 1
     picture = F.pad(F.pixel_shuffle(maps, patch), (moves // 2,) * 4, mode="replicate")
-    windows = picture.unfold(2, around, patch).unfold(3, around, patch).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
-    down, across = (_shifts(part.movedim(1, -1).flatten(0, 2).softmax(1), patch) for part in logits.split(moves, 1))
+    windows = picture.unfold(2, around, patch).unfold(3, around, patch).permute(0, 2, 3, 1, 4, 5)
+    parts = [part.movedim(1, -1) for part in logits.split(moves, 1)]
+    windows, *parts = (each.flatten(0, 2) if needed is None else each[needed] for each in (windows, *parts))
+    down, across = (_shifts(part.softmax(1), patch) for part in parts)
     columns = windows.flatten(1, 2) @ across.mT.to(maps.dtype)
-    out = down[:, None].to(columns.dtype) @ columns.unflatten(1, (planes, around))
+    out = (down[:, None].to(columns.dtype) @ columns.unflatten(1, (planes, around))).flatten(1)
+    if needed is not None:
+        out = out.new_zeros(b, height, width, c).masked_scatter_(needed[..., None], out)
     return out.reshape(b, height, width, c).movedim(-1, 1)
 
 
@@ -242,8 +252,12 @@ def blend(first: Tensor, second: Tensor, logit: Tensor) -> Tensor:
 
     Beyond some logit either way it is the one or the other to the bit; the gradient does not know of that.
     """
-    open_share = (1 + 2 * _STRETCH) * logit.sigmoid() - _STRETCH
-    share = open_share + (open_share.clamp(0, 1) - open_share).detach()
-    share = share.repeat(1, 3, 1, 1)
+    share = _share(logit).repeat(1, 3, 1, 1)
     mixed = first + share * (second - first)
     return torch.where(share.detach() >= 1, second.detach() + (mixed - mixed.detach()), mixed)
+
+
+def _share(logit: Tensor) -> Tensor:
+    """The stretched and clamped sigmoid, with the gradient of the stretched one."""
+    open_share = (1 + 2 * _STRETCH) * logit.sigmoid() - _STRETCH
+    return open_share + (open_share.clamp(0, 1) - open_share).detach()
