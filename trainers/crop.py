@@ -21,6 +21,9 @@ def cropped(rng: np.random.Generator, batch: DynamicsBatch, context: int, size: 
         size: rows and columns of cells of a square.
         around: share of the squares in which something changes at the first predicted step, where anything does: a cell
             is drawn by how much it changes, and lies anywhere inside the square's rim. The others lie anywhere.
+
+    Returns:
+        The batch with maps (..., size, size) in place of (..., H, W), and `rim`, bool (B, size, size).
     """
     height, width = batch.latents.shape[-2:]
     change = (batch.latents[:, context] - batch.latents[:, context - 1]).abs().sum(1, dtype=torch.float32)

@@ -1,0 +1,67 @@
+"""Evaluating agents: whole episodes on held-out levels, from Python and from the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+
+from agents.evaluate import evaluate
+from dreamenv.errors import PolicyError
+
+
+def test_evaluation_is_one_whole_episode_on_each_level() -> None:
+    first = evaluate("hold:right", "real", episodes=12, seed=3)
+    again = evaluate("hold:right", "real", episodes=12, seed=3)
+    assert first.figures == again.figures and len(set(first.levels.tolist())) == 12
+    assert first.levels.min() >= 10000 and first.levels.max() < 11000
+    single: Any = gym.make("envs:RealProcgen-v0", game="coinrun", start_level=10000, num_levels=1000)
+    for i in range(4):  # played again, one by one, in the single environment
+        single.reset(options={"level": int(first.levels[i])})
+        total, length, done = 0.0, 0, False
+        while not done:
+            _, reward, terminated, truncated, _ = single.step(7)
+            total, length, done = total + reward, length + 1, terminated or truncated
+        assert (total, length) == (first.episodes.returns[i], first.episodes.lengths[i])
+    single.close()
+    low, high = first.figures["ci"]
+    assert (
+        low <= first.figures["mean_return"] <= high
+        and first.figures["success_rate"] == first.figures["mean_return"] / 10
+    )
+
+
+@pytest.mark.slow
+def test_evaluation_from_the_command_line(toy_bundle: Path, tmp_path: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "agents.evaluate", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    done = run(
+        "--agent",
+        "random",
+        "--world",
+        "dream",
+        "--bundle",
+        str(toy_bundle),
+        "--levels",
+        "10000:10100",
+        "--episodes",
+        "5",
+        "--video",
+        str(tmp_path / "film.mp4"),
+    )
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["episodes"] == 5 and set(figures) >= {"mean_return", "ci", "success_rate"}
+    assert (tmp_path / "film.mp4").stat().st_size > 1000
+    bad = run("--agent", "random", "--levels", "5")
+    assert bad.returncode == 2 and bad.stderr.startswith("error: ") and "Traceback" not in bad.stderr
+    with pytest.raises(PolicyError, match="bundled"):
+        evaluate("bundled", "dream", bundle=toy_bundle, episodes=1)
+    with pytest.raises(PolicyError, match="unknown"):
+        evaluate("nobody", episodes=1)
