@@ -12,6 +12,7 @@ from gymnasium.utils.env_checker import check_env
 import dreamenv  # noqa: F401  registers the environments
 from dreamenv.bundle import Bundle, embedded_games, load_bundle
 from dreamenv.contract.games import get_game
+from dreamenv.evaluation.card import fidelity_table
 from dreamenv.evaluation.clips import cut_clips, play_real
 from dreamenv.evaluation.games import PICTURES, PLAYING, SHORT, Columns, games_table
 from dreamenv.evaluation.imagine import open_loop
@@ -91,6 +92,15 @@ def test_the_pages_show_what_was_measured(page: str, columns: Columns) -> None:
     assert all(cards.values())
     text = (Path(__file__).parents[1] / page).read_text(encoding="utf-8")
     assert games_table(cards, columns) in text, f"python -m dreamenv.evaluation.games {page}"
+
+
+def test_the_pages_show_hard_mode_s_card() -> None:
+    root = Path(__file__).parents[1]
+    card = load_bundle(embedded_games("hard")["coinrun"], "cpu", game="coinrun").card
+    assert fidelity_table(card, "coinrun") in (root / "docs" / "fidelity.md").read_text(encoding="utf-8")
+    shown = [f"{card[name]:.1f}" for name in ("psnr_1", "psnr_10", "copy_psnr_1", "copy_psnr_10")]
+    readme = " ".join((root / "README.md").read_text(encoding="utf-8").split())
+    assert "{} dB after 1 step and {} after 10 (copying {} and {})".format(*shown) in readme
 
 
 def test_the_bundles_are_small() -> None:
