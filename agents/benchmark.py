@@ -18,10 +18,10 @@ import tyro
 
 from agents.evaluate import evaluate
 from agents.train import CONFIGS, TrainConfig, load_algorithm
-from agents.worlds import TRAIN_LEVELS
+from agents.worlds import TRAIN_LEVELS, check_lengths
 from dreamenv.artifacts import atomic_file
 from dreamenv.bundle import load_bundle, resolve_bundle
-from dreamenv.config import check, to_dict, whole
+from dreamenv.config import each_once, to_dict, whole
 from dreamenv.console import errors_in_one_line
 from dreamenv.contract.actions import NAMES
 from dreamenv.contract.games import GAMES, Game, get_game
@@ -74,21 +74,15 @@ class BenchmarkConfig:
         """Validate all before any of it is trained; raises `ConfigError`, or `BundleError` for a missing bundle."""
         if self.games == ("all",):
             object.__setattr__(self, "games", tuple(GAMES))
-        check(bool(self.games), "games: name one or more")
-        check(bool(self.seeds), "seeds: name one or more")
-        for name in ("games", "seeds"):
-            values = getattr(self, name)
-            check(len(set(values)) == len(values), f"{name} {', '.join(map(str, values))}: one is named twice")
+        each_once(self.games, "games")
+        each_once(self.seeds, "seeds")
         for name in ("steps", "episodes", "tried", "jobs"):
             whole(getattr(self, name), name, 1)
         whole(self.choose, "choose", 0)
         load_algorithm(self.config)
         pick_device(self.device)
         for game in self.games:
-            longest = get_game(game).max_steps
-            for name in ("horizon", "limit"):
-                value = getattr(self, name)
-                check(value is None or 1 <= value <= longest, f"{name} {value}: must be in 1..{longest} for {game}")
+            check_lengths(game, horizon=self.horizon, limit=self.limit)
             load_bundle(resolve_bundle(self.bundle, game), "cpu", game=game)
             for seed in self.seeds:
                 self.run(game, "dream", seed)

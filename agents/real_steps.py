@@ -16,10 +16,10 @@ import tyro
 
 from agents.evaluate import evaluate
 from agents.train import CONFIGS, load_algorithm
+from agents.worlds import check_lengths
 from dreamenv.artifacts import atomic_file
-from dreamenv.config import check, to_dict, whole
+from dreamenv.config import check, each_once, to_dict, whole
 from dreamenv.console import errors_in_one_line
-from dreamenv.contract.games import get_game
 from dreamenv.device import pick_device
 from dreamenv.evaluation.figures import save_plot
 from dreamenv.evaluation.pages import markdown, rooms, write_tables
@@ -67,10 +67,8 @@ class RealStepsConfig:
 
     def __post_init__(self) -> None:
         """Validate what can be before anything is trained; raises `ConfigError`."""
-        for name in ("games", "steps"):
-            values = getattr(self, name)
-            check(bool(values), f"{name}: name one or more")
-            check(len(set(values)) == len(values), f"{name} {', '.join(map(str, values))}: one is named twice")
+        each_once(self.games, "games")
+        each_once(self.steps, "steps")
         for steps in self.steps:
             whole(steps, "steps", 1)
         for name in ("imagined", "episodes"):
@@ -79,10 +77,7 @@ class RealStepsConfig:
         load_algorithm(self.config)
         pick_device(self.device)
         for game in self.games:
-            longest = get_game(game).max_steps
-            for name in ("horizon", "limit"):
-                value = getattr(self, name)
-                check(value is None or 1 <= value <= longest, f"{name} {value}: must be in 1..{longest} for {game}")
+            check_lengths(game, horizon=self.horizon, limit=self.limit)
         if self.docs is not None:
             rooms(self.docs, [TABLE])
 

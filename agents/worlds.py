@@ -14,7 +14,9 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices,
 
 from agents.adapter import NativeVecEnv
 from dreamenv.bundle import Bundle, Starts, load_bundle, resolve_bundle
+from dreamenv.config import check
 from dreamenv.contract.frames import NATIVE, observe
+from dreamenv.contract.games import get_game
 from dreamenv.data import HELD_OUT_FROM, Dataset, Windows
 from dreamenv.errors import ConfigError, DatasetError
 from dreamenv.evaluation.clips import real_envs
@@ -23,6 +25,13 @@ from dreamenv.wrappers import LatentObservation, UncertaintyPenalty
 
 TRAIN_LEVELS = (0, HELD_OUT_FROM)
 """First level and number of the levels agents train on."""
+
+
+def check_lengths(game: str, **lengths: int | None) -> None:
+    """Raise `ConfigError`, naming it, for a number of steps that no episode of a game can have; None is none."""
+    longest = get_game(game).max_steps
+    for name, length in lengths.items():
+        check(length is None or 1 <= length <= longest, f"{name} {length}: must be in 1..{longest} for {game}")
 
 
 def real_world(

@@ -41,6 +41,14 @@ def check_games(games: tuple[str, ...]) -> None:
     check(sound, f"games {', '.join(games[:16])}: must be none or 2..1024 different ones")
 
 
+def each_once(values: Iterable[Any], name: str) -> None:
+    """Raise `ConfigError` unless there are values, all different."""
+    found = list(values)
+    check(bool(found), f"{name}: name one or more")
+    twice = next((value for k, value in enumerate(found) if value in found[:k]), None)
+    check(twice is None, f"{name}: {twice} is named twice")
+
+
 def whole(value: Any, name: str, least: int, most: int | None = None) -> int:
     """Return `value` as an int; raises `ConfigError` unless it is an integer, NumPy's too, in least..most."""
     limits = f"an integer >= {least}" if most is None else f"an integer in {least}..{most}"

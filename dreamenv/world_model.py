@@ -50,6 +50,9 @@ class WorldModel:
         check(told[0] == told[1], f"context: dynamics and head disagree, {told[0]} and {told[1]}")
         names = dynamics.games
         check(names == head.config.games, f"games: dynamics and head disagree, {names} and {head.config.games}")
+        hints = dynamics.hinted
+        short = [name for name, shape in head.hinted.items() if hints.get(name) != shape]
+        check(not short, f"head: needs the hints {head.hinted} of the dynamics, which hint {hints or 'nothing'}")
         count = max(len(names), 1)
         check(0 <= game < count, f"game {game}: must be one of the {count} that the model knows, from 0")
         self.device, self.game = torch.device(device), game

@@ -98,6 +98,10 @@ class ToyDynamics(Dynamics):
         latent = last + 0.1 * out[:, :-1] + self.push(action)[:, :, None, None]
         return Prediction(latent.float(), out[:, -1].float(), {"toy": latent.mean((1, 2, 3))})
 
+    @property
+    def hinted(self) -> Mapping[str, tuple[int, ...]]:
+        return {"toy": ()}
+
     def hints(self, state: State, action: Tensor) -> dict[str, Tensor]:
         return dict(self.predict(state, action).hints)
 
@@ -109,11 +113,13 @@ class ToyDynamics(Dynamics):
 class ToyHead(OutcomeHead):
     """A linear layer over the last latent and the dynamics' own hint."""
 
-    hinted = True
-
     def __init__(self, config: OutcomeHeadConfig) -> None:
         super().__init__(config)
         self.out = nn.Linear(config.latent.shape[0] + 1, len(config.rewards))
+
+    @property
+    def hinted(self) -> Mapping[str, tuple[int, ...]]:
+        return {"toy": ()}
 
     def logits(self, state: State, action: Tensor, hints: Mapping[str, Tensor]) -> Tensor:
         return self.out(torch.cat([state.latents[:, -1].mean((2, 3)), hints["toy"][:, None]], 1)).float()

@@ -15,7 +15,7 @@ from typing import Any
 
 import tyro
 
-from dreamenv.config import check, to_dict, whole
+from dreamenv.config import check, each_once, to_dict, whole
 from dreamenv.console import errors_in_one_line
 from dreamenv.contract.games import GAMES, get_game
 from dreamenv.data.merge import merge
@@ -75,11 +75,9 @@ class GamesConfig:
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
-        check(bool(self.games), "games: name one or more")
+        each_once(self.games, "games")
         for name in self.games:
             get_game(name)
-            twice = self.games.count(name) > 1
-            check(not twice, f"games: {name} is named twice")
         for name in ("steps", "starts", "bank_kib", "jobs"):
             whole(getattr(self, name), name, 1)
         for name in ("limit", "agent_steps", "event_steps"):

@@ -161,6 +161,11 @@ class Dynamics(nn.Module, ABC):
         return getattr(self.config, "games", ())
 
     @property
+    def hinted(self) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of what it hints of a step, by name, without the batch."""
+        return {}
+
+    @property
     def local(self) -> bool:
         """Whether a part of a picture is to it as a smaller picture is."""
         return False

@@ -69,11 +69,9 @@ class OutcomeHead(nn.Module, ABC):
     and end are its marginals. It sees only the past and the action, because Procgen shows no terminal frame.
 
     Attributes:
-        hinted: whether it cannot do without the dynamics' hints.
         several: whether it can be told which of several games a state is of.
     """
 
-    hinted: ClassVar[bool] = False
     several: ClassVar[bool] = False
     prior: Tensor
     owners: Tensor
@@ -92,6 +90,11 @@ class OutcomeHead(nn.Module, ABC):
     def spec(self) -> LatentSpec:
         """What its latents are."""
         return self.config.latent
+
+    @property
+    def hinted(self) -> Mapping[str, tuple[int, ...]]:
+        """The hints of the dynamics that it cannot do without: their shapes by name, see `Dynamics.hinted`."""
+        return {}
 
     @abstractmethod
     def logits(self, state: State, action: Tensor, hints: Mapping[str, Tensor]) -> Tensor:

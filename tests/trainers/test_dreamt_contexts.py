@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,11 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from dreamenv.errors import ConfigError
 from dreamenv.models.interface import State
 from tests.trainers.common import Oracle, dynamics_task, settings
 from trainers.dreams import shared_out
-from trainers.tasks.outcome import OutcomeTask, OutcomeTaskConfig, shifted
+from trainers.tasks.outcome import OutcomeTask, OutcomeTaskConfig
 from trainers.terms.outcome import Outcome
 from trainers.train import train
 
@@ -145,26 +143,3 @@ def test_steps_after_the_end_of_an_episode_cost_nothing(energy: bool, latents: P
     batch.live[:] = False
     loss, _ = task.loss(task.model, batch, torch.Generator().manual_seed(0), 0.5)
     assert float(loss.detach()) == pytest.approx(0, abs=1e-6)
-
-
-def test_contexts_are_moved_with_their_edges_repeated() -> None:
-    contexts = torch.from_numpy(np.random.default_rng(0).integers(9, size=(3, 2, 4, 5, 6)).astype(np.float16))
-    moves = np.array([[0, 2, -1], [0, 1, -5]])
-    found = shifted(contexts, moves).numpy()
-    for row, (down, right) in enumerate(moves.T):
-        wide = np.pad(contexts[row].numpy(), [(0, 0), (0, 0), (5, 5), (6, 6)], "edge")
-        assert np.array_equal(found[row], wide[:, :, 5 - down : 10 - down, 6 - right : 12 - right])
-
-
-def test_a_head_learns_from_moved_contexts(latents: Path) -> None:
-    config = OutcomeTaskConfig(latents=str(latents), val_ratio=0.2)
-    plain, moved = (OutcomeTask(replace(config, shift=shift), HEAD, 0) for shift in (0, 1))
-    batches = [task.batch(np.random.default_rng(3), 64) for task in (plain, moved)]
-    assert torch.equal(batches[0].labels, batches[1].labels) and torch.equal(batches[0].actions, batches[1].actions)
-    nine = [shifted(batches[0].context, np.tile([[y], [x]], 64)) for y in (-1, 0, 1) for x in (-1, 0, 1)]
-    which = [[bool(torch.equal(one[row], batches[1].context[row])) for one in nine] for row in range(64)]
-    assert all(any(row) for row in which) and len({row.index(True) for row in which}) > 5
-    with pytest.raises(ConfigError, match="shift -1"):
-        OutcomeTaskConfig(latents="", shift=-1)
-    with pytest.raises(ConfigError, match="shift 16: needs"):
-        OutcomeTask(replace(config, shift=16), HEAD, 0)

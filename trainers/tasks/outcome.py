@@ -60,9 +60,6 @@ class OutcomeTaskConfig:
     """Share of each batch with a dreamt context."""
     context_noise: float = 0.2
     """Largest standard deviation of the noise added to the context."""
-    shift: int = 0
-    """Most cells by which a context is moved each way while training, its edges repeated: what happens in one place
-    would happen in another."""
     val_ratio: float = 0.1
     """Share of levels kept for validation and calibration."""
     max_outcomes: int = 32
@@ -76,7 +73,6 @@ class OutcomeTaskConfig:
         check(self.dreams == 0 or self.dreams >= 2, f"dreams {self.dreams}: must be 0, or 2 or more")
         check(0 <= self.dreamt <= 1, f"dreamt {self.dreamt}: must be in 0..1")
         check(self.context_noise >= 0, f"context_noise {self.context_noise}: must be >= 0")
-        check(self.shift >= 0, f"shift {self.shift}: must be >= 0 cells")
         check(0 < self.val_ratio < 1, f"val_ratio {self.val_ratio}: must be in (0, 1)")
         check(self.max_outcomes >= 2, f"max_outcomes {self.max_outcomes}: must be >= 2")
 
@@ -111,7 +107,9 @@ class OutcomeTask:
         if told_apart(self.data.games):
             told |= {"games": list(self.data.games), "owners": [game for game, *_ in outcomes]}
         dynamics = _fitting_dynamics(config.dynamics, self.data) if config.dynamics else None
-        more = {} if dynamics is None else {"context": dynamics.context}
+        more = {}
+        if dynamics is not None:
+            more = {"context": dynamics.context} | {name: shape[0] for name, shape in dynamics.hinted.items() if shape}
         torch.manual_seed(seed)
         spec = completed("head", model, self.data.codec, **more) | told
         self.model: OutcomeHead = build("head", spec, where="model")
@@ -119,12 +117,6 @@ class OutcomeTask:
         check(found == self.data.codec.spec, f"model.latent {found}: the latents are {self.data.codec.spec}")
         if before is not None:
             initialise(self.model, config.init_from)
-        side = min(found.shape[1:])
-        movable = not self.model.hinted and not found.known and config.shift < side
-        check(
-            not config.shift or movable,
-            f"shift {config.shift}: needs a head without hints, latents without known quantities, and less than {side}",
-        )
         self.context = self.model.config.context
         if dynamics is not None:
             check(
@@ -205,8 +197,6 @@ class OutcomeTask:
         if dreams is not None:
             context = torch.cat([dreams.contexts(row, depth, self.context), context])
             actions = torch.cat([self.moments.actions(now[:rows]), actions])
-        if config.shift:
-            context = shifted(context, rng.integers(-config.shift, config.shift, (2, size), endpoint=True))
         labels = torch.from_numpy(self.moments.labels[now])
         return OutcomeBatch(context, actions, labels, self.moments.game_of(now))
 
@@ -297,9 +287,10 @@ class OutcomeTask:
         """What the head is told of the next step, of a context without noise, as when it is used."""
         if self._dynamics is None:
             return {}
-        state = of_game(State({"latents": context, "actions": actions[:, :-1]}), game)
+        dynamics = self._dynamics.to(context.device)
         with torch.no_grad():
-            return self._dynamics.to(context.device).hints(state, actions[:, -1])
+            state = of_game(dynamics.begin(context, actions[:, :-1]), game)
+            return dynamics.hints(state, actions[:, -1])
 
     def facts(self) -> dict[str, Any]:
         """Share of each joint outcome in the data, and what other data there was."""
@@ -310,15 +301,6 @@ class OutcomeTask:
             "also": None if also is None else also.dataset.facts,
             "codec_sha256": self.data.facts["codec_sha256"],
         }
-
-
-def shifted(contexts: Tensor, moves: np.ndarray) -> Tensor:
-    """Contexts (B, K, C, H, W), each moved by so many cells down and to the right, int64 (2, B); edges are repeated."""
-    height, width = contexts.shape[-2:]
-    row, column = np.arange(height) - moves[0][:, None], np.arange(width) - moves[1][:, None]
-    rows, columns = (torch.from_numpy(at.clip(0, n - 1)) for at, n in ((row, height), (column, width)))
-    each = torch.arange(len(contexts))[:, None, None]
-    return contexts[each, :, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 4, 1, 2).contiguous()
 
 
 def _fitting_dynamics(folder: str, data: LatentDataset) -> Dynamics:

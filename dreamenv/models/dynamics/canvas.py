@@ -108,6 +108,11 @@ class CanvasFlow(Dynamics):
         self.condition = nn.Sequential(nn.Linear(told, 2 * e), nn.SiLU(), nn.Linear(2 * e, e), nn.SiLU())
 
     @property
+    def hinted(self) -> Mapping[str, tuple[int, ...]]:
+        """See `Dynamics.hinted`: the features of its backbone."""
+        return {"features": (self.backbone.width, *self.spec.shape[1:])}
+
+    @property
     def local(self) -> bool:
         """See `Dynamics.local`: as its backbone."""
         return self.backbone.local
@@ -152,8 +157,33 @@ class CanvasFlow(Dynamics):
         hints: Mapping[str, Tensor] | None = None,
         span: Tensor | None = None,
     ) -> Prediction:
-        """See `Dynamics.predict`; it heeds no hints. Its part `new` (B, C / 3, H, W) is the logit of what is new."""
-        context, background = state.latents, state["background"]
+        """See `Dynamics.predict`; it heeds no hints, and hints its `features`.
+
+        Its part `new` (B, C / 3, H, W) is the logit of what is new.
+        """
+        last, background = state.latents[:, -1], state["background"]
+        features = self._features(state, action, x, tau, level)
+        change, new, uncovered, log_error, apart, moves = self.out(features).float().split(self.sizes, 1)
+        carried = self._carried(last, background, apart, moves) if self.moves else last
+        fresh = blend(carried + change, background, uncovered - 2)  # begins as what is drawn
+        drawn = blend(last, fresh, new).float()
+        if self.config.rest and not self.training:
+            least = self.rest[state["game"]] if self.config.games else self.rest
+            changed = (drawn - last).abs().unflatten(1, (3, self.pixels)).amax(1) >= least.view(-1, 1, 1, 1)
+            drawn = torch.where(changed.repeat(1, 3, 1, 1), drawn, last)
+        if not self.training:
+            drawn = drawn.clamp(-_MOST, _MOST)
+        return Prediction(drawn, log_error[:, 0], hints={"features": features}, parts={"new": new})
+
+    def hints(self, state: State, action: Tensor) -> dict[str, Tensor]:
+        """Its features (B, channels, H, W), of which the next picture is made."""
+        return {"features": self._features(state, action, None, None, None)}
+
+    def _features(
+        self, state: State, action: Tensor, x: Tensor | None, tau: Tensor | None, level: Tensor | None
+    ) -> Tensor:
+        """What its backbone makes (B, channels, H, W) of what `predict` takes."""
+        context = state.latents
         last, zero = context[:, -1], torch.zeros(len(context), device=context.device)
         tau = zero if tau is None or self.deterministic else tau
         level = zero if level is None else level
@@ -165,19 +195,8 @@ class CanvasFlow(Dynamics):
             told.append(self.game_embedding(state["game"]))
         order = torch.linspace(0, 1, actions.shape[1], device=actions.device)
         tokens = actions + sinusoidal(order, half).to(actions.dtype) if self.backbone.attends else None
-        maps = torch.cat([noisy, context.flatten(1, 2), background, state["votes"] / _VOTES], 1)
-        features = self.backbone(maps, self.condition(torch.cat(told, 1)), tokens)
-        change, new, uncovered, log_error, apart, moves = self.out(features).float().split(self.sizes, 1)
-        carried = self._carried(last, background, apart, moves) if self.moves else last
-        fresh = blend(carried + change, background, uncovered - 2)  # begins as what is drawn
-        drawn = blend(last, fresh, new).float()
-        if self.config.rest and not self.training:
-            least = self.rest[state["game"]] if self.config.games else self.rest
-            changed = (drawn - last).abs().unflatten(1, (3, self.pixels)).amax(1) >= least.view(-1, 1, 1, 1)
-            drawn = torch.where(changed.repeat(1, 3, 1, 1), drawn, last)
-        if not self.training:
-            drawn = drawn.clamp(-_MOST, _MOST)
-        return Prediction(drawn, log_error[:, 0], parts={"new": new})
+        maps = torch.cat([noisy, context.flatten(1, 2), state["background"], state["votes"] / _VOTES], 1)
+        return self.backbone(maps, self.condition(torch.cat(told, 1)), tokens)
 
     def _carried(self, last: Tensor, background: Tensor, apart: Tensor, moves: Tensor) -> Tensor:
         """The last picture moved; as far as logits (B, 1, H, W) say, only what differs from the background, over it."""

@@ -122,6 +122,11 @@ class TileFlow(Dynamics):
         canvas = remember(self.config.grid, state["canvas"], latent, by)
         return super().advance(state, action, latent).replace(canvas=canvas)
 
+    @property
+    def hinted(self) -> Mapping[str, tuple[int, ...]]:
+        """See `Dynamics.hinted`: the camera's next move."""
+        return {"move": (2,)}
+
     def hints(self, state: State, action: Tensor) -> dict[str, Tensor]:
         """The camera's next move (B, 2) in tiles, which is the player's: the game asks what it touches after it."""
         context = state.latents

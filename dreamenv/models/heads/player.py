@@ -48,7 +48,6 @@ class PlayerOutcomeHead(OutcomeHead):
     learnt how it runs, falls and lands from every step, of which one in hundreds brings an outcome.
     """
 
-    hinted = True
     config: PlayerHeadConfig
 
     def __init__(self, config: PlayerHeadConfig) -> None:
@@ -62,6 +61,11 @@ class PlayerOutcomeHead(OutcomeHead):
             nn.SiLU(),
             nn.Linear(3 * w, len(config.rewards)),
         )
+
+    @property
+    def hinted(self) -> Mapping[str, tuple[int, ...]]:
+        """See `OutcomeHead.hinted`: the player's next move, down and across, in tiles."""
+        return {"move": (2,)}
 
     def logits(self, state: State, action: Tensor, hints: Mapping[str, Tensor]) -> Tensor:
         """See `OutcomeHead.logits`.
