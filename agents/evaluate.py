@@ -171,6 +171,8 @@ class _Arguments:
     """Bundle folder of the dream, and of the bundled agent."""
     nfe: int = SamplerConfig.nfe
     """Network function evaluations of the dream's steps."""
+    limit: int | None = None
+    """Steps after which an episode is cut off; the game's own limit by default."""
     video: Path | None = None
     """Write the first four episodes side by side to this .mp4 or .gif."""
     seed: int = 0
@@ -197,6 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
             args.nfe,
             args.seed,
             films=4 if args.video else 0,
+            limit=args.limit,
         )
         if args.video:
             longest = max(len(f) for f in result.frames)

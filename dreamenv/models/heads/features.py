@@ -87,6 +87,7 @@ class FeatureOutcomeHead(OutcomeHead):
         if self.game is not None:
             told = torch.cat([told, self.game(state["game"])], 1)
         places = self.places.to(found.dtype).expand(len(found), -1, -1, -1)
+        found = found.contiguous()  # torch 2.13 crashes in GroupNorm's backward of channels-last input without a gradient
         x = torch.cat([self.features_norm(found), state.latents[:, -1].to(found.dtype), places], 1)
         for conv, norm, film in zip(self.convs, self.norms, self.films, strict=True):
             scale, shift = film(told)[:, :, None, None].chunk(2, 1)
