@@ -16,6 +16,8 @@ from dreamenv.models.blocks import group_norm, zero_init
 from dreamenv.models.interface import NULL_ACTION, OutcomeHead, OutcomeHeadConfig, State
 from dreamenv.models.registry import register
 
+_COARSE = 4  # parts of the picture along each axis
+
 
 @dataclass(frozen=True)
 class FeatureHeadConfig(OutcomeHeadConfig):
@@ -34,13 +36,14 @@ class FeatureHeadConfig(OutcomeHeadConfig):
 
 @register("head", "feature_head", FeatureHeadConfig)
 class FeatureOutcomeHead(OutcomeHead):
-    """Convolutions over the dynamics' features and the last latent, then a maximum and a mean over places.
+    """Convolutions over the dynamics' features and the last latent, then maxima and a mean over places.
 
     Rewards and ends mostly come of small things that touch, in any place. To find those things takes far more steps
     than bring an outcome; the dynamics have learnt it from every step, so the head is told what they found (the hint
     `features`, of which they make the next picture). The maximum over places lets a touch that was seen in one be
-    known in all others; two coordinates tell where it is, for games in which that counts (Liu et al. 2018). The
-    actions, and of several the game, scale and shift what is found (FiLM, Perez et al. 2018).
+    known in all others. Where it is counts in some games, as where the player stands in the middle: two coordinates
+    tell it (Liu et al. 2018), and the maxima over sixteen parts of the picture. The actions, and of several the game,
+    scale and shift what is found (FiLM, Perez et al. 2018).
 
     Args:
         config: its shape.
@@ -65,7 +68,7 @@ class FeatureOutcomeHead(OutcomeHead):
         self.game = nn.Embedding(len(config.games), 32) if config.games else None
         told = 32 * (config.context + bool(config.games))
         self.films = nn.ModuleList([zero_init(nn.Linear(told, 2 * w)) for _ in sizes])
-        self.hidden = nn.Linear(2 * w, 128)
+        self.hidden = nn.Linear((2 + _COARSE**2) * w, 128)
         self.out = nn.Linear(128, len(config.rewards))
 
     @property
@@ -87,10 +90,13 @@ class FeatureOutcomeHead(OutcomeHead):
         if self.game is not None:
             told = torch.cat([told, self.game(state["game"])], 1)
         places = self.places.to(found.dtype).expand(len(found), -1, -1, -1)
-        found = found.contiguous()  # torch 2.13 crashes in GroupNorm's backward of channels-last input without a gradient
+        found = (
+            found.contiguous()
+        )  # torch 2.13 crashes in GroupNorm's backward of channels-last input without a gradient
         x = torch.cat([self.features_norm(found), state.latents[:, -1].to(found.dtype), places], 1)
         for conv, norm, film in zip(self.convs, self.norms, self.films, strict=True):
             scale, shift = film(told)[:, :, None, None].chunk(2, 1)
             x = F.relu((1 + scale) * norm(conv(x)) + shift)
-        x = torch.cat([x.amax((2, 3)), x.mean((2, 3))], 1)
+        coarse = F.adaptive_max_pool2d(x, _COARSE).flatten(1)
+        x = torch.cat([x.amax((2, 3)), x.mean((2, 3)), coarse], 1)
         return self.out(F.relu(self.hidden(x))).float()
