@@ -27,6 +27,7 @@ from trainers.latent_data import LatentDataset
 from trainers.models import check_told, completed, of_game, told_apart
 from trainers.moments import Moments
 
+_AGAIN = 3  # times that an aged context was seen before
 _DEPTHS = 8  # depths at which each uneventful dream of the validation is asked: there are few, and they weigh much
 
 
@@ -208,7 +209,8 @@ class OutcomeTask:
         level = torch.rand(len(context), generator=generator, device=context.device) * self.config.context_noise
         noise = torch.randn(context.shape, generator=generator, device=context.device)
         noised = self.data.codec.noised(context, noise * level[:, None, None, None, None])
-        hints = self._hints(context, actions, batch.game)
+        aged = torch.rand(len(context), generator=generator, device=context.device) < 0.5
+        hints = self._hints(context, actions, batch.game, aged)
         state = of_game(State({"latents": noised, "actions": actions[:, :-1]}), batch.game)
         logits = self.model.masked(model(state, actions[:, -1], hints), state)
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
@@ -279,18 +281,27 @@ class OutcomeTask:
             game = self.moments.game_of(now[at : at + 256])
             game = None if game is None else game.to(device)
             state = of_game(State({"latents": context, "actions": actions[:, :-1]}), game)
-            logits = head.logits(state, actions[:, -1], self._hints(context, actions, game))
+            aged = torch.arange(len(context), device=device) % 2 == 0
+            logits = head.logits(state, actions[:, -1], self._hints(context, actions, game, aged))
             out.append(head.masked(logits, state).cpu())
         return torch.cat(out)
 
-    def _hints(self, context: Tensor, actions: Tensor, game: Tensor | None) -> Mapping[str, Tensor]:
-        """What the head is told of the next step, of a context without noise, as when it is used."""
+    def _hints(self, context: Tensor, actions: Tensor, game: Tensor | None, aged: Tensor) -> Mapping[str, Tensor]:
+        """What the head is told of the next step, of a context without noise, as when it is used.
+
+        A dream that has lasted is surer of what it has seen than one that begins: to dynamics that remember, the
+        contexts of the rows `aged`, bool (B,), come after a past like themselves.
+        """
         if self._dynamics is None:
             return {}
-        dynamics = self._dynamics.to(context.device)
+        dynamics, before = self._dynamics.to(context.device), actions[:, :-1]
         with torch.no_grad():
-            state = of_game(dynamics.begin(context, actions[:, :-1]), game)
-            return dynamics.hints(state, actions[:, -1])
+            state = dynamics.begin(context, before)
+            if dynamics.remembers:
+                old = dynamics.begin(context, before, past=context.repeat(1, _AGAIN, 1, 1, 1))
+                shape = {name: (-1, *[1] * (value.ndim - 1)) for name, value in state.items()}
+                state = State({n: torch.where(aged.view(shape[n]), old[n], value) for n, value in state.items()})
+            return dynamics.hints(of_game(state, game), actions[:, -1])
 
     def facts(self) -> dict[str, Any]:
         """Share of each joint outcome in the data, and what other data there was."""
