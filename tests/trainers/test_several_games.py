@@ -19,6 +19,8 @@ from dreamenv.data.merge import merge
 from dreamenv.errors import BundleError, ConfigError, DatasetError, SnapshotError
 from dreamenv.evaluation.demo import demo
 from dreamenv.flow import SamplerConfig, sample
+from dreamenv.models.dynamics.canvas import CanvasFlow
+from dreamenv.models.io import load_model
 from dreamenv.models.registry import build
 from dreamenv.play.run import PlayConfig, run
 from dreamenv.rewrite import rewrite_bundle, update_card
@@ -28,7 +30,9 @@ from tests.here import run_here
 from trainers.encode import encode_dataset
 from trainers.finetune import FinetuneConfig, finetune
 from trainers.latent_data import LatentDataset
+from trainers.models import of_game
 from trainers.pipeline import PipelineConfig, run_pipeline
+from trainers.tasks.outcome import OutcomeTask, OutcomeTaskConfig
 from trainers.train import train
 
 GAMES = ("starpilot", "chaser", "maze")  # dense and sparse rewards, 1,000 and 500 steps; their order must not matter
@@ -237,3 +241,26 @@ def test_one_game_of_several_is_played_and_judged(bundle: Path, tmp_path: Path) 
         *own,
         "reward",
     }
+
+
+def test_a_head_hears_of_a_context_as_of_one_that_was_seen_for_long(bundle: Path) -> None:
+    run = bundle.parent
+    config = OutcomeTaskConfig(
+        latents=str(run / "latents"), dynamics=str(run / "rested" / "model"), dreams=0, val_ratio=0.2
+    )
+    task = OutcomeTask(config, {"type": "feature_head", "width": 16}, 0)
+    dynamics, _ = load_model(run / "rested" / "model", "dynamics")
+    assert isinstance(dynamics, CanvasFlow)
+    now = np.array([10, 40, 70, 900, 2000, 3500])
+    context, actions = task.moments.contexts(now)
+    context, game = context.float(), task.moments.game_of(now)
+    aged = torch.arange(len(now)) > 2
+    state = dynamics.begin(context, actions[:, :-1])
+    new = dynamics.hints(of_game(state, game), actions[:, -1])["features"]
+    for frame in context.repeat(1, 3, 1, 1, 1).unbind(1):  # a dream that goes through the same pictures again
+        state = dynamics.advance(state, actions[:, 0], frame)
+    state = state.replace(actions=actions[:, :-1])
+    old = dynamics.hints(of_game(state, game), actions[:, -1])["features"]
+    told = task._hints(context, actions, game, aged)["features"]
+    assert torch.allclose(told, torch.where(aged.view(-1, 1, 1, 1), old, new), atol=1e-5)
+    assert not torch.allclose(old, new, atol=1e-3)
