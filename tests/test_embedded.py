@@ -43,8 +43,7 @@ def play() -> Segment:
 
 
 def test_it_is_small_and_never_saw_the_held_out_levels(bundle: Bundle) -> None:
-    assert sum(p.stat().st_size for p in bundle.folder.iterdir()) < 6.1 * 2**20
-    assert len(bundle.starts.frames) == 2000 and len(set(bundle.starts.level_seeds.tolist())) > 1000
+    assert sum(p.stat().st_size for p in bundle.folder.iterdir()) < 6 * 2**20
     data = bundle.provenance["data"]
     assert data["start_level"] + data["num_levels"] <= 10000 and bundle.starts.level_seeds.max() < 10000
 
