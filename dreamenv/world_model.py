@@ -161,6 +161,6 @@ class WorldModel:
     def outcomes(self, state: State, actions: np.ndarray | Tensor) -> Tensor:
         """Log-probabilities float32 (B, outcomes) of what the actions int64 (B,) would bring at `state`."""
         action = torch.as_tensor(actions, device=self.device).long()
-        hints = self.dynamics.hints(state, action)
+        hints = self.dynamics.hints(state, action) if self.head.hinted else {}
         with self._autocast():
             return self.head.log_probabilities(state, action, hints)[:, self._own]

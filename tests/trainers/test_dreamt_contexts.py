@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -84,6 +84,8 @@ def test_a_head_trained_on_dreams_reports_both_kinds_of_context(latents: Path, d
 
 class Judge(nn.Module):
     """A head that says what the last latent's first channels hold, and remembers what it was asked."""
+
+    hinted: ClassVar[dict[str, tuple[int, ...]]] = {}
 
     def logits(self, state: State, action: torch.Tensor, hints: dict) -> torch.Tensor:
         self.context, self.action = state.latents, action

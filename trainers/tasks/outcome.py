@@ -292,7 +292,7 @@ class OutcomeTask:
         A dream that has lasted is surer of what it has seen than one that begins: to dynamics that remember, the
         contexts of the rows `aged`, bool (B,), come after a past like themselves.
         """
-        if self._dynamics is None:
+        if self._dynamics is None or not self.model.hinted:
             return {}
         dynamics, before = self._dynamics.to(context.device), actions[:, :-1]
         with torch.no_grad():

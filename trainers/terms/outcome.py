@@ -100,9 +100,10 @@ class Outcome(Term):
         taken = rollout.actions[rows, steps]
         game = None if batch.game is None else batch.game.repeat(rollout.copies)
         state = of_game(State({"latents": rollout.trail[rows, steps], "actions": taken[:, :-1]}), game)
-        with torch.no_grad():  # the head's answer must not bend the player's path
-            begun = rollouts.dynamics.begin(state.latents, state.actions)
-            hints = rollouts.dynamics.hints(of_game(begun, game), taken[:, -1])
-        head = self._head[0].to(query.device)
+        head, hints = self._head[0].to(query.device), {}
+        if head.hinted:
+            with torch.no_grad():  # the head's answer must not bend the player's path
+                begun = rollouts.dynamics.begin(state.latents, state.actions)
+                hints = rollouts.dynamics.hints(of_game(begun, game), taken[:, -1])
         logits = head.logits(state, taken[:, -1], hints)
         return F.cross_entropy(logits if game is None else head.masked(logits, state), labels)
