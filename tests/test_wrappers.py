@@ -211,8 +211,9 @@ def test_films(kind: str, world: str, tmp_path: Path) -> None:
     (path,) = (tmp_path / "film").glob("*.mp4")
     pictures = iio.imread(path, plugin="pyav")
     assert 5 <= len(pictures) <= 7 and pictures.shape[1:] == (64, 64, 3)
-    own = [np.abs(p.astype(int) - shown[i].astype(int)).mean() for i, p in enumerate(pictures)]
-    assert max(own) < 15
+    first = int(kind == "batch")  # Gymnasium films a batch from its first step on
+    own = [np.abs(p.astype(int) - shown[i].astype(int)).mean() for i, p in enumerate(pictures, first)]
+    assert max(own) < 10
     assert own[-1] < np.abs(pictures[-1].astype(int) - shown[0].astype(int)).mean()
 
 

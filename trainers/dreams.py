@@ -1,8 +1,7 @@
-"""Dreams from real contexts along real actions, dreamt once before training: what a head will be asked about."""
+"""Dreams from real contexts along real actions: what a head will be asked about."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,29 +13,44 @@ from dreamenv.device import pick_precision
 from dreamenv.flow import SamplerConfig, sample
 from dreamenv.models.interface import Dynamics
 from trainers.models import of_game
+from trainers.moments import Moments
 
 TOGETHER = {"cpu": 128, "cuda": 1024}
 """Dreams dreamt at once."""
 
 
 @dataclass(frozen=True)
-class Dreams:
-    """Dreams from real contexts, along the real actions.
+class DreamtMoments:
+    """Moments of dreams, at which a head is asked.
 
     Attributes:
-        latents: float16 (D, K + S, C, H, W): the real context, then what was dreamt.
-        begin: int64 (D,), the step at which each begins; length: int64 (D,), how many of its steps are meant.
-        eventful: the first so many end at a rare outcome.
+        contexts: float16 (N, K, C, H, W), the last latents of each dream, the current one last.
+        hints: float16 (N, ...), what the dynamics hint of each moment's step, of the dream's own state.
+        begin: int64 (N,), the step of the data at which each dream begins.
+        depth: int64 (N,), how many steps it has dreamt.
+        kind: int64 (N,): `EVENT`, `NEAR` or `CALM`.
     """
 
-    latents: np.ndarray
+    contexts: Tensor
+    hints: dict[str, Tensor]
     begin: np.ndarray
-    length: np.ndarray
-    eventful: int
+    depth: np.ndarray
+    kind: np.ndarray
 
-    def contexts(self, row: np.ndarray, depth: np.ndarray, context: int) -> Tensor:
-        """The contexts float16 (B, K, C, H, W) after `depth` dreamt steps."""
-        return torch.from_numpy(self.latents[row[:, None], depth[:, None] + np.arange(context)])
+    @property
+    def steps(self) -> np.ndarray:
+        """The step of the data int64 (N,) that each moment is as of."""
+        return self.begin + self.depth
+
+    def rows(self, index: np.ndarray) -> DreamtMoments:
+        """Some of them, by int64 (M,) or bool (N,)."""
+        at = torch.from_numpy(np.arange(len(self.begin))[index])
+        hints = {name: hint[at] for name, hint in self.hints.items()}
+        return DreamtMoments(self.contexts[at], hints, self.begin[index], self.depth[index], self.kind[index])
+
+
+EVENT, NEAR, CALM = range(3)
+"""Kinds of dreamt moments: a rare outcome, shortly before one, and any of a dream that leads to none."""
 
 
 def shared_out(length: np.ndarray, together: int) -> list[tuple[np.ndarray, int]]:
@@ -54,52 +68,59 @@ def shared_out(length: np.ndarray, together: int) -> list[tuple[np.ndarray, int]
 
 def dream(
     dynamics: Dynamics,
-    contexts: Callable[[np.ndarray], tuple[Tensor, Tensor, Tensor | None]],
-    actions: Callable[[np.ndarray], np.ndarray],
+    moments: Moments,
     begin: np.ndarray,
-    ends: np.ndarray,
-    longest: int,
+    asked: np.ndarray,
+    hinted: bool,
     rng: np.random.Generator,
     device: torch.device,
-) -> np.ndarray:
-    """Dream from the steps `begin` (D,) to the steps `ends` (D,).
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Dream from steps of the data along the actions that were taken there, and keep some moments.
 
     Args:
         dynamics: which.
-        contexts: steps (B,) -> their contexts (B, K, C, H, W), actions int64 (B, K), and games int64 (B,) if several.
-        actions: steps (B,) -> the actions int64 (B,) taken at them.
-        begin: int64 (D,).
-        ends: int64 (D,), at most `longest` later.
-        longest: S.
+        moments: whose steps they are.
+        begin: int64 (D,), where the dreams begin.
+        asked: int64 (N, 2), the moments to keep: of which dream, and after how many steps.
+        hinted: whether what the dynamics hint is kept too.
         rng: of the noise.
         device: where.
 
     Returns:
-        float16 (D, K + S, C, H, W): the real context, then what was dreamt; zeros beyond a dream's end.
+        Their contexts float16 (N, K, C, H, W), and hints float16 (N, ...) by name.
     """
-    k, length = dynamics.context, ends - begin
-    latents = np.zeros((len(begin), k + longest, *dynamics.spec.shape), np.float16)
+    length = np.zeros(len(begin), np.int64)
+    np.maximum.at(length, asked[:, 0], asked[:, 1])
+    contexts = torch.zeros(len(asked), dynamics.context, *dynamics.spec.shape, dtype=torch.float16)
+    hints = {n: torch.zeros(len(asked), *shape, dtype=torch.float16) for n, shape in dynamics.hinted.items() if hinted}
     bar = tqdm(total=int(length.sum()), desc="dream", unit="step", unit_scale=True)
     dynamics = dynamics.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     bf16 = pick_precision("auto", device) == "bf16"
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for rows, nfe in shared_out(length, TOGETHER.get(device.type, 128)):
-            sampler = SamplerConfig(nfe=nfe)
-            context, taken, game = contexts(begin[rows])
+            sampler = SamplerConfig(nfe=1 if dynamics.deterministic else nfe)
+            place = np.full(len(begin), -1)
+            place[rows] = np.arange(len(rows))
+            context, taken = moments.contexts(begin[rows])
+            game = moments.game_of(begin[rows])
             context = context.float().to(device)
-            latents[rows, :k] = context.half().cpu().numpy()
-            state = dynamics.begin(context, taken[:, : k - 1].to(device))
+            state = dynamics.begin(context, taken[:, : dynamics.context - 1].to(device))
             state = of_game(state, None if game is None else game.to(device))
-            for step in range(length[rows].max()):
-                now = np.minimum(begin[rows] + step, ends[rows])
+            for step in range(length[rows].max() + 1):
+                action = torch.from_numpy(moments.taken(begin[rows] + np.minimum(step, length[rows]))).to(device)
+                here = np.flatnonzero((place[asked[:, 0]] >= 0) & (asked[:, 1] == step))
+                if len(here):
+                    at = torch.from_numpy(place[asked[here, 0]]).to(device)
+                    there, kept = torch.from_numpy(here), state.rows(at)
+                    contexts[there] = kept.latents.half().cpu()
+                    for name, hint in dynamics.hints(kept, action[at]).items() if hints else ():
+                        hints[name][there] = hint.half().cpu()
                 noise = torch.from_numpy(rng.standard_normal(context[:, 0].shape, np.float32)).to(device)
-                action = torch.from_numpy(actions(now)).to(device)
                 prediction = sample(dynamics, state, action, noise, sampler)
                 state = dynamics.advance(state, action, prediction.latent)
-                latents[rows, k + step] = prediction.latent.half().cpu().numpy()
             bar.update(int(length[rows].sum()))
     bar.close()
-    return latents
+    return contexts, hints
 
 
 def dreams_for(most: int, minutes: float, steps: int | None) -> int:

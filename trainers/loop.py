@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,7 @@ from trainers.checkpoint import load_checkpoint, save_checkpoint
 from trainers.graphs import Recorded
 from trainers.log import Log, write_run
 from trainers.prefetch import pick_workers, prefetch
-from trainers.tasks.interface import Task
+from trainers.tasks.interface import Renewing, Task
 
 
 @dataclass(frozen=True)
@@ -217,11 +218,13 @@ class Loop:
         if self.progress >= 1:
             return self._validate() if self.rank == 0 else {}
         validated: dict[str, float] = {}
-        workers = pick_workers(self.config.workers, self.device)
-        batches = prefetch(self._draw, itertools.count(self.step), workers, self.device)
+        batches = self._batches()
         window, since = time.monotonic(), self.step
         while self.progress < 1:
             began = time.monotonic()
+            if isinstance(self.task, Renewing) and self.task.renew(self.step):
+                batches.close()
+                batches = self._batches()
             metrics = self.update(*next(batches))
             self.step += 1
             self.elapsed = self._agree(self.elapsed + time.monotonic() - began)
@@ -271,6 +274,11 @@ class Loop:
         shared = torch.tensor(elapsed, dtype=torch.float64, device=self.device)
         dist.broadcast(shared, 0)
         return float(shared)
+
+    def _batches(self) -> Generator[tuple[int, Batch]]:
+        """What `_draw` makes of this step and all that follow."""
+        workers = pick_workers(self.config.workers, self.device)
+        return prefetch(self._draw, itertools.count(self.step), workers, self.device)
 
     def _draw(self, step: int) -> tuple[int, Batch]:
         """The seed of a step's noise and its batch, which depend on its number alone."""

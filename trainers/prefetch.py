@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ def pick_workers(workers: int | None, device: torch.device) -> int:
     return min(len(os.sched_getaffinity(0)) - 1, _MOST)
 
 
-def prefetch(make: Callable[[Any], Any], items: Iterable[Any], workers: int, device: torch.device) -> Iterator[Any]:
+def prefetch(make: Callable[[Any], Any], items: Iterable[Any], workers: int, device: torch.device) -> Generator[Any]:
     """Yield `make(item)` for each item in order; with workers, forked processes make the next ones meanwhile.
 
     Args:

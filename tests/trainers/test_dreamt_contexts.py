@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from dreamenv.models.interface import State
+from dreamenv.models.interface import Prediction, State
 from tests.trainers.common import Oracle, dynamics_task, settings
-from trainers.dreams import shared_out
+from trainers.dreams import CALM, EVENT, NEAR, shared_out
 from trainers.tasks.outcome import OutcomeTask, OutcomeTaskConfig
 from trainers.terms.outcome import Outcome
 from trainers.train import train
@@ -29,31 +29,57 @@ def dynamics(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "model")
 
 
-def test_dreamt_contexts_of_the_head_lead_to_the_moment_they_are_labelled_with(latents: Path, dynamics: str) -> None:
-    """With the real next latents in the place of the dynamics, every dreamt context is the real one of its moment."""
+def test_dreamt_contexts_of_the_head_are_of_the_moment_they_are_labelled_with(
+    latents: Path, dynamics: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dynamics that only count, a context says from where it was dreamt, and how far."""
+    monkeypatch.setattr("trainers.dreams.sample", lambda _, state, *__: Prediction(state.latents[:, -1] + 1, None))
     config = OutcomeTaskConfig(latents=str(latents), dynamics=dynamics, drift=5, dreams=200, dreamt=1.0, val_ratio=0.2)
     task = OutcomeTask(config, HEAD, 0)
     data, dreams, labels = task.data, task.dreams, task.moments.labels
-    assert dreams is not None and dreams.latents.shape == (200, 9, 8, 16, 16) and (dreams.length <= 5).all()
-    ends = dreams.begin + dreams.length
-    assert (data.start[ends] == data.start[dreams.begin]).all(), "a dream never crosses the episode's start"
-    assert not data.validation[ends].any()
-    assert (labels[ends[: dreams.eventful]] > 0).all() and dreams.eventful > 140
-    begins = data.contexts(dreams.begin, 4)[0]
-    assert np.array_equal(dreams.latents[:, :4], data.stored[begins])
-    assert not np.array_equal(dreams.latents[:, 4], data.stored[dreams.begin + 1])
-    for step in range(5):  # a perfect dream
-        dreams.latents[:, 4 + step] = data.stored[np.minimum(dreams.begin + step + 1, ends)]
+    assert dreams is not None and dreams.contexts.shape[1:] == (4, 8, 16, 16) and (dreams.depth <= 5).all()
+    assert (data.start[dreams.steps] == data.start[dreams.begin]).all(), "a dream never crosses the episode's start"
+    assert not data.validation[dreams.steps].any()
+    event, near, calm = ((dreams.kind == kind) for kind in (EVENT, NEAR, CALM))
+    assert (labels[dreams.steps[event]] > 0).all() and event.sum() == near.sum() > 140
+    assert (dreams.begin[near] == dreams.begin[event]).all() and (dreams.depth[near] <= dreams.depth[event]).all()
+    assert set(dreams.depth[calm]) == set(range(6)) and calm.sum() == 8 * (200 - event.sum())
+    real = data.contexts(dreams.begin, 4)[0]
+    for depth in range(6):
+        here = dreams.depth == depth
+        expected = data.stored[real[here]].astype(np.float32)
+        expected = np.concatenate([expected, *(expected[:, -1:] + step for step in range(1, depth + 1))], 1)[:, -4:]
+        assert np.abs(dreams.contexts[here].numpy() - expected).max() < 0.01
     seen = 0
     for seed in range(5):
         batch = task.batch(np.random.default_rng(seed), 64)
         for row in range(64):
-            window = batch.context[row].numpy()
-            moments = np.flatnonzero((data.stored[:] == window[-1]).all((1, 2, 3)))
-            answers = [(int(labels[m]), data.contexts(np.array([m]), 4)[1][0].tolist()) for m in moments]
-            assert (int(batch.labels[row]), batch.actions[row].tolist()) in answers
+            (found,) = np.unique(np.flatnonzero((dreams.contexts == batch.context[row]).all(1).all(1).all(1).all(1)))[
+                :1
+            ]
+            assert int(batch.labels[row]) == labels[dreams.steps[found]]
+            assert batch.actions[row].tolist() == data.contexts(dreams.steps[[found]], 4)[1][0].tolist()
             seen += int(batch.labels[row] > 0)
     assert 80 < seen < 180, "balance 0.4"
+
+
+def test_dreams_are_renewed_by_the_number_of_the_step(latents: Path, dynamics: str, tmp_path: Path) -> None:
+    config = OutcomeTaskConfig(latents=str(latents), dynamics=dynamics, drift=3, dreams=8, renewed=2, val_ratio=0.2)
+    task, other = OutcomeTask(config, HEAD, 0), OutcomeTask(config, HEAD, 0)
+    assert task.dreams is not None and other.dreams is not None
+    first = task.dreams.contexts
+    assert not task.renew(1) and task.renew(2) and not torch.equal(task.dreams.contexts, first)
+    assert not task.renew(3) and task.renew(5)
+    assert other.renew(5) and torch.equal(task.dreams.contexts, other.dreams.contexts)
+    assert other.renew(0) and torch.equal(other.dreams.contexts, first)
+    seen = []
+    settings = {"type": "outcome", "latents": str(latents), "dynamics": dynamics, "val_ratio": 0.2}
+    settings |= {"dreams": 8, "renewed": 2, "dreamt": 1.0}
+    with pytest.MonkeyPatch.context() as patch:
+        draw = OutcomeTask.batch
+        patch.setattr(OutcomeTask, "batch", lambda s, *a: (seen.append(s.dreams), draw(s, *a))[1])
+        train({"model": HEAD, "task": settings, "loop": {"steps": 5, "batch_size": 8}}, tmp_path / "run")
+    assert [id(dreams) for dreams in seen] == [id(seen[i]) for i in (0, 0, 2, 2, 4)] and len({*map(id, seen)}) == 3
 
 
 @pytest.mark.parametrize("count", [1, 130, 514, 4096])

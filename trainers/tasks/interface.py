@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -48,4 +48,13 @@ class Task(Protocol):
 
     def facts(self) -> dict[str, Any]:
         """What to store with the saved model."""
+        ...
+
+
+@runtime_checkable
+class Renewing(Protocol):
+    """A task that makes what its batches are drawn from anew as training goes on."""
+
+    def renew(self, step: int) -> bool:
+        """Make what the batches from a step on are drawn from, a function of the step; whether that was due."""
         ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,15 @@ from dreamenv.models.interface import Dynamics, OutcomeHead, State
 from dreamenv.models.io import initialise, load_model
 from dreamenv.models.registry import build, register
 from trainers.batch import Batch
-from trainers.dreams import Dreams, dream
+from trainers.dreams import CALM, EVENT, NEAR, DreamtMoments, dream
 from trainers.labels import calibrate, outcome_labels, trained_head
 from trainers.latent_data import LatentDataset
 from trainers.models import check_told, completed, of_game, told_apart
 from trainers.moments import Moments
 
 _AGAIN = 3  # times that an aged context was seen before
-_DEPTHS = 8  # depths at which each uneventful dream of the validation is asked: there are few, and they weigh much
+_DEPTHS = 8  # depths at which each uneventful dream is asked: there are few, and in validation they weigh much
+_BEFORE = 12  # steps before a rare outcome that count as near
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,11 @@ class OutcomeTaskConfig:
     drift: int = 64
     """Most steps dreamt before the head is asked."""
     dreams: int = 8192
-    """How many dreams there are, dreamt once before training; 0 for none. Three quarters end in rare outcomes, after 1
-    to `drift` steps, each doubling as likely, of those that have so many steps before them; the others are `drift`
-    steps long, so that a long dream of nothing is not taken for an ending one. Half are drawn with two evaluations a
-    step instead of one."""
+    """How many dreams there are at a time; 0 for none. Three quarters end in rare outcomes, after 1 to `drift` steps,
+    each doubling as likely, of those that have so many steps before them; the others are `drift` steps long, so that a
+    long dream of nothing is not taken for an ending one. Half are drawn with two evaluations a step instead of one."""
+    renewed: int = 0
+    """Steps of training after which others are dreamt in their place, lest they be learnt by heart; 0 keeps them."""
     dreamt: float = 0.5
     """Share of each batch with a dreamt context."""
     context_noise: float = 0.2
@@ -72,6 +74,7 @@ class OutcomeTaskConfig:
         check(0 <= self.near < 1 - self.balance, f"near {self.near}: must be in [0, 1 - balance)")
         check(1 <= self.drift <= 64, f"drift {self.drift}: must be in 1..64")
         check(self.dreams == 0 or self.dreams >= 2, f"dreams {self.dreams}: must be 0, or 2 or more")
+        check(self.renewed >= 0, f"renewed {self.renewed}: must be >= 0")
         check(0 <= self.dreamt <= 1, f"dreamt {self.dreamt}: must be in 0..1")
         check(self.context_noise >= 0, f"context_noise {self.context_noise}: must be >= 0")
         check(0 < self.val_ratio < 1, f"val_ratio {self.val_ratio}: must be in (0, 1)")
@@ -82,13 +85,14 @@ class OutcomeTaskConfig:
 class OutcomeBatch(Batch):
     """Contexts float16 (B, K, C, H, W), actions int64 (B, K), labels and, of several, games int64 (B,).
 
-    The first rows' contexts are dreamt.
+    The first rows' contexts are dreamt, and have the hints (R, ...) of those dreams.
     """
 
     context: Tensor
     actions: Tensor
     labels: Tensor
     game: Tensor | None = None
+    hints: dict[str, Tensor] = field(default_factory=dict)
 
 
 @register("task", "outcome", OutcomeTaskConfig)
@@ -137,11 +141,24 @@ class OutcomeTask:
             dynamics is not None or not self.model.hinted,
             f"dynamics {config.dynamics!r}: a {model['type']} needs them for their hints; dreams: 0 if for no more",
         )
-        self._dynamics, self.dreams, self.val_dreams = dynamics, None, None
+        self._dynamics, self._seed, self._block = dynamics, seed, -1
+        self.dreams: DreamtMoments | None = None
+        self.val_dreams: DreamtMoments | None = None
         if dynamics is not None and config.dreams:
-            rng = philox((seed, 1))
-            self.dreams = self._imagine(dynamics, self._train, config.dreams, rng)
-            self.val_dreams = self._imagine(dynamics, self._val, config.dreams // 8 + 2, rng)
+            dreamt = self._imagine(dynamics, self._val, config.dreams // 8 + 2, philox((seed, 1)))
+            uneventful = self.moments.uneventful[dreamt.steps]
+            self.val_dreams = dreamt.rows(np.where(dreamt.kind == CALM, uneventful, dreamt.kind == EVENT))
+        self.renew(0)
+
+    def renew(self, step: int) -> bool:
+        """See `trainers.tasks.interface.Renewing`: other dreams, if it is time."""
+        block = step // self.config.renewed if self.config.renewed else 0
+        if self._dynamics is None or not self.config.dreams or block == self._block:
+            return False
+        self._block = block
+        self.dreams = self._imagine(self._dynamics, self._train, self.config.dreams, philox((self._seed, 2 + block)))
+        self._kinds = [np.flatnonzero(self.dreams.kind == kind) for kind in (EVENT, NEAR, CALM)]
+        return True
 
     def _further(self) -> LatentDataset:
         also = LatentDataset(Path(self.config.also), self.config.val_ratio)
@@ -153,53 +170,57 @@ class OutcomeTask:
         check(found == wanted, f"also {also.folder}: is of {found}, not of {wanted}")
         return also
 
-    def _imagine(self, dynamics: Dynamics, moments: list[np.ndarray], count: int, rng: np.random.Generator) -> Dreams:
+    def _imagine(
+        self, dynamics: Dynamics, moments: list[np.ndarray], count: int, rng: np.random.Generator
+    ) -> DreamtMoments:
         """Dream from real contexts to `count` of the `moments`: the first three quarters to rare outcomes, evenly."""
         *rare, every = moments
         each = count * 3 // 4 // len(rare) if rare else 0
-        drift = self.config.drift
+        eventful, drift = each * len(rare), self.config.drift
         length = (drift ** rng.random(count)).round().astype(np.int64)
-        length[each * len(rare) :] = drift
+        length[eventful:] = drift
         far = [self.moments.far(c, length[i * each : (i + 1) * each], rng) for i, c in enumerate(rare)]
-        ends = np.concatenate([*far, rng.choice(every, count - each * len(rare))])
+        ends = np.concatenate([*far, rng.choice(every, count - eventful)])
         begin = np.maximum(ends - length, self.moments.start[ends])
-        moments_of = self.moments
-
-        def contexts(now: np.ndarray) -> tuple[Tensor, Tensor, Tensor | None]:
-            return *moments_of.contexts(now), moments_of.game_of(now)
-
-        latents = dream(dynamics, contexts, moments_of.taken, begin, ends, drift, rng, pick_device("auto"))
-        return Dreams(latents, begin, ends - begin, each * len(rare))
+        length = ends - begin
+        before = np.maximum(length[:eventful] - rng.integers(1, _BEFORE, size=eventful), 0)
+        calm = np.repeat(np.arange(eventful, count), _DEPTHS)
+        row = np.concatenate([np.arange(eventful), np.arange(eventful), calm])
+        depth = np.concatenate([length[:eventful], before, rng.integers(0, length[calm], endpoint=True)])
+        kind = np.repeat([EVENT, NEAR, CALM], [eventful, eventful, len(calm)])
+        kept = dream(
+            dynamics, self.moments, begin, np.stack([row, depth], 1), bool(self.model.hinted), rng, pick_device("auto")
+        )
+        return DreamtMoments(*kept, begin[row], depth, kind)
 
     def batch(self, rng: np.random.Generator, size: int) -> OutcomeBatch:
         """Draw moments, balanced between outcomes, some of their contexts dreamt."""
         config = self.config
         *rare, every = self._train
         pick, place = rng.random(size), rng.random(size)
-        earlier = rng.integers(1, 12, size=size, endpoint=True)
+        earlier = rng.integers(1, _BEFORE, size=size)
         now = every[rng.integers(len(every), size=size)]
         if rare:
             which = np.searchsorted(self._odds, rng.random(size)).clip(max=len(rare) - 1)
             event = np.array([rare[w][int(p * len(rare[w]))] for w, p in zip(which, place, strict=True)])
             near = np.maximum(event - earlier, self.moments.start[event])
             now = np.where(pick < config.balance, event, np.where(pick < config.balance + config.near, near, now))
-        dreams, rows = self.dreams, 0
-        if dreams is not None:
-            rows = int(size * config.dreamt)
-            eventful = (pick[:rows] < config.balance + config.near) & (dreams.eventful > 0)
-            first = np.where(eventful, 0, dreams.eventful)
-            last = np.where(eventful, dreams.eventful, len(dreams.begin))
-            row = first + (place[:rows] * (last - first)).astype(np.int64)
-            steps = dreams.length[row]
-            back = np.where(pick[:rows] < config.balance, 0, earlier[:rows])
-            depth = np.where(eventful, np.maximum(steps - back, 0), rng.integers(0, steps, endpoint=True))
-            now[:rows] = dreams.begin[row] + depth
+        dreams, hints = self.dreams, {}
+        rows = 0 if dreams is None else int(size * config.dreamt)
         context, actions = self.moments.contexts(now[rows:])
         if dreams is not None:
-            context = torch.cat([dreams.contexts(row, depth, self.context), context])
+            near = np.where(pick[:rows] < config.balance + config.near, NEAR, CALM)
+            kind = np.where(pick[:rows] < config.balance, EVENT, near)
+            kind[[not len(self._kinds[k]) for k in kind]] = CALM
+            row = np.array(
+                [self._kinds[k][int(p * len(self._kinds[k]))] for k, p in zip(kind, place[:rows], strict=True)]
+            )
+            drawn = dreams.rows(row.astype(np.int64))
+            now[:rows], hints = drawn.steps, drawn.hints
+            context = torch.cat([drawn.contexts, context])
             actions = torch.cat([self.moments.actions(now[:rows]), actions])
         labels = torch.from_numpy(self.moments.labels[now])
-        return OutcomeBatch(context, actions, labels, self.moments.game_of(now))
+        return OutcomeBatch(context, actions, labels, self.moments.game_of(now), hints)
 
     def loss(
         self, model: nn.Module, batch: OutcomeBatch, generator: torch.Generator, progress: float
@@ -210,7 +231,10 @@ class OutcomeTask:
         noise = torch.randn(context.shape, generator=generator, device=context.device)
         noised = self.data.codec.noised(context, noise * level[:, None, None, None, None])
         aged = torch.rand(len(context), generator=generator, device=context.device) < 0.5
-        hints = self._hints(context, actions, batch.game, aged)
+        own = len(next(iter(batch.hints.values()))) if batch.hints else 0
+        game = None if batch.game is None else batch.game[own:]
+        found = self._hints(context[own:], actions[own:], game, aged[own:])
+        hints = {name: torch.cat([batch.hints[name], hint]) if own else hint for name, hint in found.items()}
         state = of_game(State({"latents": noised, "actions": actions[:, :-1]}), batch.game)
         logits = self.model.masked(model(state, actions[:, -1], hints), state)
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
@@ -230,8 +254,8 @@ class OutcomeTask:
         val = self._val[-1]
         share = np.bincount(all_labels[:own][val], minlength=len(model.config.rewards)) / len(val)
         logits, labels, weights = {}, {}, {}
-        for name, (now, contexts) in self._validation_sets().items():
-            logits[name] = self._logits(model, now, contexts)
+        for name, (now, dreamt) in self._validation_sets().items():
+            logits[name] = self._logits(model, now, dreamt)
             which = all_labels[now]
             labels[name] = torch.from_numpy(which)
             found = np.bincount(which, minlength=len(share)) / len(now)
@@ -254,35 +278,33 @@ class OutcomeTask:
         """A game's name before its figures, where there are several."""
         return f"{self.data.games[game]} " if len(self.data.games) > 1 else ""
 
-    def _validation_sets(self) -> dict[str, tuple[np.ndarray, Tensor | None]]:
-        """Steps, and their dreamt contexts if they are not the real ones."""
+    def _validation_sets(self) -> dict[str, tuple[np.ndarray, DreamtMoments | None]]:
+        """Steps, and the dreamt moments that they are of if any."""
         *rare, val = self._val
         calm = val[self.moments.uneventful[val]]
         kept = np.random.default_rng(0).permutation(calm)[:12000]
-        sets: dict[str, tuple[np.ndarray, Tensor | None]] = {"": (np.concatenate([*rare, kept]), None)}
-        if (dreams := self.val_dreams) is not None:
-            long = np.repeat(np.arange(dreams.eventful, len(dreams.begin)), _DEPTHS)
-            depth = np.random.default_rng(0).integers(0, dreams.length[long], endpoint=True)
-            row = np.concatenate([np.arange(dreams.eventful), long])
-            depth = np.concatenate([dreams.length[: dreams.eventful], depth])
-            at = dreams.begin[row] + depth
-            fair = (row < dreams.eventful) == ~self.moments.uneventful[at]
-            sets["dreamt "] = (at[fair], dreams.contexts(row[fair], depth[fair], self.context))
+        sets: dict[str, tuple[np.ndarray, DreamtMoments | None]] = {"": (np.concatenate([*rare, kept]), None)}
+        if self.val_dreams is not None:
+            sets["dreamt "] = (self.val_dreams.steps, self.val_dreams)
         return sets
 
-    def _logits(self, head: OutcomeHead, now: np.ndarray, contexts: Tensor | None) -> Tensor:
+    def _logits(self, head: OutcomeHead, now: np.ndarray, dreamt: DreamtMoments | None) -> Tensor:
         device = next(head.parameters()).device
         out = []
         for at in range(0, len(now), 256):
             context, actions = self.moments.contexts(now[at : at + 256])
-            if contexts is not None:
-                context = contexts[at : at + 256]
-            context, actions = context.float().to(device), actions.to(device)
             game = self.moments.game_of(now[at : at + 256])
             game = None if game is None else game.to(device)
+            if dreamt is not None:
+                context = dreamt.contexts[at : at + 256]
+            context, actions = context.float().to(device), actions.to(device)
             state = of_game(State({"latents": context, "actions": actions[:, :-1]}), game)
-            aged = torch.arange(len(context), device=device) % 2 == 0
-            logits = head.logits(state, actions[:, -1], self._hints(context, actions, game, aged))
+            if dreamt is None:
+                aged = torch.arange(len(context), device=device) % 2 == 0
+                hints = self._hints(context, actions, game, aged)
+            else:
+                hints = {name: hint[at : at + 256].float().to(device) for name, hint in dreamt.hints.items()}
+            logits = head.logits(state, actions[:, -1], hints)
             out.append(head.masked(logits, state).cpu())
         return torch.cat(out)
 
