@@ -111,3 +111,12 @@ def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """Each test that asks for it runs in both, in its subprocesses too, whatever instructions the machine has."""
     monkeypatch.setenv("DREAMENV_PRECISION", request.param)
     return request.param
+
+
+@pytest.fixture
+def in_process() -> Iterator[None]:
+    """Stages run here instead of in processes of their own, each of which takes seconds to load."""
+    from tests.here import all_here  # loads every program
+
+    with all_here():
+        yield

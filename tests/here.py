@@ -6,20 +6,39 @@ import io
 import runpy
 import sys
 import warnings
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 
 import pytest
 
+import agents.benchmark
+import agents.real_steps
+import agents.rounds  # noqa: F401
+import trainers.finetune
+import trainers.games
+import trainers.objectives
+import trainers.table  # noqa: F401
 from dreamenv.stages import run_command
 
 
 def run_here(command: list[str]) -> str:
-    """Run `python -m name ...` in this process, which has loaded already what that takes seconds to load."""
-    if command[2] == "agents.train":  # the libraries that it uses warn
-        return run_command(command)
+    """What `run_command` does of `python -m name ...`, in this process."""
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed), warnings.catch_warnings():
-        patch.setattr(sys, "argv", command[2:])
+        few = ["--clips", "4"] if command[2] == "trainers.choose" else []  # of 48: what a toy dreams is noise
+        patch.setattr(sys, "argv", [*command[2:], *few])
         warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)  # the program is imported already
+        warnings.filterwarnings("ignore", "rich is experimental")  # so is Stable-Baselines3's progress bar
         runpy.run_module(command[2], run_name="__main__", alter_sys=True)
     return (printed.getvalue().splitlines() or [""])[-1]
+
+
+@contextmanager
+def all_here() -> Iterator[None]:
+    """Every program that has stages runs them in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in list(sys.modules.items()):
+            own = name.partition(".")[0] in ("dreamenv", "trainers", "agents")
+            if own and getattr(module, "run_command", None) is run_command:
+                patch.setattr(module, "run_command", run_here)
+        yield

@@ -21,7 +21,6 @@ from dreamenv.contract.games import GAMES, get_game
 from dreamenv.data import Dataset
 from dreamenv.errors import BundleError, ConfigError
 from dreamenv.vector import DreamVectorEnv
-from tests.here import run_here
 
 ALGORITHM = """
 algorithm: PPO
@@ -50,7 +49,7 @@ def test_actions_that_do_the_same_are_tried_once() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_agents_of_both_worlds_are_trained_and_judged_once(
-    toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy_bundle: Path, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "small.yaml").write_text(ALGORITHM)
     page = tmp_path / "page.md"
@@ -94,7 +93,7 @@ def test_agents_of_both_worlds_are_trained_and_judged_once(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_how_many_real_steps_it_takes_is_one_command_that_resumes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "small.yaml").write_text(ALGORITHM)
     page = tmp_path / "page.md"
@@ -108,7 +107,6 @@ def test_how_many_real_steps_it_takes_is_one_command_that_resumes(
         "docs": page,
     }
     shared |= {"set": ("loop.batch_size=4", "task.val_ratio=0.2"), "out": tmp_path / "out"}
-    monkeypatch.setattr(agents.real_steps, "run_command", run_here)
     rows = run_real_steps(RealStepsConfig(**shared))
     assert [row["steps"] for row in rows] == [2000]
     for row in rows:

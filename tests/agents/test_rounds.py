@@ -26,7 +26,6 @@ from dreamenv.stages import run_command, stage
 from dreamenv.world_model import WorldModel
 from envs.collect import CollectConfig, collect
 from tests.battery.common import FULL
-from tests.here import run_here
 
 
 def gather(out: Path, seed: int, policy: str = "random=0.5,sticky=0.5", **options: object) -> Path:
@@ -145,13 +144,13 @@ def small_bundle(folder: Path, data: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_rounds_end_to_end_and_resumed(two: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_end_to_end_and_resumed(two: list[Path], tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Collect, merge, fine-tune, measure, train, evaluate. A second run finds all stages done.
 
     Twice in the battery, each program in a process of its own.
     """
     if not FULL:
-        monkeypatch.setattr("agents.rounds.run_command", run_here)
+        request.getfixturevalue("in_process")
     toy = tmp_path / "ppo.yaml"
     toy.write_text(
         "algorithm: PPO\nnum_envs: 8\nnetwork: {channels: [4, 4, 4], features: 8}\n"

@@ -27,11 +27,3 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
         root / "ae",
     )
     return encode_dataset(data, root / "ae" / "model", root / "latents", "cpu")
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stages run here instead of in processes of their own, each of which takes seconds to load."""
-    for module in ("pipeline", "objectives"):
-        monkeypatch.setattr(f"trainers.{module}.train_stage", lambda values, out: train(values, out, resume=True))
-        monkeypatch.setattr(f"trainers.{module}.encode", encode_dataset)

@@ -24,7 +24,6 @@ from dreamenv.models.io import load_model, save_model
 from dreamenv.stages import begun
 from dreamenv.starts import pack_starts
 from envs.collect import CollectConfig, collect
-from tests.here import run_here
 from trainers.choose import choose
 from trainers.encode import encode_dataset
 from trainers.games import GamesConfig, main, mixed
@@ -213,10 +212,8 @@ def test_a_bank_fits_into_its_room(parts: list[Path]) -> None:
 
 
 def test_one_command_makes_one_bundle_of_several_games(
-    tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, in_process: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module in ("games", "pipeline"):
-        monkeypatch.setattr(f"trainers.{module}.run_command", run_here)
     agent = tmp_path / "ppo.yaml"
     agent.write_text(
         "algorithm: PPO\nnum_envs: 4\nnetwork: {channels: [4, 4, 4], features: 8}\n"

@@ -26,7 +26,7 @@ from dreamenv.play.run import PlayConfig, run
 from dreamenv.rewrite import rewrite_bundle, update_card
 from dreamenv.vector import DreamVectorEnv
 from envs.collect import CollectConfig, collect
-from tests.here import run_here
+from tests.here import all_here
 from trainers.encode import encode_dataset
 from trainers.finetune import FinetuneConfig, finetune
 from trainers.latent_data import LatentDataset
@@ -57,10 +57,7 @@ def bundle(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shape = ("channels=[16, 16]", "blocks=[1, 1]")
     settings = (*small, *(f"{s}:model.backbone.{value}" for s in ("predictor", "dynamics") for value in shape))
     out = tmp_path_factory.mktemp("several") / "run"
-    with pytest.MonkeyPatch.context() as patch:  # each process of its own would take seconds to load
-        patch.setattr("trainers.pipeline.train_stage", lambda values, out: train(values, out, resume=True))
-        patch.setattr("trainers.pipeline.encode", encode_dataset)
-        patch.setattr("trainers.pipeline.run_command", run_here)
+    with all_here():  # each process of its own would take seconds to load
         return run_pipeline(
             PipelineConfig(
                 game="maze", recipe="canvas", data=data, out=out, stage_steps=2, starts=3, set=settings, events=0
