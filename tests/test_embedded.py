@@ -43,7 +43,8 @@ def play() -> Segment:
 
 
 def test_it_is_small_and_never_saw_the_held_out_levels(bundle: Bundle) -> None:
-    assert sum(p.stat().st_size for p in bundle.folder.iterdir()) < 6 * 2**20
+    assert sum(p.stat().st_size for p in bundle.folder.iterdir()) < 6.1 * 2**20
+    assert len(bundle.starts.frames) == 2000 and len(np.unique(bundle.starts.level_seeds)) > 1000
     data = bundle.provenance["data"]
     assert data["start_level"] + data["num_levels"] <= 10000 and bundle.starts.level_seeds.max() < 10000
 
@@ -95,6 +96,7 @@ def test_most_branches_are_nearest_their_own_real_one(bundle: Bundle) -> None:
 def test_the_docs_show_what_the_card_says(bundle: Bundle) -> None:
     root, card = Path(__file__).parents[1], bundle.card
     table = fidelity_table(card, bundle.game.name)
+    assert "| reward 10: average precision |" in table and "| reward: " not in table, "it has no other"
     assert table in (root / "docs" / "fidelity.md").read_text(encoding="utf-8"), "make fidelity"
     unknown = fidelity_table(card, "maze").splitlines()  # nobody published figures of it
     assert "published" in table and unknown == [line.rpartition(" | ")[0] + " |" for line in table.splitlines()]

@@ -124,6 +124,8 @@ def _samples(card: dict[str, Any]) -> list[tuple[str, str]]:
 def _outcomes(card: dict[str, Any]) -> list[tuple[str, str]]:
     """Rows of each outcome that occurred on real and on dreamt contexts."""
     keys = sorted(k[:-3] for k in card if k.endswith("_ap") and not k.startswith("drifted_"))
+    if len([key for key in keys if key.startswith("reward_")]) == 1:  # all rewards are that one
+        keys = [key for key in keys if key != "reward"]
     rows = []
     for key in keys:
         if card[f"{key}_ap"] is not None and card[f"drifted_{key}_ap"] is not None:

@@ -21,7 +21,7 @@ from dreamenv.contract.games import GAMES, get_game
 from dreamenv.device import own_settings, pick_precision
 from dreamenv.errors import BundleError, ConfigError, PolicyError
 from dreamenv.models.interface import to_images
-from dreamenv.models.io import fill, read_part
+from dreamenv.models.io import fill, packed, read_part
 from dreamenv.world_model import WorldModel
 
 
@@ -138,10 +138,10 @@ class ImpalaAgent(nn.Module):
             return logits.double().softmax(1).cpu().numpy(), memory
 
 
-def save_agent(folder: str | Path, agent: ImpalaAgent, facts: dict | None = None) -> Path:
-    """Write `agent.json` and `agent.safetensors` (fp16), atomically; returns the folder."""
+def save_agent(folder: str | Path, agent: ImpalaAgent, facts: dict | None = None, bits: int = 16) -> Path:
+    """Write `agent.json` and `agent.safetensors`, atomically, in 16 or 8 bits a weight; returns the folder."""
+    weights = packed(agent.state_dict(), bits)
     with atomic_folder(Path(folder)) as temporary:
-        weights = {k: v.half().cpu().contiguous() for k, v in agent.state_dict().items()}
         (temporary / "agent.safetensors").write_bytes(save(weights))
         write_json(
             temporary / "agent.json",
@@ -174,7 +174,7 @@ def load_agent(folder: str | Path, precision: str = "auto") -> ImpalaAgent:
             torch.device("meta"),
         ):  # so that a description cannot ask for more than the file holds
             size = sum(p.numel() for p in ImpalaAgent(config).parameters())
-        if 2 * size > len(data):
+        if size > len(data):
             raise PolicyError(f"{path}: describes {size} weights, agent.safetensors has {len(data)} bytes")
         with own_settings(torch.device("cpu")), torch.inference_mode(False), torch.random.fork_rng(devices=[]):
             agent = ImpalaAgent(config, precision)

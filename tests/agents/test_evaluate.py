@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import pytest
+import torch
 
 from agents.evaluate import evaluate
-from dreamenv.errors import PolicyError
+from dreamenv.errors import ConfigError, PolicyError
+from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, load_agent, save_agent
 
 
 def test_evaluation_is_one_whole_episode_on_each_level() -> None:
@@ -65,3 +68,20 @@ def test_evaluation_from_the_command_line(toy_bundle: Path, tmp_path: Path) -> N
         evaluate("bundled", "dream", bundle=toy_bundle, episodes=1)
     with pytest.raises(PolicyError, match="unknown"):
         evaluate("nobody", episodes=1)
+
+
+def test_an_agent_of_8_bits_acts_as_one_of_16(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    agent = ImpalaAgent(ImpalaConfig((8, 16), 32), "fp32")
+    agent.policy.weight.data.mul_(30)  # so that it prefers some actions
+    frames = np.random.default_rng(0).integers(0, 256, (64, 64, 64, 3), dtype=np.uint8)
+    half, byte = (save_agent(tmp_path / str(bits), agent, {"steps": 3}, bits) for bits in (16, 8))
+    sizes = [(folder / "agent.safetensors").stat().st_size for folder in (half, byte)]
+    assert sizes[1] < 0.6 * sizes[0]
+    first, second = (load_agent(folder, "fp32") for folder in (half, byte))
+    assert first.facts == second.facts == {"steps": 3}
+    (before, _), (after, _) = first.probabilities(frames), second.probabilities(frames)
+    assert before.max() > 0.15 and 0 < np.abs(before - after).max() < 0.02
+    with pytest.raises(ConfigError, match="bits 4"):
+        save_agent(tmp_path / "4", agent, bits=4)
+    assert not (tmp_path / "4").exists()
