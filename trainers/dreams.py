@@ -123,6 +123,11 @@ def dream(
     return contexts, hints
 
 
-def dreams_for(most: int, minutes: float, steps: int | None) -> int:
-    """How many dreams, up to `most`, a training is worth that takes so many minutes in all, or steps if given."""
-    return max(min(most, int(40 * minutes) if steps is None else 64 * steps), 2)
+def dreams_for(minutes: float, steps: int | None) -> dict[str, int]:
+    """How many dreams a training is worth that takes so many minutes in all, or steps if given.
+
+    Returns:
+        What a recipe calls `{dreams}`, dreamt once, and `{renewed-dreams}`, dreamt anew again and again.
+    """
+    worth = int(40 * minutes) if steps is None else 16 * steps
+    return {name: max(min(most, worth), 2) for name, most in (("dreams", 8192), ("renewed-dreams", 512))}

@@ -28,7 +28,6 @@ from trainers.pipeline import encode, make_bundle, train_stage
 from trainers.recipe import check_values, load_recipe, recipes
 from trainers.train import override
 
-_DREAMS = 8192
 _SHARES = {"dynamics": 0.97, "head": 0.03}  # of the minutes: the head soon knows its events
 _MEASURED = ("rewards", "terminated", "games", "owners", "bias", "scale")  # what training decides of a head
 
@@ -107,8 +106,8 @@ def stage_values(config: FinetuneConfig, bundle: Bundle, kind: str, latents: Pat
     check(kind in recipe.finetune, f"recipe {recipe.name}: does not go on from a bundle; these do: {', '.join(known)}")
     chosen = recipe.finetune[kind]
     made: dict[str, Any] = {stage: out / stage for stage in recipe.stages}
-    dreams = dreams_for(_DREAMS, config.minutes, config.steps)
-    values = recipe.values(chosen["stage"], made | {"dreams": dreams})
+    dreams = dreams_for(config.minutes, config.steps)
+    values = recipe.values(chosen["stage"], made | dreams)
     spec = json.loads(json.dumps(spec_of(getattr(bundle.world_model, kind))))
     for key, value in values["model"].items():  # what older bundles lack begins without effect
         if spec["type"] == values["model"]["type"] and isinstance(value, bool):
@@ -123,7 +122,9 @@ def stage_values(config: FinetuneConfig, bundle: Bundle, kind: str, latents: Pat
         judge = {"weight": config.outcome, "head": str(out / "head-before" / "model")}
         values["task"]["terms"]["outcome"] = values["task"]["terms"].get("outcome", {}) | judge
     else:
-        values["task"] = {"dreams": dreams} | values["task"] | {"also": "", "dynamics": str(out / "dynamics" / "model")}
+        values["task"] = (
+            {"dreams": dreams["dreams"]} | values["task"] | {"also": "", "dynamics": str(out / "dynamics" / "model")}
+        )
     return override(values, tuple(f"{k}={json.dumps(v)}" for k, v in chosen.get("set", {}).items()))
 
 

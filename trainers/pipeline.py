@@ -37,8 +37,6 @@ from trainers.dreams import dreams_for
 from trainers.recipe import Recipe, check_build, check_values, filled, load_recipe
 from trainers.train import check_overrides, of_stage, override
 
-_DREAMS = 8192  # at most, where a recipe says {dreams}
-
 
 @dataclass(frozen=True)
 class PipelineConfig:
@@ -135,11 +133,10 @@ class PipelineConfig:
         return self.event_data if name == recipe.events else None
 
     def numbers(self, recipe: Recipe) -> dict[str, int]:
-        """What `{steps}`, `{events}` and `{dreams}` stand for."""
+        """What `{steps}`, `{events}`, `{dreams}` and `{renewed-dreams}` stand for."""
         asked = {"steps": self.steps, "events": self.events}
         given = {name: value for name, value in asked.items() if value is not None}
-        dreams = {"dreams": dreams_for(_DREAMS, self.minutes, self.stage_steps)}
-        return {"steps": 450_000, "events": 0} | recipe.defaults | given | dreams
+        return {"steps": 450_000, "events": 0} | recipe.defaults | given | dreams_for(self.minutes, self.stage_steps)
 
     def stage_values(self, recipe: Recipe, name: str, made: dict[str, Any]) -> dict[str, Any]:
         """The sections model, task and loop of one stage."""

@@ -2,7 +2,8 @@
 
 A stage collects, encodes, builds a model that needs no training, trains one, or chooses what one leaves open. `{name}`
 in its settings is what the stage of that name made: a dataset, a folder of latents, or a model folder; `{steps}`,
-`{events}` and `{dreams}` are numbers that the pipeline decides. A recipe may say which other one it `extends`.
+`{events}`, `{dreams}` and `{renewed-dreams}` are numbers that the pipeline decides. A recipe may say which other one it
+`extends`.
 """
 
 from __future__ import annotations
