@@ -204,3 +204,18 @@ def test_what_changes_less_than_a_little_stays_as_it_is() -> None:
     for wrong in ((1.0, 2.0), (-1.0,), (300.0,)):
         with pytest.raises(ConfigError, match="rest"):
             CanvasFlowConfig(rest=wrong)
+
+
+def test_many_pictures_are_moved_as_few_are() -> None:
+    """Beyond some number they are moved in parts, where no gradient is wanted."""
+    rng = torch.Generator().manual_seed(0)
+    maps, logits = torch.randn(37, 48, 4, 4, generator=rng), 3 * torch.randn(37, 34, 4, 4, generator=rng)
+    needed = torch.rand(37, 4, 4, generator=rng) < 0.5
+    for some in (None, needed):
+        whole = moved(maps.requires_grad_(), logits, 4, some)
+        with torch.no_grad():
+            assert whole.requires_grad and torch.equal(moved(maps, logits, 4, some), whole)
+            one = [
+                moved(maps[i : i + 1], logits[i : i + 1], 4, None if some is None else some[i : i + 1]) for i in (0, 20)
+            ]
+        assert torch.equal(torch.cat(one), whole[[0, 20]])

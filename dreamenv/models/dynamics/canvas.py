@@ -21,6 +21,7 @@ _VOTES = 32
 _SAME = 2 / 255  # half a step of a pixel's value, in latents: what is nearer is the same colour when shown
 _MOST = 2.0  # the latent of white, and of black the other way: a dream does not leave the range of pixels
 _STRETCH = 0.1
+_TOGETHER = 16  # pictures moved at a time on a CPU: more want blocks so large that glibc takes them anew each time
 _SELDOM = -1.0  # the logit with which moving layers apart begins
 
 
@@ -245,6 +246,11 @@ def moved(maps: Tensor, logits: Tensor, patch: int, needed: Tensor | None = None
     Only cells that are needed, bool (B, H, W), are worked out; the others are 0.
     """
     b, c, height, width = maps.shape
+    if b > _TOGETHER and maps.device.type == "cpu" and not torch.is_grad_enabled():
+        given = [maps, logits, *([] if needed is None else [needed])]
+        return torch.cat(
+            [moved(m, g, patch, *n) for m, g, *n in zip(*(t.split(_TOGETHER) for t in given), strict=True)]
+        )
     moves, planes = logits.shape[1] // 2, c // patch**2
     around = patch + moves - 1
     picture = F.pad(F.pixel_shuffle(maps, patch), (moves // 2,) * 4, mode="replicate")
