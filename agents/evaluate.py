@@ -141,7 +141,7 @@ def _policy(agent: str | ImpalaAgent | VectorPolicy, bias: np.ndarray, bundle: P
         return agent
     if agent == "bundled":
         folder = resolve_bundle(bundle, game)
-        if (found := bundled_agent(folder)) is None:
+        if (found := bundled_agent(folder, game)) is None:
             raise PolicyError(f"agent 'bundled': {folder} ships none; train one with python -m agents.train")
         return AgentPolicy(str(found))
     if present(Path(agent) / "agent.json"):

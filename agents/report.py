@@ -140,7 +140,9 @@ def report(config: ReportConfig) -> dict[str, Any]:
         "repeats": config.repeats,
         "limit": config.limit,
     }
-    shipped = bundled_agent(resolve_bundle(config.bundle, config.game)) if config.agent == "bundled" else None
+    shipped = (
+        bundled_agent(resolve_bundle(config.bundle, config.game), config.game) if config.agent == "bundled" else None
+    )
     folder = shipped or Path(config.agent)
     figures["imagined_steps"], figures["real_steps"] = learnt_from(
         agent_facts(folder) if present(folder / "agent.json") else {}

@@ -199,9 +199,15 @@ def check_mode(bundle: Bundle, distribution_mode: str | None) -> None:
     check(same, f"distribution_mode {str(distribution_mode)[:80]!r}: the bundle is of {mode}")
 
 
-def bundled_agent(folder: Path) -> Path | None:
-    """Folder of the agent that ships with a bundle, for `dreamenv.policies.agent.load_agent`; None if there is none."""
-    agent = folder / "agent"
+def bundled_agent(folder: Path, game: str) -> Path | None:
+    """Folder of the agent that ships with a bundle for a game, for `load_agent`; None if there is none.
+
+    It is `agent`, or in a bundle of several games `agent-<game>`.
+
+    Raises:
+        BundleError: no bundle, or a damaged one.
+    """
+    agent = folder / ("agent" if len(bundle_games(folder)) == 1 else f"agent-{game}")
     return agent if present(agent / "agent.json") else None
 
 

@@ -306,7 +306,7 @@ def info(game: str = "coinrun", bundle: Path | None = None, distribution_mode: s
     model = loaded.world_model
     parameters = {n: sum(p.numel() for p in getattr(model, n).parameters()) for n in NETWORKS}
     size = sum(p.stat().st_size for p in loaded.folder.iterdir() if p.is_file())
-    shipped = bundled_agent(loaded.folder)
+    shipped = bundled_agent(loaded.folder, loaded.game.name)
     agent = None if shipped is None else read_json(shipped / "agent.json", PolicyError, "re-download").get("facts")
     print(
         json.dumps(

@@ -33,7 +33,7 @@ def update_card(folder: str | Path, card: dict[str, Any], game: str | None = Non
 
 
 def rewrite_bundle(folder: str | Path, out: str | Path, bits: int = 16) -> Path:
-    """Write a bundle of any readable version as one of this version, its agent too; returns the new folder.
+    """Write a bundle of any readable version as one of this version, its agents too; returns the new folder.
 
     Args:
         folder: the old one.
@@ -49,13 +49,15 @@ def rewrite_bundle(folder: str | Path, out: str | Path, bits: int = 16) -> Path:
     old, games = each[0], [one.game for one in each]
     starts, cards = {one.game.name: one.starts for one in each}, {one.game.name: one.card for one in each}
     save_bundle_of(games, out, old.world_model, old.limits, starts, old.provenance, cards, bits)
-    agent = bundled_agent(old.folder)
-    if agent is not None:
-        shutil.copytree(agent, Path(out) / "agent")
-        path = Path(out) / "agent" / "agent.json"
+    for one in each:
+        agent = bundled_agent(old.folder, one.game.name)
+        if agent is None:
+            continue
+        shutil.copytree(agent, Path(out) / agent.name)
+        path = Path(out) / agent.name / "agent.json"
         described = read_json(path, BundleError, "save the agent again")
-        if described["facts"].get("latents_sha256") == old.latents:  # rounded otherwise, they are the same latents
-            described["facts"]["latents_sha256"] = load_bundle(out, "cpu", game=games[0].name).latents
+        if described["facts"].get("latents_sha256") == one.latents:  # rounded otherwise, they are the same latents
+            described["facts"]["latents_sha256"] = load_bundle(out, "cpu", game=one.game.name).latents
             write_json(path, described)
     return Path(out)
 

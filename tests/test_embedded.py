@@ -162,7 +162,7 @@ def test_tracked_files_stay_small() -> None:
 def test_the_agent_that_ships_with_it_plays_better_than_chance() -> None:
     """In the real game, on levels nobody trained on; it learnt in the dream alone."""
     folder = resolve_bundle(None, "coinrun")
-    agent = bundled_agent(folder)
+    agent = bundled_agent(folder, "coinrun")
     assert agent is not None and sum(p.stat().st_size for p in agent.iterdir()) < 2 * 2**20
     facts = json.loads((agent / "agent.json").read_text())["facts"]
     assert facts["world"] == "dream" and facts["levels"] == [0, 10000]

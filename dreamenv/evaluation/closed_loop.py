@@ -126,7 +126,7 @@ def play_both(
     bias = np.asarray(real.unwrapped.game.bias)
     chosen = levels[0] + philox((seed, 0xC105ED)).choice(levels[1], episodes, replace=episodes > levels[1])
     out = {}
-    agent = bundled_agent(bundle.folder)
+    agent = bundled_agent(bundle.folder, game.name)
     frames, _ = real.reset(seed=seed, options={"level": chosen})
     imagined, _ = dream.reset(seed=seed, options={"frames": frames[:, None]})
     for number, spec in enumerate(policies):

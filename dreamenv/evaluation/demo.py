@@ -57,7 +57,7 @@ def demo(
     result = compare_open_loop(model, cut, frequencies, sampler, seed, samples=1)
     scores = outcome_scores(model, play, sampler, negatives=4000, seed=seed)
     scored = outcome_figures(model, scores, death=get_game(facts.name).death)
-    shipped = bundled_agent(loaded.folder)
+    shipped = bundled_agent(loaded.folder, facts.name)
     shown = (
         play
         if shipped is None

@@ -92,7 +92,7 @@ def run(config: PlayConfig) -> dict[str, Any]:
         loaded: Bundle = load_bundle(folder, config.device, game=game)
         if config.bundle is not None:
             check_mode(loaded, config.distribution_mode)
-        shipped, agent = bundled_agent(folder), config.agent
+        shipped, agent = bundled_agent(folder, game), config.agent
         known = agent != "bundled" or shipped is not None
         check(known, f"agent 'bundled': {folder} ships none; give an agent's folder")
         chosen = (None if shipped is None else str(shipped)) if agent in (None, "bundled") else agent

@@ -12,17 +12,20 @@ import numpy as np
 import pytest
 import torch
 
+from agents.evaluate import evaluate
 from agents.worlds import dataset_starts
-from dreamenv.bundle import bundle_games, load_bundle
+from dreamenv.bundle import bundle_games, bundled_agent, load_bundle
 from dreamenv.data import Dataset
 from dreamenv.data.merge import merge
-from dreamenv.errors import BundleError, ConfigError, DatasetError, SnapshotError
+from dreamenv.errors import BundleError, ConfigError, DatasetError, PolicyError, SnapshotError
+from dreamenv.evaluation.closed_loop import play_both
 from dreamenv.evaluation.demo import demo
 from dreamenv.flow import SamplerConfig, sample
 from dreamenv.models.dynamics.canvas import CanvasFlow
 from dreamenv.models.io import load_model
 from dreamenv.models.registry import build
 from dreamenv.play.run import PlayConfig, run
+from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, save_agent
 from dreamenv.rewrite import rewrite_bundle, update_card
 from dreamenv.vector import DreamVectorEnv
 from envs.collect import CollectConfig, collect
@@ -218,6 +221,17 @@ def test_a_bundle_of_several_is_rewritten_whole(bundle: Path, tmp_path: Path) ->
 def test_the_games_of_a_bundle_share_its_networks(bundle: Path) -> None:
     first, second = (load_bundle(bundle, "cpu", game=game) for game in GAMES[:2])
     assert first.world_model.dynamics is second.world_model.dynamics and first.identity != second.identity
+
+
+def test_each_game_of_a_bundle_has_its_own_agent(bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle, tmp_path / "b")
+    save_agent(tmp_path / "b" / "agent-maze", ImpalaAgent(ImpalaConfig((4,), 8)), {"game": "maze"})
+    for folder in (tmp_path / "b", rewrite_bundle(tmp_path / "b", tmp_path / "again")):
+        assert [bundled_agent(folder, game) for game in GAMES] == [None, None, folder / "agent-maze"]
+        assert evaluate("bundled", "dream", "maze", episodes=1, limit=3, bundle=folder).figures["episodes"] == 1
+        assert list(play_both(load_bundle(folder, "cpu", game="maze"), ("bundled",), 1, limit=3)) == ["bundled"]
+        with pytest.raises(PolicyError, match="ships none"):
+            evaluate("bundled", "dream", "chaser", episodes=1, limit=3, bundle=folder)
 
 
 def test_dreams_start_from_moments_of_their_own_game(data: Path) -> None:
