@@ -2,7 +2,8 @@
 
 `bundle.json` (format version, models, game, limits, provenance, sha256 of every part), the networks as fp16 or
 8-bit safetensors, `starts.safetensors` (real start contexts) and `card.json` (measured fidelity). No pickle anywhere. A
-bundle of several games has starts and a card for each, `starts-<game>.safetensors` and `card-<game>.json`.
+bundle of several games has starts and a card for each, `starts-<game>.safetensors` and `card-<game>.json`. An agent may
+ship with it in the folder `agent`, or `agent-<game>`.
 """
 
 from __future__ import annotations

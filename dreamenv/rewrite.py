@@ -10,6 +10,7 @@ from dreamenv.artifacts import atomic_folder, read_json, readable_folder, sha256
 from dreamenv.bundle import bundle_games, bundled_agent, compute_identity, load_bundle, part_names, save_bundle_of
 from dreamenv.console import run_command_line
 from dreamenv.errors import BundleError
+from dreamenv.policies.agent import load_agent, save_agent
 
 
 def update_card(folder: str | Path, card: dict[str, Any], game: str | None = None) -> None:
@@ -53,12 +54,10 @@ def rewrite_bundle(folder: str | Path, out: str | Path, bits: int = 16) -> Path:
         agent = bundled_agent(old.folder, one.game.name)
         if agent is None:
             continue
-        shutil.copytree(agent, Path(out) / agent.name)
-        path = Path(out) / agent.name / "agent.json"
-        described = read_json(path, BundleError, "save the agent again")
-        if described["facts"].get("latents_sha256") == one.latents:  # rounded otherwise, they are the same latents
-            described["facts"]["latents_sha256"] = load_bundle(out, "cpu", game=one.game.name).latents
-            write_json(path, described)
+        network = load_agent(agent, "fp32")
+        if network.facts.get("latents_sha256") == one.latents:  # rounded otherwise, they are the same latents
+            network.facts["latents_sha256"] = load_bundle(out, "cpu", game=one.game.name).latents
+        save_agent(Path(out) / agent.name, network, network.facts, bits)
     return Path(out)
 
 

@@ -114,9 +114,8 @@ def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
-def in_process() -> Iterator[None]:
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages run here instead of in processes of their own, each of which takes seconds to load."""
     from tests.here import all_here  # loads every program
 
-    with all_here():
-        yield
+    all_here(monkeypatch)

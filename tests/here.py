@@ -6,15 +6,13 @@ import io
 import runpy
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 
 import pytest
 
 import agents.benchmark
 import agents.real_steps
 import agents.rounds  # noqa: F401
-import trainers.finetune
 import trainers.games
 import trainers.objectives
 import trainers.table  # noqa: F401
@@ -22,7 +20,7 @@ from dreamenv.stages import run_command
 
 
 def run_here(command: list[str]) -> str:
-    """What `run_command` does of `python -m name ...`, in this process."""
+    """Run the command `python -m name ...` in this process, one at a time; returns the last line that it prints."""
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed), warnings.catch_warnings():
         few = ["--clips", "4"] if command[2] == "trainers.choose" else []  # of 48: what a toy dreams is noise
@@ -33,12 +31,9 @@ def run_here(command: list[str]) -> str:
     return (printed.getvalue().splitlines() or [""])[-1]
 
 
-@contextmanager
-def all_here() -> Iterator[None]:
-    """Every program that has stages runs them in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, module in list(sys.modules.items()):
-            own = name.partition(".")[0] in ("dreamenv", "trainers", "agents")
-            if own and getattr(module, "run_command", None) is run_command:
-                patch.setattr(module, "run_command", run_here)
-        yield
+def all_here(patch: pytest.MonkeyPatch) -> None:
+    """Let every program that has stages run them in this process."""
+    for name, module in list(sys.modules.items()):
+        own = name.partition(".")[0] in ("dreamenv", "trainers", "agents")
+        if own and getattr(module, "run_command", None) is run_command:
+            patch.setattr(module, "run_command", run_here)

@@ -50,7 +50,7 @@ class DreamtMoments:
 
 
 EVENT, NEAR, CALM = range(3)
-"""Kinds of dreamt moments: a rare outcome, shortly before one, and any of a dream that leads to none."""
+"""Kinds of dreamt moments: a rare outcome, shortly before one, and any moment of a dream that ends anywhere."""
 
 
 def shared_out(length: np.ndarray, together: int) -> list[tuple[np.ndarray, int]]:
@@ -67,24 +67,17 @@ def shared_out(length: np.ndarray, together: int) -> list[tuple[np.ndarray, int]
 
 
 def dream(
-    dynamics: Dynamics,
-    moments: Moments,
-    begin: np.ndarray,
-    asked: np.ndarray,
-    hinted: bool,
-    rng: np.random.Generator,
-    device: torch.device,
+    dynamics: Dynamics, moments: Moments, begin: np.ndarray, asked: np.ndarray, hinted: bool, rng: np.random.Generator
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Dream from steps of the data along the actions that were taken there, and keep some moments.
 
     Args:
-        dynamics: which.
+        dynamics: which; it dreams on its device.
         moments: whose steps they are.
         begin: int64 (D,), where the dreams begin.
         asked: int64 (N, 2), the moments to keep: of which dream, and after how many steps.
         hinted: whether what the dynamics hint is kept too.
         rng: of the noise.
-        device: where.
 
     Returns:
         Their contexts float16 (N, K, C, H, W), and hints float16 (N, ...) by name.
@@ -94,7 +87,7 @@ def dream(
     contexts = torch.zeros(len(asked), dynamics.context, *dynamics.spec.shape, dtype=torch.float16)
     hints = {n: torch.zeros(len(asked), *shape, dtype=torch.float16) for n, shape in dynamics.hinted.items() if hinted}
     bar = tqdm(total=int(length.sum()), desc="dream", unit="step", unit_scale=True)
-    dynamics = dynamics.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    device = next(dynamics.parameters()).device
     bf16 = pick_precision("auto", device) == "bf16"
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for rows, nfe in shared_out(length, TOGETHER.get(device.type, 128)):
@@ -115,6 +108,8 @@ def dream(
                     contexts[there] = kept.latents.half().cpu()
                     for name, hint in dynamics.hints(kept, action[at]).items() if hints else ():
                         hints[name][there] = hint.half().cpu()
+                if step == length[rows].max():
+                    break
                 noise = torch.from_numpy(rng.standard_normal(context[:, 0].shape, np.float32)).to(device)
                 prediction = sample(dynamics, state, action, noise, sampler)
                 state = dynamics.advance(state, action, prediction.latent)

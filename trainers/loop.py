@@ -39,8 +39,8 @@ class LoopConfig:
     steps: int | None = 10000
     """Optimiser steps; None when `minutes` decides."""
     minutes: float | None = None
-    """Budget of time spent in training steps (validation and saving come on top); it wins over `steps`. The schedules
-    follow the fraction done."""
+    """Budget of time spent in training steps and in what a task makes anew for them (validation and saving come on
+    top); it wins over `steps`. The schedules follow the fraction done."""
     batch_size: int = 64
     """Samples a step, per process."""
     lr: float = 1e-3

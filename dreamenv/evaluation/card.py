@@ -124,8 +124,9 @@ def _samples(card: dict[str, Any]) -> list[tuple[str, str]]:
 def _outcomes(card: dict[str, Any]) -> list[tuple[str, str]]:
     """Rows of each outcome that occurred on real and on dreamt contexts."""
     keys = sorted(k[:-3] for k in card if k.endswith("_ap") and not k.startswith("drifted_"))
-    if len([key for key in keys if key.startswith("reward_")]) == 1:  # all rewards are that one
-        keys = [key for key in keys if key != "reward"]
+    own = [key for key in keys if key.startswith("reward_")]
+    if "reward" in keys and len(own) == 1 and card[f"{own[0]}_events"] == card["reward_events"]:
+        keys.remove("reward")  # all rewards are that one
     rows = []
     for key in keys:
         if card[f"{key}_ap"] is not None and card[f"drifted_{key}_ap"] is not None:

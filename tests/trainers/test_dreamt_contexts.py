@@ -36,6 +36,7 @@ def test_dreamt_contexts_of_the_head_are_of_the_moment_they_are_labelled_with(
     monkeypatch.setattr("trainers.dreams.sample", lambda _, state, *__: Prediction(state.latents[:, -1] + 1, None))
     config = OutcomeTaskConfig(latents=str(latents), dynamics=dynamics, drift=5, dreams=200, dreamt=1.0, val_ratio=0.2)
     task = OutcomeTask(config, HEAD, 0)
+    assert task.renew(0) and not task.renew(1)
     data, dreams, labels = task.data, task.dreams, task.moments.labels
     assert dreams is not None and dreams.contexts.shape[1:] == (4, 8, 16, 16) and (dreams.depth <= 5).all()
     assert (data.start[dreams.steps] == data.start[dreams.begin]).all(), "a dream never crosses the episode's start"
@@ -66,6 +67,7 @@ def test_dreamt_contexts_of_the_head_are_of_the_moment_they_are_labelled_with(
 def test_dreams_are_renewed_by_the_number_of_the_step(latents: Path, dynamics: str, tmp_path: Path) -> None:
     config = OutcomeTaskConfig(latents=str(latents), dynamics=dynamics, drift=3, dreams=8, renewed=2, val_ratio=0.2)
     task, other = OutcomeTask(config, HEAD, 0), OutcomeTask(config, HEAD, 0)
+    assert task.renew(0) and other.renew(1)
     assert task.dreams is not None and other.dreams is not None
     first = task.dreams.contexts
     assert not task.renew(1) and task.renew(2) and not torch.equal(task.dreams.contexts, first)
@@ -78,8 +80,28 @@ def test_dreams_are_renewed_by_the_number_of_the_step(latents: Path, dynamics: s
     with pytest.MonkeyPatch.context() as patch:
         draw = OutcomeTask.batch
         patch.setattr(OutcomeTask, "batch", lambda s, *a: (seen.append(s.dreams), draw(s, *a))[1])
-        train({"model": HEAD, "task": settings, "loop": {"steps": 5, "batch_size": 8}}, tmp_path / "run")
+        train({"model": HEAD, "task": settings, "loop": {"steps": 5, "batch_size": 8, "workers": 0}}, tmp_path / "run")
     assert [id(dreams) for dreams in seen] == [id(seen[i]) for i in (0, 0, 2, 2, 4)] and len({*map(id, seen)}) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_training_that_was_cut_off_goes_on_with_the_same_dreams(
+    latents: Path, dynamics: str, tmp_path: Path, workers: int
+) -> None:
+    task = {"type": "outcome", "latents": str(latents), "dynamics": dynamics, "val_ratio": 0.2, "dreamt": 1.0}
+    loop = {"steps": 6, "batch_size": 8, "checkpoint_every": 3}
+    values = {"model": HEAD, "task": task | {"dreams": 8, "renewed": 2}, "loop": loop}
+    train(values, tmp_path / "whole")
+    values["loop"] = loop | {"workers": workers}
+    with pytest.MonkeyPatch.context() as patch:
+        losses, loss = [], OutcomeTask.loss
+        patch.setattr(OutcomeTask, "loss", lambda s, *a: losses.append(0) or (1 / (len(losses) < 6), loss(s, *a))[1])
+        with pytest.raises(ZeroDivisionError):
+            train(values, tmp_path / "part")
+    train(values, tmp_path / "part", resume=True)
+    assert (tmp_path / "part" / "model" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model" / "model.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("count", [1, 130, 514, 4096])

@@ -60,7 +60,8 @@ def bundle(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shape = ("channels=[16, 16]", "blocks=[1, 1]")
     settings = (*small, *(f"{s}:model.backbone.{value}" for s in ("predictor", "dynamics") for value in shape))
     out = tmp_path_factory.mktemp("several") / "run"
-    with all_here():  # each process of its own would take seconds to load
+    with pytest.MonkeyPatch.context() as patch:
+        all_here(patch)  # each process of its own would take seconds to load
         return run_pipeline(
             PipelineConfig(
                 game="maze", recipe="canvas", data=data, out=out, stage_steps=2, starts=3, set=settings, events=0
@@ -275,3 +276,27 @@ def test_a_head_hears_of_a_context_as_of_one_that_was_seen_for_long(bundle: Path
     told = task._hints(context, actions, game, aged)["features"]
     assert torch.allclose(told, torch.where(aged.view(-1, 1, 1, 1), old, new), atol=1e-5)
     assert not torch.allclose(old, new, atol=1e-3)
+
+
+def test_a_dreamt_moment_has_the_hints_of_its_own_dream(bundle: Path) -> None:
+    run = bundle.parent
+    files = {"latents": str(run / "latents"), "dynamics": str(run / "rested" / "model")}
+    task = OutcomeTask(OutcomeTaskConfig(**files, dreams=24, drift=6, val_ratio=0.2), {"type": "feature_head"}, 0)
+    assert task.renew(0) and task.dreams is not None and task.val_dreams is not None
+    dynamics, _ = load_model(run / "rested" / "model", "dynamics")
+    assert isinstance(dynamics, CanvasFlow)
+    dreams = task.dreams.rows(np.arange(0, len(task.dreams.begin), 5))
+    assert len(set(dreams.depth)) > 3
+    for i, (begin, depth) in enumerate(zip(dreams.begin, dreams.depth, strict=True)):
+        context, taken = task.moments.contexts(np.array([begin]))
+        state = of_game(dynamics.begin(context.float(), taken[:, :-1]), task.moments.game_of(np.array([begin])))
+        for step in range(begin, begin + depth):
+            action = torch.from_numpy(task.moments.taken(np.array([step])))
+            state = dynamics.advance(state, action, dynamics.predict(state, action).latent)
+        action = torch.from_numpy(task.moments.taken(dreams.steps[[i]]))
+        assert torch.allclose(dreams.contexts[i].float(), state.latents[0], atol=1e-2)
+        assert torch.allclose(
+            dreams.hints["features"][i].float(), dynamics.hints(state, action)["features"][0], atol=2e-2
+        )
+    batch = task.batch(np.random.default_rng(0), 12)
+    assert batch.hints["features"].shape == (6, 16, 16, 16), "of the dreamt half alone"

@@ -240,6 +240,7 @@ def test_outcomes_are_learnt_from_ends_of_more_episodes_too(trained: Path, tmp_p
             raise AssertionError("a context of neither dataset")
     assert min(seen) > 0
     dreaming = OutcomeTask(replace(config, dreams=60, drift=6), spec, 0)
+    assert dreaming.renew(0)
     for dreams, part in ((dreaming.dreams, False), (dreaming.val_dreams, True)):
         assert dreams is not None
         into = np.zeros(2, int)

@@ -54,9 +54,10 @@ class OutcomeTaskConfig:
     drift: int = 64
     """Most steps dreamt before the head is asked."""
     dreams: int = 8192
-    """How many dreams there are at a time; 0 for none. Three quarters end in rare outcomes, after 1 to `drift` steps,
-    each doubling as likely, of those that have so many steps before them; the others are `drift` steps long, so that a
-    long dream of nothing is not taken for an ending one. Half are drawn with two evaluations a step instead of one."""
+    """How many dreams there are at a time, or more where outcomes are many; 0 for none. Three quarters lead to rare
+    outcomes, by 1 to `drift` steps, each doubling as likely, of those that have so many steps before them. The others
+    end anywhere and are asked at eight depths of up to `drift` steps, so that a long dream of nothing is not taken for
+    one that ends. Half are drawn with two evaluations a step, unless the dynamics know no noise."""
     renewed: int = 0
     """Steps of training after which others are dreamt in their place, lest they be learnt by heart; 0 keeps them."""
     dreamt: float = 0.5
@@ -145,10 +146,12 @@ class OutcomeTask:
         self.dreams: DreamtMoments | None = None
         self.val_dreams: DreamtMoments | None = None
         if dynamics is not None and config.dreams:
-            dreamt = self._imagine(dynamics, self._val, config.dreams // 8 + 2, philox((seed, 1)))
+            device = pick_device("auto")
+            dynamics.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+            count = config.dreams if config.renewed else config.dreams // 8 + 2
+            dreamt = self._imagine(dynamics, self._val, count, philox((seed, 1)))
             uneventful = self.moments.uneventful[dreamt.steps]
             self.val_dreams = dreamt.rows(np.where(dreamt.kind == CALM, uneventful, dreamt.kind == EVENT))
-        self.renew(0)
 
     def renew(self, step: int) -> bool:
         """See `trainers.tasks.interface.Renewing`: other dreams, if it is time."""
@@ -156,7 +159,9 @@ class OutcomeTask:
         if self._dynamics is None or not self.config.dreams or block == self._block:
             return False
         self._block = block
-        self.dreams = self._imagine(self._dynamics, self._train, self.config.dreams, philox((self._seed, 2 + block)))
+        self.dreams = self._imagine(
+            self._dynamics, self._train, self.config.dreams, philox((self._seed, 1), (0, 0, 0, 1 + block))
+        )
         self._kinds = [np.flatnonzero(self.dreams.kind == kind) for kind in (EVENT, NEAR, CALM)]
         return True
 
@@ -175,8 +180,9 @@ class OutcomeTask:
     ) -> DreamtMoments:
         """Dream from real contexts to `count` of the `moments`: the first three quarters to rare outcomes, evenly."""
         *rare, every = moments
-        each = count * 3 // 4 // len(rare) if rare else 0
+        each = max(count * 3 // 4 // len(rare), 1) if rare else 0
         eventful, drift = each * len(rare), self.config.drift
+        count = max(count, eventful + 1)
         length = (drift ** rng.random(count)).round().astype(np.int64)
         length[eventful:] = drift
         far = [self.moments.far(c, length[i * each : (i + 1) * each], rng) for i, c in enumerate(rare)]
@@ -188,9 +194,7 @@ class OutcomeTask:
         row = np.concatenate([np.arange(eventful), np.arange(eventful), calm])
         depth = np.concatenate([length[:eventful], before, rng.integers(0, length[calm], endpoint=True)])
         kind = np.repeat([EVENT, NEAR, CALM], [eventful, eventful, len(calm)])
-        kept = dream(
-            dynamics, self.moments, begin, np.stack([row, depth], 1), bool(self.model.hinted), rng, pick_device("auto")
-        )
+        kept = dream(dynamics, self.moments, begin, np.stack([row, depth], 1), bool(self.model.hinted), rng)
         return DreamtMoments(*kept, begin[row], depth, kind)
 
     def batch(self, rng: np.random.Generator, size: int) -> OutcomeBatch:
@@ -292,11 +296,12 @@ class OutcomeTask:
         device = next(head.parameters()).device
         out = []
         for at in range(0, len(now), 256):
-            context, actions = self.moments.contexts(now[at : at + 256])
-            game = self.moments.game_of(now[at : at + 256])
-            game = None if game is None else game.to(device)
-            if dreamt is not None:
-                context = dreamt.contexts[at : at + 256]
+            here = now[at : at + 256]
+            game = None if (found := self.moments.game_of(here)) is None else found.to(device)
+            if dreamt is None:
+                context, actions = self.moments.contexts(here)
+            else:
+                context, actions = dreamt.contexts[at : at + 256], self.moments.actions(here)
             context, actions = context.float().to(device), actions.to(device)
             state = of_game(State({"latents": context, "actions": actions[:, :-1]}), game)
             if dreamt is None:
