@@ -1,4 +1,4 @@
-"""Action sources that need no training: random, sticky, biased, saved agents, and mixtures of them.
+"""Action sources that need no training: random, sticky, held, biased, saved agents, and mixtures of them.
 
 They drive the real game and the dream alike: collection, demos and comparisons all use this one implementation.
 """
@@ -185,8 +185,9 @@ def make_policy(spec: str, bias: np.ndarray | None = None) -> MixturePolicy:
     """Build a policy from its specification.
 
     Args:
-        spec: "random", "sticky", "biased", "hold:ACTION" (as "hold:right+up"), "agent:FOLDER" or
-            "agent:FOLDER:EPSILON", "mix", or a weighted mixture such as "random=0.2,agent:runs/a:0.1=0.8".
+        spec: "random", "sticky", "held" (an action for each episode), "biased", "hold:ACTION" (as "hold:right+up"),
+            "agent:FOLDER" or "agent:FOLDER:EPSILON", "mix", or a weighted mixture such as
+            "random=0.2,agent:runs/a:0.1=0.8".
         bias: action weights (15,) of the game, for "biased".
 
     Raises:
@@ -201,6 +202,8 @@ def _component(name: str, bias: np.ndarray | None) -> VectorPolicy:
         return StickyPolicy(0.0)
     if name == "sticky":
         return StickyPolicy(0.85)
+    if name == "held":
+        return StickyPolicy(1.0)
     if name == "biased":
         if bias is None:
             raise PolicyError("policy 'biased' needs the game's action weights; use 'sticky' where they are not known")
@@ -220,5 +223,5 @@ def _component(name: str, bias: np.ndarray | None) -> VectorPolicy:
         if not 0 <= value <= 1:
             raise PolicyError(f"policy {name!r}: epsilon {value} must be in 0..1")
         return AgentPolicy(path, value)
-    known = "random, sticky, biased, hold:ACTION, agent:FOLDER[:EPSILON] and mix"
+    known = "random, sticky, held, biased, hold:ACTION, agent:FOLDER[:EPSILON] and mix"
     raise PolicyError(f"policy {name!r}: unknown; there are {known}")

@@ -296,6 +296,8 @@ def test_policies_do_what_their_names_say(tmp_path: Path) -> None:
     assert np.abs(uniform - 1 / 15).max() < 0.01 and abs(repeat - 1 / 15) < 0.01
     _, repeat = histogram("sticky")
     assert abs(repeat - (0.85 + 0.15 / 15)) < 0.01
+    held, repeat = histogram("held")
+    assert repeat == 1 and (held > 0.03).all(), "another action in each episode, and no other in it"
     bias = np.zeros(15)
     bias[[7, 8]] = 1, 3
     biased, _ = histogram("biased", bias=bias)
