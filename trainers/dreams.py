@@ -94,6 +94,7 @@ def dream(
             sampler = SamplerConfig(nfe=1 if dynamics.deterministic else nfe)
             place = np.full(len(begin), -1)
             place[rows] = np.arange(len(rows))
+            own = place[asked[:, 0]]  # the row here of each moment's dream, -1 if it is not here
             context, taken = moments.contexts(begin[rows])
             game = moments.game_of(begin[rows])
             context = context.float().to(device)
@@ -101,9 +102,9 @@ def dream(
             state = of_game(state, None if game is None else game.to(device))
             for step in range(length[rows].max() + 1):
                 action = torch.from_numpy(moments.taken(begin[rows] + np.minimum(step, length[rows]))).to(device)
-                here = np.flatnonzero((place[asked[:, 0]] >= 0) & (asked[:, 1] == step))
+                here = np.flatnonzero((own >= 0) & (asked[:, 1] == step))
                 if len(here):
-                    at = torch.from_numpy(place[asked[here, 0]]).to(device)
+                    at = torch.from_numpy(own[here]).to(device)
                     there, kept = torch.from_numpy(here), state.rows(at)
                     contexts[there] = kept.latents.half().cpu()
                     for name, hint in dynamics.hints(kept, action[at]).items() if hints else ():

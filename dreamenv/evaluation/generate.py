@@ -23,6 +23,7 @@ from dreamenv.video import save_video
 _TOGETHER = 64  # clips dreamt at once
 _GRID = (8, 12, 4)  # starts, pictures of each, steps between two pictures
 _FUTURES = (4, 24)  # dreams of one start, steps
+_TRIED = 60  # starts
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def save_qualitative_grid(path: Path, bundle: Bundle, sampler: SamplerConfig) ->
 def save_futures(path: Path, bundle: Bundle, sampler: SamplerConfig, seed: int = 0) -> int:
     """Write a PNG of several dreams of one start under the same actions, a row each: what the noise alone decides.
 
-    Of all starts of the bundle's bank it is the one whose dreams end furthest apart.
+    Of up to 60 starts, spread over the bundle's bank, it is the one whose dreams end furthest apart.
 
     Args:
         path: the PNG.
@@ -167,7 +168,7 @@ def save_futures(path: Path, bundle: Bundle, sampler: SamplerConfig, seed: int =
         seed: decides actions and noise.
 
     Returns:
-        The index of the start.
+        The index of the start in the bank.
 
     Raises:
         ConfigError: no noise reaches the dream.
@@ -179,11 +180,12 @@ def save_futures(path: Path, bundle: Bundle, sampler: SamplerConfig, seed: int =
     )
     check(0 <= seed < 2**63, f"seed {seed}: must be in 0..2^63-1")
     rng = philox((seed, 0xF07))
-    actions = rng.integers(0, 15, (len(bank.frames), steps // 4)).repeat(4, 1)
-    history = bank.actions.astype(np.int64)
-    draws = [imagine(model, bank.frames, history, actions, sampler, seed + (s << 32))[0] for s in range(count)]
+    tried = np.linspace(0, len(bank.frames) - 1, min(len(bank.frames), _TRIED)).astype(np.int64)
+    actions = rng.integers(0, 15, (len(tried), steps // 4)).repeat(4, 1)
+    frames, history = bank.frames[tried], bank.actions[tried].astype(np.int64)
+    draws = [imagine(model, frames, history, actions, sampler, seed + (s << 32))[0] for s in range(count)]
     last = np.stack([d[:, -1] for d in draws]).astype(np.float32)
-    start = int(last.std(0).mean((1, 2, 3)).argmax())
-    rows = [np.concatenate([bank.frames[start, -1:], d[start, 1::2]]) for d in draws]
+    widest = int(last.std(0).mean((1, 2, 3)).argmax())
+    rows = [np.concatenate([frames[widest, -1:], d[widest, 1::2]]) for d in draws]
     save_grid(path, rows, 1 if rows[0].shape[1] > 64 else 2)
-    return start
+    return int(tried[widest])

@@ -139,7 +139,12 @@ class ImpalaAgent(nn.Module):
 
 
 def save_agent(folder: str | Path, agent: ImpalaAgent, facts: dict | None = None, bits: int = 16) -> Path:
-    """Write `agent.json` and `agent.safetensors`, atomically, in 16 or 8 bits a weight; returns the folder."""
+    """Write `agent.json` and `agent.safetensors`, atomically, in 16 or 8 bits a weight; returns the folder.
+
+    Raises:
+        ConfigError: other bits.
+        StorageError: it cannot be written.
+    """
     weights = packed(agent.state_dict(), bits)
     with atomic_folder(Path(folder)) as temporary:
         (temporary / "agent.safetensors").write_bytes(save(weights))
