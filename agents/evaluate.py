@@ -92,10 +92,10 @@ def evaluate(
     if distribution_mode is None:
         distribution_mode = "easy" if dreamt is None else dreamt.game.distribution_mode
     played, films_kept = [], []
-    longest, bias = get_game(game).max_steps, np.asarray(get_game(game).bias)
+    longest = get_game(game).max_steps
     check(limit is None or 1 <= limit <= longest, f"limit {limit}: must be in 1..{longest}")
     for at in range(0, episodes, _BATCH):
-        batch, policy = chosen[at : at + _BATCH], _policy(agent, bias, bundle, game)
+        batch, policy = chosen[at : at + _BATCH], policy_of(agent, bundle, game)
         frame = getattr(policy, "frame", NATIVE) if dreamt is None else dreamt.world_model.frame_shape
         envs = real_envs(game, len(batch), (first, end - first), distribution_mode, frame)
         frames, _ = envs.reset(seed=seed + at, options={"level": batch})
@@ -133,7 +133,12 @@ def _figures(every: Episodes, seed: int) -> dict[str, Any]:
     }
 
 
-def _policy(agent: str | ImpalaAgent | VectorPolicy, bias: np.ndarray, bundle: Path | None, game: str) -> VectorPolicy:
+def policy_of(agent: str | ImpalaAgent | VectorPolicy, bundle: Path | None, game: str) -> VectorPolicy:
+    """Who plays; see `evaluate` for what may be asked for.
+
+    Raises:
+        PolicyError: no such agent.
+    """
     loaded = None if bundle is None else load_bundle(bundle, game=game)  # it may have learnt from the latents of that
     if isinstance(agent, ImpalaAgent):
         return AgentPolicy(agent, bundle=loaded)
@@ -146,7 +151,7 @@ def _policy(agent: str | ImpalaAgent | VectorPolicy, bias: np.ndarray, bundle: P
         return AgentPolicy(str(found))
     if present(Path(agent) / "agent.json"):
         return AgentPolicy(agent, bundle=loaded)
-    return make_policy(agent, bias)
+    return make_policy(agent, np.asarray(get_game(game).bias))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Does an agent exploit the dream's errors? Its dream return against its real return, level by level.
 
 `python -m agents.report --agent bundled --out out/agent` plays the same held-out levels in both worlds several times
-and writes `report.html`: by how much the dream overestimates the agent, a scatter plot of levels, and film strips of
-those it gets most wrong.
+and writes `report.html`: by how much the dream overestimates the agent, and a scatter plot of levels. Then the keys
+that the agent pressed in the dream are pressed in the game: film strips show where the two part.
 """
 
 from __future__ import annotations
@@ -16,17 +16,21 @@ from typing import Any
 import numpy as np
 import tyro
 
-from agents.evaluate import evaluate
+from agents.evaluate import evaluate, policy_of
 from agents.saved import agent_facts
 from dreamenv.artifacts import atomic_file, present, write_json
-from dreamenv.bundle import bundled_agent, resolve_bundle
+from dreamenv.bundle import bundled_agent, load_bundle, resolve_bundle
 from dreamenv.config import check
 from dreamenv.console import errors_in_one_line
-from dreamenv.evaluation.clips import HELD_OUT
+from dreamenv.evaluation.clips import HELD_OUT, real_envs
 from dreamenv.evaluation.figures import save_grid, save_plot
 from dreamenv.evaluation.metrics import interval, pearson
 from dreamenv.evaluation.report import document, embed, table
 from dreamenv.flow import SamplerConfig
+from dreamenv.policies.simple import VectorPolicy
+
+_GRACE = 5
+"""Steps for which the last key is held on in the game, which may get there a little later than the dream."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class ReportConfig:
     nfe: int = SamplerConfig.nfe
     """Network function evaluations of the dream's steps."""
     films: int = 3
-    """Levels filmed at each extreme."""
+    """Dreams filmed at each extreme."""
     seed: int = 0
     """Decides actions and noise."""
 
@@ -80,6 +84,73 @@ def play(config: ReportConfig) -> tuple[np.ndarray, np.ndarray]:
             )
             returns[w, result.levels - first, r] = result.episodes.returns
     return returns[0], returns[1]
+
+
+class _Recorded:
+    """A player whose keys are written down."""
+
+    def __init__(self, player: VectorPolicy) -> None:
+        self._player, self.pressed = player, list[np.ndarray]()
+        self.remembers, self.looks = player.remembers, player.looks
+
+    def act(self, observations: np.ndarray, first: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """See `VectorPolicy.act`."""
+        self.pressed.append(self._player.act(observations, first, rng))
+        return self.pressed[-1]
+
+
+@dataclass(frozen=True)
+class Replays:
+    """Dreams that the agent played, and what their keys do in the game.
+
+    Attributes:
+        levels: int64 (N,); lengths: int64 (N,), steps of each dream.
+        dream, game: float64 (N,), returns in either world.
+        dream_films, game_films: of each, frames uint8 (steps, h, w, c) before each of the dream's steps.
+    """
+
+    levels: np.ndarray
+    lengths: np.ndarray
+    dream: np.ndarray
+    game: np.ndarray
+    dream_films: list[np.ndarray]
+    game_films: list[np.ndarray]
+
+    def figures(self, seed: int = 0) -> dict[str, Any]:
+        """What is paid for the same keys.
+
+        Returns:
+            How many dreams earned something, `dreams_paid`; of how many of these the game paid nothing,
+            `dreams_paid_alone`; by how much more dreams pay, `same_keys_optimism` and its `_ci` (95 %).
+        """
+        gap = optimism(self.game[:, None], self.dream[:, None], seed=seed)
+        paid = self.dream > 0
+        counts = {"dreams_paid": int(paid.sum()), "dreams_paid_alone": int((paid & (self.game <= 0)).sum())}
+        return counts | {f"same_keys_{name}": gap[name] for name in ("optimism", "optimism_ci")}
+
+
+def replay(config: ReportConfig) -> Replays:
+    """Let the agent play one dream of each level, at most 100, and press the same keys in the game."""
+    n, game, first = min(config.levels, 100), config.game, HELD_OUT[0]
+    player = _Recorded(policy_of(config.agent, config.bundle, game))
+    where = (game, (first, first + n), n, config.bundle, config.nfe, config.seed)
+    dreamt = evaluate(player, "dream", *where, films=n, limit=config.limit)
+    lengths, keys = dreamt.episodes.lengths, np.stack(player.pressed)
+    facts = load_bundle(resolve_bundle(config.bundle, game), "cpu", game=game)
+    mode, frame = facts.game.distribution_mode, facts.world_model.frame_shape
+    envs = real_envs(game, n, (first, n), mode, frame)
+    frames, _ = envs.reset(seed=config.seed, options={"level": dreamt.levels})
+    returns, going, film = np.zeros(n), np.ones(n, bool), []
+    for t in range(int(lengths.max()) + _GRACE):
+        film.append(frames.copy())
+        actions = keys[np.minimum(t, lengths - 1), np.arange(n)]
+        frames, rewards, terminated, truncated, _ = envs.step(actions)
+        going &= t < lengths + _GRACE
+        returns += np.where(going, rewards, 0)
+        going &= ~(terminated | truncated)
+    envs.close()
+    films = [film_of[:length] for film_of, length in zip(np.stack(film, 1), lengths, strict=True)]
+    return Replays(dreamt.levels, lengths, dreamt.episodes.returns, returns, dreamt.frames, films)
 
 
 def optimism(real: np.ndarray, dream: np.ndarray, replicates: int = 10000, seed: int = 0) -> dict[str, Any]:
@@ -134,12 +205,12 @@ def report(config: ReportConfig) -> dict[str, Any]:
         ConfigError, PolicyError: a bad setting, or no such agent.
     """
     real, dream = play(config)
-    figures = optimism(real, dream, seed=config.seed) | {
-        "agent": config.agent,
-        "levels": config.levels,
-        "repeats": config.repeats,
-        "limit": config.limit,
-    }
+    replays = replay(config)
+    figures = (
+        optimism(real, dream, seed=config.seed)
+        | replays.figures(config.seed)
+        | {"agent": config.agent, "levels": config.levels, "repeats": config.repeats, "limit": config.limit}
+    )
     shipped = (
         bundled_agent(resolve_bundle(config.bundle, config.game), config.game) if config.agent == "bundled" else None
     )
@@ -158,7 +229,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
         axes.set(xlabel="mean return in the real game", ylabel="mean return in the dream", title="levels, and how many")
 
     save_plot(out / "scatter.png", draw, (5, 4.5))
-    rows, strips = _films(config, real, dream)
+    rows, strips = _partings(config, replays)
     if strips:
         width = max(len(s) for s in strips)
         blank = np.zeros((width, *strips[0].shape[1:]), np.uint8)
@@ -170,29 +241,25 @@ def report(config: ReportConfig) -> dict[str, Any]:
     return figures
 
 
-def _films(config: ReportConfig, real: np.ndarray, dream: np.ndarray) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
-    """The levels at which the worlds differ most: rows of figures, and frames of one episode in either world."""
-    gap = dream.mean(1) - real.mean(1)
+def _partings(config: ReportConfig, replays: Replays) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+    """The dreams whose keys earn most less in the game, or most more: rows of figures, and frames of both worlds."""
+    gap = replays.dream - replays.game
     order = np.argsort(gap, kind="stable")
     chosen = [("overestimated", int(i)) for i in order[::-1][: config.films] if gap[i] > 0]
     chosen += [("underestimated", int(i)) for i in order[: config.films] if gap[i] < 0]
     rows, strips = [], []
     for kind, i in chosen:
-        level = HELD_OUT[0] + i
-        where = (config.game, (level, level + 1), 1, config.bundle, config.nfe, config.seed)
-        films = [
-            evaluate(config.agent, world, *where, films=1, limit=config.limit).frames[0] for world in ("real", "dream")
-        ]
-        strips += [f[np.unique(np.linspace(0, len(f) - 1, 12).round().astype(int))] for f in films]
-        returns = {"real": float(real[i].mean()), "dream": float(dream[i].mean())}
-        lengths = {"real_steps": len(films[0]), "dream_steps": len(films[1])}
-        rows.append({"level": level, "kind": kind, **returns, **lengths})
+        shown = np.unique(np.linspace(0, replays.lengths[i] - 1, 12).round().astype(int))
+        strips += [film[i][shown] for film in (replays.game_films, replays.dream_films)]
+        returns = {"game": float(replays.game[i]), "dream": float(replays.dream[i])}
+        rows.append({"level": int(replays.levels[i]), "kind": kind, **returns, "steps": int(replays.lengths[i])})
     return rows, strips
 
 
 def _page(config: ReportConfig, figures: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     """The parts of report.html."""
     low, high = figures["optimism_ci"]
+    alone_low, alone_high = figures["same_keys_optimism_ci"]
     verdict = (
         "The dream overestimates this agent."
         if low > 0
@@ -213,21 +280,17 @@ def _page(config: ReportConfig, figures: dict[str, Any], rows: list[dict[str, An
         f"<p>Real return {figures['real_return']:.2f}, dream return {figures['dream_return']:.2f}: optimism "
         f"{figures['optimism']:+.2f} ({low:+.2f} to {high:+.2f}, 95 % bootstrap over levels). <b>{verdict}</b></p>",
         embed(config.out / "scatter.png", "scatter", "plot"),
-        "<h2>Where they differ most</h2>",
+        "<h2>The same keys in both worlds</h2>",
+        f"<p>The agent played one dream of each level, and its keys were pressed in the game. "
+        f"{figures['dreams_paid']} dreams earned something; for {figures['dreams_paid_alone']} of them the game paid "
+        f"nothing. Dreams paid {figures['same_keys_optimism']:+.2f} more ({alone_low:+.2f} to {alone_high:+.2f}).</p>",
         table(
             rows,
-            {
-                "level": "level",
-                "kind": "",
-                "real": "real return",
-                "dream": "dream return",
-                "real_steps": "real steps",
-                "dream_steps": "dream steps",
-            },
+            {"level": "level", "kind": "", "game": "return in the game", "dream": "in the dream", "steps": "steps"},
         )
         if rows
-        else "<p>Nowhere.</p>",
-        "<p>The first episode of each, start to end: upper row real, lower row dreamt.</p>" if rows else "",
+        else "<p>They part nowhere.</p>",
+        "<p>Start to end of each dream: upper row the game, lower row the dream.</p>" if rows else "",
         embed(config.out / "films.png", "films"),
     ]
 

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from stable_baselines3 import PPO
@@ -19,11 +20,11 @@ from stable_baselines3 import PPO
 import agents.report
 from agents.adapter import NativeVecEnv
 from agents.evaluate import evaluate
-from agents.report import ReportConfig, optimism, report
+from agents.report import Replays, ReportConfig, optimism, replay, report
 from agents.saved import ForeignPolicy, agent_facts
 from agents.train import TrainConfig, train
 from dreamenv.artifacts import read_json
-from dreamenv.bundle import load_bundle
+from dreamenv.bundle import Limits, load_bundle
 from dreamenv.device import keep_freed_memory
 from dreamenv.errors import PolicyError
 from dreamenv.evaluation.closed_loop import play_both
@@ -62,13 +63,19 @@ def test_a_dream_that_overestimates_is_caught(
     )
     real = np.zeros((4, 2))
     monkeypatch.setattr(agents.report, "play", lambda _: (real, real + np.array([[0.0], [10], [10], [10]])))
+    films = [np.zeros((3, 64, 64, 3), np.uint8)] * 4
+    dream, game = np.array([10.0, 10, 0, 10]), np.array([10.0, 0, 0, 10])
+    found = Replays(np.arange(10000, 10004), np.full(4, 3), dream, game, films, films)
+    monkeypatch.setattr(agents.report, "replay", lambda _: found)
     figures = report(config)
     assert figures["optimism"] == 7.5 and figures["imagined_steps"] == 1234 and figures["real_steps"] == 0
     page = (tmp_path / "out" / "report.html").read_text()
     assert (
         "The dream overestimates this agent." in page and "1,234 imagined" in page and page.count("data:image/png") == 2
     )
-    assert read_json(tmp_path / "out" / "metrics.json", PolicyError, "")["levels"][0]["kind"] == "overestimated"
+    assert (figures["dreams_paid"], figures["dreams_paid_alone"], figures["same_keys_optimism"]) == (3, 1, 2.5)
+    rows = read_json(tmp_path / "out" / "metrics.json", PolicyError, "")["levels"]
+    assert rows == [{"level": 10001, "kind": "overestimated", "game": 0.0, "dream": 10.0, "steps": 3}]
 
 
 def test_both_worlds_are_played_on_the_same_levels(toy_bundle: Path) -> None:
@@ -79,6 +86,26 @@ def test_both_worlds_are_played_on_the_same_levels(toy_bundle: Path) -> None:
     for level in range(6):
         alone = evaluate("hold:right", "real", levels=(10000 + level, 10001 + level), episodes=1, limit=150)
         assert alone.figures["mean_return"] == real[level, 0]
+
+
+def test_the_keys_of_a_dream_are_pressed_in_the_game(tmp_path: Path) -> None:
+    bundle = write_toy_bundle(tmp_path / "bundle", calm=30.0, limits=Limits(1e6, 1e6))  # dreams that last
+    found = replay(ReportConfig(agent="hold:right+up", bundle=bundle, levels=8, limit=80))
+    assert sorted(found.levels) == list(range(10000, 10008)) and (found.lengths == 80).all()
+    returns, env = [], gym.make("envs:RealProcgen-v0", game="coinrun")
+    for level, steps, film in zip(found.levels, found.lengths, found.game_films, strict=True):
+        frames, earned = [env.reset(seed=0, options={"level": int(level)})[0]], 0.0
+        for _ in range(steps + 5):
+            frame, reward, terminated, _, _ = env.step(8)
+            frames.append(frame)
+            earned += float(reward)
+            if terminated:
+                break
+        returns.append(earned)
+        seen = min(len(frames) - 1, steps)
+        assert film.shape == (steps, 64, 64, 3) and np.array_equal(film[:seen], frames[:seen])
+    env.close()
+    assert found.game.tolist() == returns and sum(returns) > 0
 
 
 def test_a_foreign_zip_needs_trust(toy_bundle: Path, tmp_path: Path) -> None:
