@@ -214,7 +214,13 @@ def agent_facts(folder: Path) -> dict[str, Any]:
 
 
 def save_algorithm(folder: Path, model: BaseAlgorithm, facts: dict[str, Any]) -> Path:
-    """Save what `model` learnt; every policy specification can name the folder as agent:FOLDER."""
-    return save_agent(
-        folder, to_agent(model), facts | {"algorithm": type(model).__name__, "steps": int(model.num_timesteps)}
-    )
+    """Save what `model` learnt; every policy specification can name the folder as agent:FOLDER.
+
+    The fact `reward_scale` is what its values count in: rewards were divided by it while it learnt.
+    """
+    normaliser = model.get_vec_normalize_env()
+    scale = 1.0
+    if normaliser is not None and normaliser.norm_reward:
+        scale = float(np.sqrt(normaliser.ret_rms.var + normaliser.epsilon))
+    learnt = {"algorithm": type(model).__name__, "steps": int(model.num_timesteps), "reward_scale": scale}
+    return save_agent(folder, to_agent(model), facts | learnt)

@@ -4,13 +4,16 @@
 
 Every few steps the present moment is fanned out into many futures, each with actions of its own; the actions of the
 future with the highest expected return are then taken (random shooting; with `--rounds 2` or more the best futures say
-which actions the next ones try: the cross-entropy method, Rubinstein 1999). Needs `pip install dreamenv[procgen]`.
+which actions the next ones try: the cross-entropy method, Rubinstein 1999). `--agent bundled` asks a trained agent what
+the moments at which futures stop are worth. Needs `pip install dreamenv[procgen]`.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -18,9 +21,13 @@ import numpy as np
 import tyro
 
 import dreamenv  # noqa: F401 - registers DreamProcgen-v0
+from dreamenv.bundle import bundled_agent
 from dreamenv.config import check
+from dreamenv.policies.agent import load_agent
 
 ACTIONS = 15
+Judge = Callable[[np.ndarray], np.ndarray] | None
+"""The value float64 (N,) of pictures uint8 (N, h, w, c)."""
 
 
 @dataclass
@@ -41,6 +48,8 @@ class Args:
     elite: float = 0.1
     """Share of the futures that teach the next round."""
     gamma: float = 0.99
+    agent: str = ""
+    """Whose value counts beyond the horizon: none, "bundled", or a folder that agents.train has written."""
     limit: int = 500
     """Steps after which an episode is given up."""
     seed: int = 0
@@ -61,41 +70,54 @@ def propose(args: Args, chances: np.ndarray, rng: np.random.Generator) -> np.nda
     return drawn
 
 
-def returns_of(args: Args, dream: Any, moment: bytes, actions: np.ndarray) -> np.ndarray:
+def returns_of(args: Args, dream: Any, moment: bytes, actions: np.ndarray, judge: Judge) -> np.ndarray:
     """Expected discounted return float64 (futures,) of actions (futures, horizon) from a snapshot on."""
-    futures = dream.branch(moment, len(actions)).select(range(len(actions)), draw=False)  # pictures are not needed
+    futures = dream.branch(moment, len(actions))
     total, alive = np.zeros(len(actions)), np.ones(len(actions))
     for t in range(args.horizon):
         _, _, terminated, truncated, infos = futures.step(actions[:, t])
         total += args.gamma**t * alive * infos["expected_reward"]
         alive *= (1 - infos["end_probability"]) * ~(terminated | truncated)  # what begins then is another episode
-    return total
+    return total if judge is None else total + args.gamma**args.horizon * alive * judge(np.stack(futures.render()))
 
 
-def plan(args: Args, dream: Any, frames: list, taken: list, rng: np.random.Generator) -> np.ndarray:
+def plan(
+    args: Args, dream: Any, frames: list, taken: list, rng: np.random.Generator, judge: Judge = None
+) -> np.ndarray:
     """The next actions (every,), after real frames and the actions between them."""
     dream.reset(seed=args.seed, options={"frames": np.stack(frames)[None], "actions": np.array([taken], np.int64)})
     moment = dream.snapshot()
     chances = np.full((args.horizon, ACTIONS), 1 / ACTIONS)
     for _ in range(args.rounds):
         actions = propose(args, chances, rng)
-        returns = returns_of(args, dream, moment, actions)
+        returns = returns_of(args, dream, moment, actions, judge)
         best = actions[np.argsort(-returns)[: max(int(args.elite * args.futures), 1)]]
         chances = (np.eye(ACTIONS)[best].mean(0) + 0.02) / (1 + 0.02 * ACTIONS)
     return best[0, : args.every]
 
 
+def judge_of(args: Args, bundle: Path) -> Judge:
+    """The value of the agent that was asked for."""
+    if not args.agent:
+        return None
+    folder = bundled_agent(bundle, args.game) if args.agent == "bundled" else Path(args.agent)
+    check(folder is not None, f"agent bundled: none ships with {args.game}; train one with agents.train")
+    return load_agent(str(folder)).values
+
+
 def main(args: Args) -> dict[str, float]:
     """Play, and return the mean return."""
     real = gym.make("envs:RealProcgen-v0", game=args.game, start_level=10_000, num_levels=1000)
-    dream: Any = gym.make_vec("DreamProcgen-v0", num_envs=1, game=args.game, sampler={"temperature": 0.0})
+    how: dict[str, Any] = {"observations": "latent", "render_mode": "rgb_array"}  # draws only what it is asked for
+    dream: Any = gym.make_vec("DreamProcgen-v0", num_envs=1, game=args.game, sampler={"temperature": 0.0}, **how)
+    judge = judge_of(args, dream.bundle.folder)
     context = dream.bundle.world_model.context
     rng, returns = np.random.default_rng(args.seed), []
     for level in range(10_000, 10_000 + args.levels):
         frame, _ = real.reset(seed=args.seed, options={"level": level})
         frames, taken, earned, over, steps = [frame], [], 0.0, False, 0
         while not over and steps < args.limit:
-            for action in plan(args, dream, frames, taken, rng):
+            for action in plan(args, dream, frames, taken, rng, judge):
                 frame, reward, terminated, truncated, _ = real.step(int(action))
                 frames, taken = [*frames, frame][-context:], [*taken, action][1 - context :]
                 earned, steps, over = earned + float(reward), steps + 1, terminated or truncated

@@ -126,16 +126,36 @@ class ImpalaAgent(nn.Module):
         Raises:
             PolicyError: of another shape than it was trained on.
         """
+        logits, _, memory = self._seeing(frames, memory)
+        if self.config.greedy:
+            return F.one_hot(logits.argmax(1), NUM_ACTIONS).double().cpu().numpy(), memory
+        return logits.double().softmax(1).cpu().numpy(), memory
+
+    @torch.inference_mode()
+    def values(self, frames: np.ndarray) -> np.ndarray:
+        """The discounted return float64 (B,) that it expects from frames (or latents) on, in the game's rewards.
+
+        Args:
+            frames: as for `probabilities`.
+
+        Raises:
+            PolicyError: of another shape than it was trained on; or it has no values, as one that takes the best
+                action; or it does not say what they count in, as agents saved before that was kept.
+        """
+        scale = self.facts.get("reward_scale")
+        if self.config.greedy or not isinstance(scale, (int, float)):
+            raise PolicyError("agent: knows no values in rewards; train a PPO agent with this release and take that")
+        return float(scale) * self._seeing(frames, None)[1].double().cpu().numpy()
+
+    def _seeing(self, frames: np.ndarray, memory: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`forward` of uint8 frames (B, h, w, c), or of latents."""
         found, wanted = tuple(frames.shape[1:]), tuple(self.config.latent or self.config.frame)
         if found != wanted:
             raise PolicyError(f"frames {found}: this agent looks at {wanted}; take one that was trained on such frames")
         device = self.policy.weight.device
         with own_settings(device):
             shown = torch.as_tensor(frames).to(device)
-            logits, _, memory = self(to_images(shown) if self.config.latent is None else shown, memory)
-            if self.config.greedy:
-                return F.one_hot(logits.argmax(1), NUM_ACTIONS).double().cpu().numpy(), memory
-            return logits.double().softmax(1).cpu().numpy(), memory
+            return self(to_images(shown) if self.config.latent is None else shown, memory)
 
 
 def save_agent(folder: str | Path, agent: ImpalaAgent, facts: dict | None = None, bits: int = 16) -> Path:

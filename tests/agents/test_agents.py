@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from stable_baselines3.common.vec_env import VecNormalize
 
 from agents.evaluate import Evaluation, evaluate
 from agents.report import learnt_from
@@ -58,6 +59,22 @@ def test_a_saved_agent_acts_as_the_algorithm_that_learnt_it(name: str, toy_bundl
             theirs = cast(Any, model.policy).get_distribution(tensor).distribution.probs.numpy()
         assert exact == pytest.approx(theirs, abs=1e-6) and ours == pytest.approx(theirs, abs=2e-3)
     assert not list(tmp_path.rglob("*.zip")) and not list(tmp_path.rglob("*.pkl"))
+
+
+def test_values_count_in_the_rewards_of_the_game(toy_bundle: Path, tmp_path: Path) -> None:
+    """As SB3's critic, times what its normaliser divides a reward by."""
+    envs = VecNormalize(dreams(toy_bundle, 2), norm_obs=False)
+    model = make_algorithm("PPO", envs, SETTINGS["PPO"], ImpalaConfig((4, 8), 16), 0, "fp32")
+    model.learn(32)
+    frames = np.random.default_rng(0).integers(0, 256, (10, 64, 64, 3), dtype=np.uint8)
+    with torch.no_grad():
+        theirs = cast(Any, model.policy).predict_values(torch.as_tensor(frames.transpose(0, 3, 1, 2)))[:, 0].numpy()
+    ours = load_agent(save_algorithm(tmp_path / "agent", model, {}), "fp32").values(frames)
+    scale = 1e-5 / envs.normalize_reward(np.full(1, 1e-5))[0]
+    assert ours == pytest.approx(theirs * scale, rel=1e-2) and ours.std() > 0
+    model = make_algorithm("DQN", dreams(toy_bundle, 2), SETTINGS["DQN"], ImpalaConfig((4, 8), 16), 0, "fp32")
+    with pytest.raises(PolicyError, match="knows no values"):
+        load_agent(save_algorithm(tmp_path / "greedy", model, {})).values(frames)
 
 
 @pytest.mark.parametrize("name", ["PPO", "RecurrentPPO", "QRDQN"])

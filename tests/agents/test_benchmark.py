@@ -19,7 +19,8 @@ from agents.real_steps import RealStepsConfig, run_real_steps
 from agents.saved import agent_facts
 from dreamenv.contract.games import GAMES, get_game
 from dreamenv.data import Dataset
-from dreamenv.errors import BundleError, ConfigError
+from dreamenv.errors import BundleError, ConfigError, PolicyError
+from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, save_agent
 from dreamenv.vector import DreamVectorEnv
 
 ALGORITHM = """
@@ -151,11 +152,46 @@ def test_the_planner_finds_what_the_dream_rewards(toy_bundle: Path, monkeypatch:
     assert actions.shape == (6,) and (actions[:5] == 7).sum() >= 4 and 3 not in actions[:5]
 
 
-def test_plans_that_are_none_are_refused() -> None:
+def test_plans_that_are_none_are_refused(toy_bundle: Path, tmp_path: Path) -> None:
     program = runpy.run_path("examples/plan.py")
     for wrong in ({"rounds": 0}, {"every": 0}, {"every": 9, "horizon": 8}, {"futures": 0}):
         with pytest.raises(ConfigError):
             program["Args"](**wrong)
+    with pytest.raises(ConfigError, match="none ships with coinrun"):
+        program["judge_of"](program["Args"](agent="bundled"), toy_bundle)
+    agent = ImpalaAgent(ImpalaConfig(channels=(4, 4, 4), features=8))
+    judge = program["judge_of"](program["Args"](agent=str(save_agent(tmp_path / "old", agent))), toy_bundle)
+    with pytest.raises(PolicyError, match="knows no values"):
+        judge(np.zeros((2, 64, 64, 3), np.uint8))
+
+
+def test_a_plan_heeds_what_the_moments_are_worth_at_which_futures_stop(
+    toy_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no reward is in reach, the plan ends in the picture that the judge likes best, and that is not dead."""
+    made = gym.make_vec
+    monkeypatch.setattr(gym, "make_vec", lambda name, **o: made(name, bundle=str(toy_bundle), **o))
+    program = runpy.run_path("examples/plan.py")
+    args: Any = program["Args"](futures=8, horizon=3, every=3, gamma=0.5)
+    how: dict[str, Any] = {"observations": "latent", "render_mode": "rgb_array"}
+    dream: Any = gym.make_vec("DreamProcgen-v0", num_envs=1, sampler={"temperature": 0.0}, **how)
+    frames = [np.zeros((64, 64, 3), np.uint8)] * 3
+    dream.reset(seed=0, options={"frames": np.stack(frames)[None], "actions": np.array([[1, 2]])})
+    moment, actions = dream.snapshot(), np.random.default_rng(0).integers(15, size=(8, 3))
+
+    def bright(pictures: np.ndarray) -> np.ndarray:
+        assert pictures.shape == (8, 64, 64, 3) and pictures.dtype == np.uint8
+        return 1000.0 * pictures.mean((1, 2, 3), dtype=float)
+
+    returns = [program["returns_of"](args, dream, moment, actions, judge) for judge in (None, bright)]
+    dreams = dream.branch(moment, 8)
+    alive = np.ones(8)
+    for t in range(3):
+        _, _, terminated, truncated, infos = dreams.step(actions[:, t])
+        alive *= (1 - infos["end_probability"]) * ~(terminated | truncated)
+    gained = returns[1] - returns[0]
+    assert gained == pytest.approx(0.125 * alive * bright(np.stack(dreams.render())), rel=1e-9)
+    assert gained.max() > gained.min()
 
 
 @pytest.mark.slow
