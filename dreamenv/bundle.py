@@ -23,7 +23,7 @@ from gymnasium.spaces import Box
 from safetensors.torch import save as save_tensors
 
 from dreamenv.artifacts import atomic_folder, parse_json, present, readable_folder, sha256_file, write_json
-from dreamenv.config import check, from_dict, to_dict
+from dreamenv.config import check, from_dict, to_dict, unknown
 from dreamenv.contract.games import GAMES, get_game
 from dreamenv.description import (
     FORMAT_VERSION,
@@ -111,6 +111,7 @@ def save_bundle_of(
     provenance: dict[str, Any],
     cards: Mapping[str, dict[str, Any]],
     bits: int = 16,
+    rounded: tuple[str, ...] = NETWORKS,
 ) -> Path:
     """Write the bundle folder of one or several games, see `save_bundle`; returns it.
 
@@ -123,9 +124,10 @@ def save_bundle_of(
         provenance: where it comes from, JSON.
         cards: measured fidelity in each game, by name; a game without one gets an empty one.
         bits: of each weight, see `dreamenv.models.io.packed`.
+        rounded: the networks that these bits count for; the others keep 16.
 
     Raises:
-        ConfigError: the model is of other games.
+        ConfigError: the model is of other games, or there is no such network.
     """
     called = tuple(game.name for game in games)
     told = world_model.dynamics.games
@@ -133,11 +135,15 @@ def save_bundle_of(
         told == (called if len(games) > 1 else ()),
         f"games {', '.join(called)}: the model is of {', '.join(told) or 'one'}",
     )
+    for network in rounded:
+        if network not in NETWORKS:
+            raise unknown(f"rounded {network!r}: unknown", network, NETWORKS)
     folder, names = Path(folder), part_names(called)
     networks = {n: getattr(world_model, n) for n in NETWORKS}
     with atomic_folder(folder) as temporary:
         for name, network in networks.items():
-            tensors = packed(network.state_dict(), bits)
+            precise = world_model.dynamics.precise if name == "dynamics" else ()
+            tensors = packed(network.state_dict(), bits if name in rounded else 16, precise)
             (temporary / names["weights", name]).write_bytes(save_tensors(tensors))
         for game in games:
             (temporary / names["starts", game.name]).write_bytes(pack_starts(starts[game.name]))

@@ -9,6 +9,7 @@ from typing import Any
 from dreamenv.artifacts import atomic_folder, read_json, readable_folder, sha256_file, write_json
 from dreamenv.bundle import bundle_games, bundled_agent, compute_identity, load_bundle, part_names, save_bundle_of
 from dreamenv.console import run_command_line
+from dreamenv.description import NETWORKS
 from dreamenv.errors import BundleError
 from dreamenv.policies.agent import load_agent, save_agent
 
@@ -33,7 +34,7 @@ def update_card(folder: str | Path, card: dict[str, Any], game: str | None = Non
         write_json(temporary / "bundle.json", description | {"identity": compute_identity(description)})
 
 
-def rewrite_bundle(folder: str | Path, out: str | Path, bits: int = 16) -> Path:
+def rewrite_bundle(folder: str | Path, out: str | Path, bits: int = 16, rounded: tuple[str, ...] = NETWORKS) -> Path:
     """Write a bundle of any readable version as one of this version, its agents too; returns the new folder.
 
     Args:
@@ -41,15 +42,16 @@ def rewrite_bundle(folder: str | Path, out: str | Path, bits: int = 16) -> Path:
         out: the new one.
         bits: of each weight. With 16 a bundle of 16 bits dreams the same; 8 halve its size and round its weights, see
             `dreamenv.models.io.packed`.
+        rounded: which networks the bits count for, codec, dynamics or head; all by default.
 
     Raises:
         BundleError: the old one is missing or damaged.
-        ConfigError: other bits.
+        ConfigError: other bits, or no such network.
     """
     each = [load_bundle(folder, "cpu", "fp32", game) for game in bundle_games(readable_folder(folder))]
     old, games = each[0], [one.game for one in each]
     starts, cards = {one.game.name: one.starts for one in each}, {one.game.name: one.card for one in each}
-    save_bundle_of(games, out, old.world_model, old.limits, starts, old.provenance, cards, bits)
+    save_bundle_of(games, out, old.world_model, old.limits, starts, old.provenance, cards, bits, rounded)
     for one in each:
         agent = bundled_agent(old.folder, one.game.name)
         if agent is None:

@@ -20,6 +20,8 @@ from dreamenv.artifacts import atomic_folder, recover_folder, sha256_file
 from dreamenv.bundle import FORMAT_VERSION, NETWORKS, compute_identity, embedded_games, load_bundle, resolve_bundle
 from dreamenv.commands import bench, generate, info
 from dreamenv.errors import BundleError, ConfigError
+from dreamenv.models.dynamics.flow import LatentFlow
+from dreamenv.models.dynamics.tiles import TileFlow
 from dreamenv.play.run import PlayConfig, run
 from dreamenv.rewrite import rewrite_bundle, update_card
 from dreamenv.vector import DreamVectorEnv
@@ -156,6 +158,22 @@ def test_weights_of_eight_bits_are_within_half_a_step(toy_bundle: Path, tmp_path
     assert torch.allclose(again.world_model.head.out.weight, new.world_model.head.out.weight, atol=1e-4)  # pyright: ignore
     with pytest.raises(ConfigError, match="bits 4"):
         rewrite_bundle(toy_bundle, tmp_path / "tiny", 4)
+
+
+def test_only_the_networks_asked_for_are_rounded_and_not_what_adds_up(
+    toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LatentFlow, "precise", ("condition.",))
+    small = load_bundle(rewrite_bundle(toy_bundle, tmp_path / "small", 8, ("dynamics",)), "cpu", "fp32").world_model
+    old = load_bundle(toy_bundle, "cpu", "fp32").world_model
+    for name in NETWORKS:
+        now = getattr(small, name).state_dict()
+        changed = {key for key, value in getattr(old, name).state_dict().items() if not torch.equal(value, now[key])}
+        assert bool(changed) == (name == "dynamics") and not any(key.startswith("condition.") for key in changed)
+    with pytest.raises(ConfigError, match="rounded 'heads'.*head"):
+        rewrite_bundle(toy_bundle, tmp_path / "none", 8, ("heads",))
+    assert TileFlow.precise == ("motion.",)
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

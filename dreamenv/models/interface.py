@@ -133,6 +133,8 @@ class Dynamics(nn.Module, ABC):
         deterministic: whether it knows no noise: `x` and `tau` are not looked at, and every evaluation says the same.
         frame_levels: whether `begin` takes a noise level for each latent, instead of one for all.
         parts: names of the parts that its predictions have.
+        precise: names with which those weights begin that keep 16 bits where a bundle rounds the others to 8, for
+            their errors add up from step to step.
         choices: settings of the configuration that are chosen after training, a number for each game, and which numbers
             are tried; see `trainers.choose`.
     """
@@ -141,6 +143,7 @@ class Dynamics(nn.Module, ABC):
     remembers: ClassVar[bool] = False
     choices: ClassVar[Mapping[str, tuple[float, ...]]] = {}
     parts: ClassVar[tuple[str, ...]] = ()
+    precise: ClassVar[tuple[str, ...]] = ()
     learning_rates: ClassVar[dict[str, float]] = {}
     deterministic: bool = False
     frame_levels: ClassVar[bool] = False

@@ -140,13 +140,14 @@ def fill(model: nn.Module, data: bytes, path: Path, version: int = FORMAT_VERSIO
     model.load_state_dict({k: v.to(expected[k].dtype) for k, v in tensors.items()})
 
 
-def packed(weights: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
+def packed(weights: Mapping[str, Tensor], bits: int, precise: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """Weights as a bundle stores them, on the CPU.
 
     Args:
         weights: by name.
         bits: 16: as float16; 8: matrices and kernels as int8, each row (an output's weights) a multiple of its largest
             by 127ths, which stands beside it as `<name>:scale`, float16.
+        precise: beginnings of names of those that are stored as float16 all the same.
 
     Raises:
         ConfigError: other bits.
@@ -155,7 +156,7 @@ def packed(weights: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         tensor = tensor.detach().cpu().float()
-        if bits == 16 or tensor.ndim < 2:
+        if bits == 16 or tensor.ndim < 2 or name.startswith(precise):
             out[name] = tensor.half().contiguous()
             continue
         scale = (tensor.flatten(1).abs().amax(1) / 127).clamp_min(2**-24).half()  # the least above 0 that half has

@@ -81,6 +81,7 @@ class TileFlow(Dynamics):
     """
 
     remembers = True
+    precise = ("motion.",)
     learning_rates = {"motion.laws.weight": 10.0, "motion.laws.bias": 10.0}
     """Coefficients of laws are of the order of one, which AdamW would take thousands of steps to reach at a network's
     rate."""
