@@ -130,7 +130,13 @@ class Replays:
 
 
 def replay(config: ReportConfig) -> Replays:
-    """Let the agent play one dream of each level, at most 100, and press the same keys in the game."""
+    """Let the agent play one dream of each level, at most 100, and press the same keys in the game.
+
+    Rewards count until five steps after the dream's last one, for which its last key is held.
+
+    Raises:
+        ConfigError, PolicyError: a bad setting, or no such agent.
+    """
     n, game, first = min(config.levels, 100), config.game, HELD_OUT[0]
     player = _Recorded(policy_of(config.agent, config.bundle, game))
     where = (game, (first, first + n), n, config.bundle, config.nfe, config.seed)
