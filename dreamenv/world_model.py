@@ -50,6 +50,7 @@ class WorldModel:
         check(told[0] == told[1], f"context: dynamics and head disagree, {told[0]} and {told[1]}")
         names = dynamics.games
         check(names == head.config.games, f"games: dynamics and head disagree, {names} and {head.config.games}")
+        check(codec.games in ((), names), f"games: dynamics and codec disagree, {names} and {codec.games}")
         hints = dynamics.hinted
         short = [name for name, shape in head.hinted.items() if hints.get(name) != shape]
         check(not short, f"head: needs the hints {head.hinted} of the dynamics, which hint {hints or 'nothing'}")
@@ -89,7 +90,8 @@ class WorldModel:
     def encode(self, frames: np.ndarray | Tensor) -> Tensor:
         """Frames uint8 (B, h, w, c) -> latents float32 (B, C, H, W)."""
         images = to_images(torch.as_tensor(frames).to(self.device)).contiguous(memory_format=torch.channels_last)
-        return self.codec.encode(images).contiguous()
+        told = {"game": torch.full((len(images),), self.game, device=self.device)} if self.codec.games else {}
+        return self.codec.encode(images, **told).contiguous()
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, **kept: Tensor) -> Tensor:

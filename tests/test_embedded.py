@@ -74,7 +74,7 @@ def test_phases_are_read_to_a_part_of_a_pixel(bundle: Bundle) -> None:
     envs.close()
     images = torch.from_numpy(frames).movedim(-1, 1).float() / 255
     with torch.inference_mode():
-        off = ((codec.read_phase(images) - true + 0.5) % 1 - 0.5).abs() * codec.config.grid.scale
+        off = ((codec.read_phase(images) - true + 0.5) % 1 - 0.5).abs() * 64 / codec.config.grid.view
     assert off.median() < 0.01 and off.mean() < 0.02 and off.max() < 0.5
 
 

@@ -41,7 +41,12 @@ def training_data(folder: str | Path) -> Dataset:
 
 
 def check_columns(dataset: Dataset, codec: Codec) -> None:
-    """Raise `DatasetError` if the data lacks what a codec wants beside the frames."""
+    """Raise `DatasetError` if the data lacks what a codec wants beside the frames, or is of other games."""
+    if codec.games and codec.games != dataset.games:
+        raise DatasetError(
+            f"{dataset.folder}: is of {', '.join(dataset.games)}, the codec tells {', '.join(codec.games)} apart; "
+            "train one on this data"
+        )
     for shard in dataset.shards:
         where = f"{dataset.folder}: {shard.name}"
         if missing := set(codec.columns) - set(shard.columns):
@@ -117,7 +122,8 @@ def _encode_missing(dataset: Dataset, model: Codec, digest: str, out: Path, devi
         paths = [out / f"{kind}-{name}.npy" for kind in ("latents", "importance")]
         if all(p.exists() and p.name in digests for p in paths):
             continue
-        for path, array in zip(paths, _encode(shard, model, weights, target), strict=True):
+        game = dataset.games.index(shard.game) if model.games else None
+        for path, array in zip(paths, _encode(shard, model, weights, target, game), strict=True):
             with atomic_file(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, array, allow_pickle=False)
             digests[path.name] = sha256_file(path)
@@ -133,8 +139,10 @@ def _rarity(dataset: Dataset, frame: tuple[int, int, int]) -> torch.Tensor:
     return colour_weights(torch.from_numpy(colour_frequencies(observe(sample, frame))).float())
 
 
-def _encode(shard: Shard, model: Codec, weights: torch.Tensor, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
-    """Latents, as the codec stores them, and importance uint8 of one shard."""
+def _encode(
+    shard: Shard, model: Codec, weights: torch.Tensor, device: torch.device, game: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Latents, as the codec stores them, and importance uint8 of one shard, which is of the game of that number."""
     size, shape = _BATCH.get(device.type, 64), model.spec.shape
     latents = torch.empty((len(shard), *shape), dtype=torch.float16)
     importance = np.empty((len(shard), *shape[1:]), np.uint8)
@@ -144,7 +152,8 @@ def _encode(shard: Shard, model: Codec, weights: torch.Tensor, device: torch.dev
             frames = torch.from_numpy(observe(np.array(shard.frames[rows]), model.frame)).to(device)
             images = to_images(frames).contiguous(memory_format=torch.channels_last)
             columns = {n: torch.from_numpy(np.array(shard.columns[n][rows])).to(device) for n in model.columns}
-            encoded = model.encode(images, **columns)
+            told = {} if game is None else {"game": torch.full((len(images),), game, device=device)}
+            encoded = model.encode(images, **columns, **told)
             latents[rows] = encoded.half().cpu()
             cells = model.pool(weights[colour_bins(frames)], encoded)
             importance[rows] = (cells * 16).round().clamp(0, 255).byte().cpu().numpy()

@@ -47,6 +47,8 @@ def reconstruct(codec: Codec, shard: Shard, rows: np.ndarray, device: torch.devi
                 for n in codec.columns
                 if n in shard.columns
             }
+            if codec.games:
+                columns["game"] = torch.full((len(part),), codec.games.index(shard.game), device=device)
             z = codec.encode(to_images(shown).to(device), **columns)
             frames.append(shown)
             outputs.append(to_frames(codec.decode(z)).cpu())

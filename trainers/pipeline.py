@@ -100,7 +100,7 @@ class PipelineConfig:
         check_overrides(self.set, recipe.trained)
         if self.data is not None:
             given = Dataset(self.data)
-            found = given.facts["distribution_mode"]
+            found = given.facts_of(game.name).get("distribution_mode")
             check(
                 game.name in given.games and found == mode,
                 f"data {self.data}: is of {', '.join(given.games)} in {found}, not of {game.name} in {mode}",
@@ -263,8 +263,8 @@ def make_bundle(
         raise ConfigError(f"{out}: dynamics or head were trained on another codec; delete them and run again")
     dataset = Dataset(data)
     collected = dataset.facts
-    of_each = collected.get("games", {dataset.games[0]: collected})
-    games = [GameFacts(n, collected["distribution_mode"], of_each[n]["max_steps"]) for n in dataset.games]
+    of_each = {n: dataset.facts_of(n) for n in dataset.games}
+    games = [GameFacts(n, of_each[n]["distribution_mode"], of_each[n]["max_steps"]) for n in dataset.games]
     limits = from_dict(Limits, {k: facts["dynamics"][k] for k in ("latent_max", "latent_rms_max")})
     provenance = {
         "recipe": recipe,

@@ -24,8 +24,8 @@ from dreamenv.errors import DatasetError
 
 SEVERAL = "several"
 """What the facts of a dataset of several games say in the place of a game."""
-_OF_A_GAME = ("max_steps", "action_meanings")
-_SAME = ("distribution_mode", "events", "most")
+_OF_A_GAME = ("max_steps", "action_meanings", "distribution_mode")
+_SAME = ("events", "most")
 
 
 def merge(sources: list[Path], out: Path, several: bool = False) -> Path:
@@ -96,12 +96,13 @@ def _game_facts(datasets: list[Dataset]) -> dict[str, Any]:
     """What the datasets' game is, or their games are."""
     games: dict[str, dict[str, Any]] = {}
     for dataset in datasets:
-        own = {key: dataset.facts[key] for key in _OF_A_GAME if key in dataset.facts}
-        of_each = dataset.facts.get("games", {dataset.games[0]: own})
-        for name, known in of_each.items():
+        shared = {key: dataset.facts[key] for key in _OF_A_GAME if key in dataset.facts}
+        for name, own in dataset.facts.get("games", {dataset.games[0]: {}}).items():
+            known = shared | own
             if games.setdefault(name, known) != known:
                 raise DatasetError(
-                    f"{dataset.folder}: {name} has other limits or actions than before; collect it again"
+                    f"{dataset.folder}: {name} has other limits, actions or another difficulty than before; collect it "
+                    "again"
                 )
     if len(games) == 1 and not any("games" in dataset.facts for dataset in datasets):
         ((name, known),) = games.items()

@@ -73,6 +73,10 @@ class Dataset:
         # one by one: NumPy parses each header as Python source, which CPython 3.11 cannot do in two threads at once
         self.shards = [self._open(entry) for entry in self.manifest["shards"]]
 
+    def facts_of(self, game: str) -> dict[str, Any]:
+        """What is known of one of its games: `max_steps`, `action_meanings`, `distribution_mode` ..."""
+        return self.facts | self.facts.get("games", {}).get(game, {})
+
     def __len__(self) -> int:
         """Steps in the dataset."""
         return sum(len(s) for s in self.shards)

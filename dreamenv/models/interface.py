@@ -61,6 +61,11 @@ class Codec(nn.Module, ABC):
     stored: ClassVar[torch.dtype] = torch.float16
 
     @property
+    def games(self) -> tuple[str, ...]:
+        """The games that it is told apart, none if of one; `encode` then wants `game` int64 (B,)."""
+        return getattr(self.config, "games", ())
+
+    @property
     def content_channels(self) -> int:
         """How many of the first channels are learnt content; the others, if any, hold known quantities."""
         return self.spec.shape[0] - self.spec.known

@@ -190,7 +190,7 @@ def initialise(model: nn.Module, folder: str, option: str = "init_from") -> dict
     """
     other, facts = load_model(folder, locate(model)[0])
     told = [getattr(getattr(m, "config", None), "games", ()) for m in (other, model)]
-    if told[0] != told[1]:
+    if told[0] and told[0] != told[1]:  # what knows one game may begin what is told several apart
         found, wanted = (", ".join(games) or "one game" for games in told)
         raise ConfigError(f"{option} {folder}: is of {found}, not of {wanted}; start anew")
     weights = other.state_dict()

@@ -189,11 +189,11 @@ from torchrl.envs import GymWrapper
 import dreamenv
 for game in {games!r}:
     env = GymWrapper(gym.make("DreamProcgen-v0", game=game))
-    seen = env.rollout(3)
+    seen = env.rollout(3, break_when_any_done=False)  # a game may end in its first steps
     assert seen["pixels"].shape == (3, 64, 64, 3) and seen["pixels"].dtype == torch.uint8
     assert seen["next", "reward"].shape == (3, 1)
     envs = GymWrapper(gym.make_vec("DreamProcgen-v0", num_envs=2, game=game, autoreset_mode="SameStep"))
-    assert envs.rollout(3)["observation"].shape == (2, 3, 64, 64, 3)
+    assert envs.rollout(3, break_when_any_done=False)["observation"].shape == (2, 3, 64, 64, 3)
     print(game)
 """
 

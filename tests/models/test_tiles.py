@@ -24,6 +24,7 @@ from dreamenv.models.io import fill
 from dreamenv.models.tiles.camera import CameraMotion
 from dreamenv.models.tiles.canvas import MARGIN, remember
 from dreamenv.models.tiles.grid import Grid, crossed, move_window, moves, phase_of, phases, with_camera
+from dreamenv.models.tiles.player import place_in_tile
 from tests.conftest import predicted
 from tests.tiles import GRID, LATENT, seen_from, untrained_flow, walk
 
@@ -279,7 +280,8 @@ def test_an_outcome_head_sees_what_surrounds_the_player_and_no_more(level: Tenso
 def test_the_player_is_looked_for_where_the_game_shows_it(level: Tensor) -> None:
     """With the player at the left and low in a view of ten tiles, other tiles decide."""
     grid = Grid(view=10, player=(0.25, 0.75))
-    assert grid.window == 16 and grid.player_tile == (3, 8) and grid.player_place == (0.5, 0.5)
+    tile, place = place_in_tile(grid, torch.zeros(1, 2))
+    assert grid.window == 16 and tile.tolist() == [[3, 8]] and place.tolist() == [[0.5, 0.5]]
     head = PlayerOutcomeHead(PlayerHeadConfig(latent=LATENT, grid=grid, width=8)).eval()
     context, move = torch.zeros(1, 4, 10, 16, 16), torch.zeros(1, 2)
     base = asked(head, context, 7, move)

@@ -5,33 +5,42 @@ from __future__ import annotations
 import threading
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from dreamenv.bundle import load_bundle
+from dreamenv.contract.games import get_game
+from dreamenv.data.merge import merge
 from dreamenv.errors import ConfigError
 from dreamenv.models.codecs.tiles import TileAutoencoder
 from dreamenv.models.dynamics.tiles import TileFlow
 from dreamenv.models.heads.player import PlayerOutcomeHead
 from dreamenv.stages import together
+from dreamenv.vector import DreamVectorEnv
+from envs.collect import CollectConfig, collect
 from trainers.pipeline import PipelineConfig, run_pipeline
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def test_a_recipe_makes_a_bundle_of_tiles(tmp_path: Path, precision: str, in_process: None) -> None:
-    small = (
-        *(
-            f"{name}:model.backbone.channels=[16, 16, 16]"
-            for name in ("predictor", "unrolled", "camera", "flow", "settled")
-        ),
-        "codec:model.width=16",
-        "heads:task.dreams=8",
-        "heads:task.drift=4",
-        "loop.batch_size=4",
-    )
+SMALL = (
+    *(
+        f"{name}:model.backbone.channels=[16, 16, 16]"
+        for name in ("predictor", "unrolled", "camera", "flow", "settled")
+    ),
+    "codec:model.width=16",
+    "heads:task.dreams=8",
+    "heads:task.drift=4",
+    "loop.batch_size=4",
+)
+
+
+def test_a_recipe_makes_a_bundle_of_tiles(tmp_path: Path, in_process: None) -> None:
     config = PipelineConfig(
-        out=tmp_path / "run", steps=3000, events=3000, stage_steps=2, starts=2, recipe="tiles", set=small
+        out=tmp_path / "run", steps=3000, events=3000, stage_steps=2, starts=2, recipe="tiles", set=SMALL
     )
     bundle = load_bundle(run_pipeline(config), "cpu")
     model = bundle.world_model
@@ -39,6 +48,46 @@ def test_a_recipe_makes_a_bundle_of_tiles(tmp_path: Path, precision: str, in_pro
     assert isinstance(model.head, PlayerOutcomeHead) and bundle.provenance["heads_also"]["events"] == 16
     done = {p.stem for p in (tmp_path / "run" / "stages").iterdir()}
     assert {"latents-events", "camera", "settled", "heads", "bundle"} <= done
+
+
+def test_a_recipe_makes_a_bundle_of_tiles_of_games_of_different_difficulties(
+    tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each game is shown by its own number of tiles, and dreamt of with its own outcomes alone."""
+    monkeypatch.setenv("DREAMENV_PRECISION", "bf16")
+    modes, merged = {"ninja": "easy", "coinrun": "hard"}, []
+    for name, steps, more in (("plain", 1600, {}), ("events", 8000, {"events": 16, "seed": 3})):
+        parts = []
+        for game, mode in modes.items():
+            own: dict[str, Any] = {"steps": steps, "num_envs": 8, "shard_steps": steps // 16, "num_levels": 60, **more}
+            config = CollectConfig(
+                game=game, distribution_mode=mode, policy="biased", out=str(tmp_path / game / name), **own
+            )
+            parts.append(collect(config, progress=False))
+        merged.append(merge(parts, tmp_path / name, several=True))
+    data, events = merged
+    shared: dict[str, Any] = {"recipe": "tiles", "data": data, "event_data": events, "stage_steps": 2, "starts": 2}
+    config = PipelineConfig(game="ninja", out=tmp_path / "run", events=0, set=(*SMALL, "task.val_ratio=0.2"), **shared)
+    folder = run_pipeline(config)
+    rewards = {}
+    for game, mode in modes.items():
+        bundle = load_bundle(folder, "cpu", game=game)
+        model = bundle.world_model
+        assert bundle.game.distribution_mode == mode and model.codec.games == tuple(modes)
+        assert isinstance(model.codec, TileAutoencoder) and model.codec.config.grid.views == (10, 13)
+        latents = model.encode(bundle.starts.frames[0])
+        shown = model.codec.visible(latents).sum((1, 2))  # in tiles
+        assert torch.allclose(shown, torch.full_like(shown, get_game(game).view.tiles[mode] ** 2), atol=1e-3)
+        envs = DreamVectorEnv(2, bundle=bundle)
+        envs.reset(seed=1)
+        for action in range(15):
+            frames, *_ = envs.step(np.full(2, action))
+            assert frames.shape == (2, 64, 64, 3) and frames.std() > 0
+        rewards[game] = set(model.rewards.tolist())
+        envs.close()
+    assert rewards["coinrun"] == {0.0, 10.0}
+    with pytest.raises(ConfigError, match="of ninja, coinrun in hard"):
+        PipelineConfig(game="coinrun", out=tmp_path / "easy", events=0, **shared)
 
 
 def test_works_are_done_at_the_same_time_and_none_is_lost_by_the_failure_of_another() -> None:

@@ -188,10 +188,11 @@ class CameraTask:
         reach = self._reach(progress)
         for u in range(reach):
             now = latents[:, u : u + k]
-            tile, place = place_in_tile(grid, phases(now[:, -1]) + away)
+            game = grid.game_of(now[:, -1])
+            tile, place = place_in_tile(grid, phases(now[:, -1]) + away, game)
             around = surroundings(grid, now, tile)
             around = around + normal(*around.shape[1:], most=self.config.context_noise)
-            move = model.motion(around, place, before, batch.actions[:, u : u + k])
+            move = model.motion(around, place, before, batch.actions[:, u : u + k], grid.told(game))
             away = away + move - exact_move(now[:, -1], latents[:, u + k])
             before = torch.cat([before[:, 1:], move[:, None]], 1)
             error = F.smooth_l1_loss(away, torch.zeros_like(away), beta=_CLOSE, reduction="none").sum(1)

@@ -29,6 +29,7 @@ from trainers.tasks.codec import (
     squared,
 )
 
+_PIXELS = 64  # of a picture each way
 _PARTS = ("all", "decoder", "reader")
 _LIMIT = 0.01  # squared error from which on a pixel is taken for one that changed
 
@@ -60,13 +61,17 @@ class TileCodecTaskConfig(CodecTaskConfig):
 
 @dataclass(frozen=True)
 class TileCodecBatch(Batch):
-    """Frames, those before them and earlier ones, uint8 (B, 64, 64, 3); cameras of first and last, float32 (B, 2)."""
+    """Frames, those before them and earlier ones, uint8 (B, 64, 64, 3); cameras of first and last, float32 (B, 2).
+
+    And which of several games each is of, int64 (B,); None where there is but one.
+    """
 
     frames: Tensor
     previous: Tensor
     earlier: Tensor
     camera: Tensor
     earlier_camera: Tensor
+    game: Tensor | None = None
 
 
 @register("task", "tile_codec", TileCodecTaskConfig)
@@ -86,15 +91,22 @@ class TileCodecTask(CodecTask):
         self._begins = [np.maximum.accumulate(np.where(s.first, np.arange(len(s)), 0)) for s in shards]
 
     def complete(self, model: dict[str, Any]) -> dict[str, Any]:
-        """The grid as the game shows it."""
-        game, mode = get_game(self.dataset.facts["game"]), self.dataset.facts["distribution_mode"]
-        player = game.view.player.get(mode, (0.5, 0.5))
-        fixed = not any(math.isnan(p) for p in player)
-        check(
-            fixed,
-            f"data {self.config.data}: {game.name}'s player is at no fixed place in the picture; use another codec",
-        )
-        return {"grid": {"view": game.view.tiles[mode], "player": list(player)}} | model
+        """The grid as the game shows it, or several games do."""
+        names = self.dataset.games
+        modes = [self.dataset.facts_of(name)["distribution_mode"] for name in names]
+        shown = [get_game(name).view for name in names]
+        players = [view.player.get(mode, (0.5, 0.5)) for view, mode in zip(shown, modes, strict=True)]
+        for name, player in zip(names, players, strict=True):
+            check(
+                not any(math.isnan(p) for p in player) and player == players[0],
+                f"data {self.config.data}: {name}'s player is at {player} in the picture, not at one fixed place; use "
+                "another codec",
+            )
+        views = [view.tiles[mode] for view, mode in zip(shown, modes, strict=True)]
+        grid: dict[str, Any] = {"view": max(views), "player": list(players[0])}
+        if len(names) == 1:
+            return {"grid": grid} | model
+        return {"grid": grid | {"views": views}, "games": list(names)} | model
 
     def batch(self, rng: np.random.Generator, size: int) -> TileCodecBatch:
         """Draw pairs of frames of training levels."""
@@ -108,7 +120,10 @@ class TileCodecTask(CodecTask):
         cameras = [
             torch.from_numpy(np.stack([shards[k].columns["camera"][t] for k, t in i])) for i in (indices, before)
         ]
-        return TileCodecBatch(frames, previous, self.gather(before)[0], *cameras)
+        game = None
+        if self.model.games:
+            game = torch.from_numpy(np.array([self.model.games.index(shards[k].game) for k, _ in indices]))
+        return TileCodecBatch(frames, previous, self.gather(before)[0], cameras[0], cameras[1], game)
 
     def loss(
         self, model: nn.Module, batch: TileCodecBatch, generator: torch.Generator, progress: float
@@ -119,23 +134,24 @@ class TileCodecTask(CodecTask):
         by = batch.camera.floor() - batch.earlier_camera.floor()
         images = to_images(frames).contiguous(memory_format=torch.channels_last)
         if config.learns == "reader":
-            reading = _reading_error(self.model.reader(images), phase)
+            reading = _reading_error(self.model.reader(images, grid.tiles(batch.game, 2)), phase)
             return reading, {"reading": reading.detach()}
         earlier = to_images(batch.earlier).contiguous(memory_format=torch.channels_last)
         size = (2 * len(frames), *self.model.spec.shape)
-        noise = torch.randn(size, generator=generator, device=frames.device)[:, :-4] * config.latent_noise
-        own, later, codes, carried, answers = model(images, phase, earlier, earlier_phase, by, noise)
+        noise = torch.randn(size, generator=generator, device=frames.device)[:, : -grid.known] * config.latent_noise
+        given = () if batch.game is None else (batch.game,)
+        own, later, codes, carried, answers = model(images, phase, earlier, earlier_phase, by, noise, *given)
         rarity = self.rarity(frames)
         weights = rarity * (1 + config.motion_weight * motion_mask(frames, batch.previous))
         error = (own.float() - images).square().mean(1)
         total = (weights * error).sum() / weights.sum() * 100
         known = carried[:, -1:] > 0.99
-        seen = self.model.spread_out(known.float(), phase) * rarity
+        seen = self.model.spread_out(known.float(), phase, batch.game) * rarity
         changed = (later.float() - images).square().mean(1)
         total = total + config.carried * 100 * (
             seen * changed * _LIMIT / (changed + _LIMIT)
         ).sum() / seen.sum().clamp_min(1)
-        whole = grid.shown(phase) > 0.99
+        whole = grid.shown(phase, batch.game) > 0.99
         difference = (carried[:, :-1] - codes.float()).square()
         both = known & whole
         agreement = (difference / (1 + difference) * both).sum() / both.sum().clamp_min(1) / codes.shape[1]
@@ -190,19 +206,20 @@ class TileCodecTask(CodecTask):
         """Squared errors and the like of one batch, flat; frames, those drawn of them and later ones, on the CPU."""
         frames, phase, before = batch.frames, phase_of(batch.camera), phase_of(batch.earlier_camera)
         images, earlier = to_images(frames), to_images(batch.earlier)
-        read = model.encode(images)
+        told = {} if batch.game is None else {"game": batch.game}
+        read = model.encode(images, **told)
         output = to_frames(model.decode(read))
         error = squared(output, frames)
         by = batch.camera.floor() - batch.earlier_camera.floor()
         none = torch.zeros(2 * len(frames), model.config.codes, 1, 1, device=frames.device)
-        own, later, _, carried, _ = model(images, phase, earlier, before, by, none)
-        seen = model.spread_out((carried[:, -1:] > 0.99).float(), phase) > 0
-        off = (model.read_phase(images) - phase + 0.5) % 1 - 0.5
+        own, later, _, carried, _ = model(images, phase, earlier, before, by, none, batch.game)
+        seen = model.spread_out((carried[:, -1:] > 0.99).float(), phase, batch.game) > 0
+        off = (model.read_phase(images, batch.game) - phase + 0.5) % 1 - 0.5
         found = {
             "known": squared(to_frames(own), frames).flatten(),
             "rare": error[self.rare(frames)],
             "carried": squared(to_frames(later), frames)[seen],
-            "phase": off.abs().flatten() * model.config.grid.scale,
+            "phase": (off.abs() * (_PIXELS / model.config.grid.tiles(batch.game, 1))).flatten(),
             "latents": read[:, : model.content_channels],
         }
         return found, [x.cpu() for x in (frames, output, to_frames(later))]

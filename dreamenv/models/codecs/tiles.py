@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dreamenv.config import check, to_dict
+from dreamenv.config import check, check_games, to_dict
 from dreamenv.errors import DatasetError
 from dreamenv.models.blocks import ResBlock, fp32, group_norm
 from dreamenv.models.interface import Codec, LatentSpec
 from dreamenv.models.registry import register
-from dreamenv.models.tiles.grid import CAMERA, Grid, move_window, moves, overlap, phase_of, phases, pick, with_camera
+from dreamenv.models.tiles.grid import Grid, move_window, moves, overlap, phase_of, phases, pick, with_camera
 
 _REACH = 2  # tiles that the camera moves in one step, at most
 _PIXELS = 64
@@ -37,6 +37,8 @@ class TileAutoencoderConfig:
     """Cosines each way that make up a tile's pattern."""
     grid: Grid = Grid()
     """How the game shows its grid; training takes it from the game's row."""
+    games: tuple[str, ...] = ()
+    """The games that it is told apart, none for a model of one; training takes them from the data."""
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
@@ -44,6 +46,8 @@ class TileAutoencoderConfig:
         check(8 <= self.width <= 2048, f"width {self.width}: must be 8..2048")
         check(0 <= self.blocks <= 64, f"blocks {self.blocks}: must be 0..64")
         check(1 <= self.orders <= 32, f"orders {self.orders}: must be 1..32")
+        check_games(self.games)
+        check(len(self.games) == len(self.grid.views), f"games {self.games}: the grid is of {len(self.grid.views)}")
 
 
 class _Grid(nn.Sequential):
@@ -77,7 +81,7 @@ class _Grid(nn.Sequential):
 class PhaseReader(nn.Module):
     """Reads the camera's phase off a picture: local features, Fourier coefficients at the tiles' frequency, an MLP."""
 
-    def __init__(self, scale: float, features: int = 48, orders: int = 4, width: int = 128) -> None:
+    def __init__(self, features: int = 48, orders: int = 4, width: int = 128) -> None:
         super().__init__()
         self.features = nn.Sequential(
             nn.Conv2d(3, 24, 5, padding=2),
@@ -87,7 +91,7 @@ class PhaseReader(nn.Module):
             nn.Conv2d(features, features, 3, padding=1),
             nn.SiLU(),
         )
-        self.orders, self.scale = orders, scale
+        self.orders = orders
         self.answer = nn.Sequential(
             nn.LayerNorm(4 * orders * features),
             nn.Linear(4 * orders * features, width),
@@ -97,16 +101,19 @@ class PhaseReader(nn.Module):
             nn.Linear(width, 4),
         )
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, 64, 64) in [0, 1] -> (B, 4): cosines of 2 pi times the phases x and y, then sines."""
-        with fp32(images):
-            return self._read(images)
+    def forward(self, images: Tensor, tiles: float | Tensor) -> Tensor:
+        """Images (B, 3, 64, 64) in [0, 1] that show so many tiles (B, 1, 1) -> (B, 4).
 
-    def _read(self, images: Tensor) -> Tensor:
+        Cosines of 2 pi times the phases x and y, then sines.
+        """
+        with fp32(images):
+            return self._read(images, tiles)
+
+    def _read(self, images: Tensor, tiles: float | Tensor) -> Tensor:
         f = self.features(images - 0.5)
-        place = (2 * torch.arange(32, device=f.device) + 0.5) / self.scale
-        angle = 2 * math.pi * place[:, None] * torch.arange(1, self.orders + 1, device=f.device)
-        basis = torch.cat([angle.cos(), angle.sin()], 1)
+        place = (2 * torch.arange(32, device=f.device) + 0.5)[:, None] / (_PIXELS / tiles)
+        angle = 2 * math.pi * place * torch.arange(1, self.orders + 1, device=f.device)
+        basis = torch.cat([angle.cos(), angle.sin()], -1)
         across = f.mean(2) @ basis
         down = f.mean(3) @ basis
         return self.answer(torch.cat([across, down], 2).flatten(1))
@@ -131,21 +138,21 @@ class TileAutoencoder(Codec):
         patterns = 3 * config.orders**2
         self.tiles_in = _Grid(patterns + 9, config.codes, config)
         self.tiles_out = _Grid(config.codes + 9, patterns, config)
-        self.reader = PhaseReader(config.grid.scale)
+        self.reader = PhaseReader()
 
     @property
     def spec(self) -> LatentSpec:
         """(codes + 4, window, window), tiles of the level."""
-        window = self.config.grid.window
-        return LatentSpec((self.config.codes + CAMERA, window, window), "tiles", CAMERA)
+        window, known = self.config.grid.window, self.config.grid.known
+        return LatentSpec((self.config.codes + known, window, window), "tiles", known)
 
     def shared(self) -> dict[str, Any]:
         """See `Codec.shared`: the grid too."""
         return super().shared() | {"grid": to_dict(self.config.grid)}
 
-    def read_phase(self, images: Tensor) -> Tensor:
-        """Images (B, 3, 64, 64) in [0, 1] -> phases (B, 2)."""
-        x, y, sx, sy = self.reader(images).float().unbind(1)
+    def read_phase(self, images: Tensor, game: Tensor | None = None) -> Tensor:
+        """Images (B, 3, 64, 64) in [0, 1], of games (B,) -> phases (B, 2)."""
+        x, y, sx, sy = self.reader(images, self.config.grid.tiles(game, 2)).float().unbind(1)
         return phase_of(torch.stack([torch.atan2(sx, x), torch.atan2(sy, y)], 1) / (2 * math.pi))
 
     def encode(self, images: Tensor, **columns: Tensor) -> Tensor:
@@ -153,30 +160,32 @@ class TileAutoencoder(Codec):
 
         The phase is that of the column `camera` (B, 2), in tiles; without it, it is read off the picture.
         """
-        camera = columns.get("camera")
-        return self.encode_at(images, self.read_phase(images) if camera is None else phase_of(camera))
+        camera, game = columns.get("camera"), columns.get("game")
+        check((game is not None) == bool(self.games), f"game: of {len(self.games)} games, say which game it is of")
+        return self.encode_at(images, self.read_phase(images, game) if camera is None else phase_of(camera), game)
 
-    def encode_at(self, images: Tensor, phase: Tensor) -> Tensor:
+    def encode_at(self, images: Tensor, phase: Tensor, game: Tensor | None = None) -> Tensor:
         """`encode` with known phases (B, 2)."""
         n, b, grid = self.config.orders, len(images), self.config.grid
         w = grid.window
-        columns, rows = grid.cosines(phase[:, 0], n), grid.cosines(phase[:, 1], n)
+        columns, rows = (grid.cosines(phase[:, axis], n, game) for axis in range(2))
         with fp32(images):
             down = rows.transpose(1, 2) @ (images - 0.5).movedim(1, 2).reshape(b, _PIXELS, 3 * _PIXELS)
-            tiles = (down.view(b, w * n * 3, _PIXELS) @ columns).view(b, w, n, 3, w, n) / grid.scale
+            tiles = (down.view(b, w * n * 3, _PIXELS) @ columns).view(b, w, n, 3, w, n)
+            tiles = tiles / (_PIXELS / grid.tiles(game, 5))
         tiles = tiles.permute(0, 2, 3, 5, 1, 4).reshape(b, 3 * n * n, w, w)
-        share = grid.shown(phase)
-        codes = self.tiles_in(torch.cat([tiles, share.to(tiles.dtype), grid.waves(phase).to(tiles.dtype)], 1))
+        share = grid.shown(phase, game)
+        codes = self.tiles_in(torch.cat([tiles, share.to(tiles.dtype), grid.waves(phase, game).to(tiles.dtype)], 1))
         codes = codes.float() * (share > 0)
-        return with_camera(codes, phase.float(), torch.zeros_like(phase, dtype=torch.float32))
+        return with_camera(codes, phase.float(), torch.zeros_like(phase, dtype=torch.float32), game)
 
     def decode(self, latents: Tensor, **kept: Tensor) -> Tensor:
         """Latents (B, C, H, W) -> images (B, 3, 64, 64), about [0, 1] and not clamped."""
         phase, codes = phases(latents), latents[:, : self.config.codes]
         n, b, grid = self.config.orders, len(latents), self.config.grid
-        w = grid.window
-        columns, rows = grid.cosines(phase[:, 0], n), grid.cosines(phase[:, 1], n)
-        maps = torch.cat([codes, grid.shown(phase).to(codes.dtype), grid.waves(phase).to(codes.dtype)], 1)
+        w, game = grid.window, grid.game_of(latents)
+        columns, rows = (grid.cosines(phase[:, axis], n, game) for axis in range(2))
+        maps = torch.cat([codes, grid.shown(phase, game).to(codes.dtype), grid.waves(phase, game).to(codes.dtype)], 1)
         tiles = self.tiles_out(maps).view(b, n, 3, n, w, w).permute(0, 4, 1, 2, 5, 3)
         with fp32(tiles):
             down = rows @ tiles.reshape(b, w * n, 3 * w * n)
@@ -210,7 +219,8 @@ class TileAutoencoder(Codec):
         phase = phases(latents)
         if t == 1:
             return torch.zeros_like(phase)
-        whole = (grid.shown(phase.flatten(0, 1))[:, 0] > 0.99).unflatten(0, (b, t)).float()
+        whole = grid.shown(phase.flatten(0, 1), grid.game_of(latents.flatten(0, 1)))[:, 0] > 0.99
+        whole = whole.unflatten(0, (b, t)).float()
         between = phase[:, 1:] - phase[:, :-1]
         reach = range(-_REACH, _REACH + 1)
         best, found = torch.full((b, t - 1), torch.inf, device=latents.device), torch.zeros_like(between)
@@ -232,11 +242,12 @@ class TileAutoencoder(Codec):
 
     def noised(self, latents: Tensor, noise: Tensor) -> Tensor:
         """Latents (..., C, H, W) with noise on the codes, not on the camera."""
-        return latents + torch.cat([noise[..., :-CAMERA, :, :], torch.zeros_like(noise[..., -CAMERA:, :, :])], -3)
+        known = self.config.grid.known
+        return latents + torch.cat([noise[..., :-known, :, :], torch.zeros_like(noise[..., -known:, :, :])], -3)
 
     def visible(self, latents: Tensor) -> Tensor:
         """Which share of each tile the picture of latents (B, C, H, W) shows, (B, H, W)."""
-        return self.config.grid.shown(phases(latents))[:, 0]
+        return self.config.grid.shown(phases(latents), self.config.grid.game_of(latents))[:, 0]
 
     def path_errors(self, dream: Tensor, real: Tensor) -> dict[str, Tensor]:
         """How far the camera is from the true one after each step, in tiles."""
@@ -250,20 +261,27 @@ class TileAutoencoder(Codec):
                 "scrolls, or train another autoencoder"
             )
 
-    def spread_out(self, values: Tensor, phase: Tensor) -> Tensor:
+    def spread_out(self, values: Tensor, phase: Tensor, game: Tensor | None = None) -> Tensor:
         """Values of tiles (B, 1, 16, 16) -> of the picture's pixels (B, 64, 64)."""
-        (columns, _), (rows, _) = self.config.grid.pixels(phase[:, 0]), self.config.grid.pixels(phase[:, 1])
+        (columns, _), (rows, _) = (self.config.grid.pixels(phase[:, axis], game) for axis in range(2))
         return pick(values, rows, columns)[:, :, 0]
 
     def pool(self, values: Tensor, latents: Tensor) -> Tensor:
         """Means over each tile of a picture's values (B, 64, 64) -> (B, 16, 16), 0 where nothing of it is shown."""
-        phase = phases(latents)
-        (columns, _), (rows, _) = self.config.grid.pixels(phase[:, 0]), self.config.grid.pixels(phase[:, 1])
+        phase, grid = phases(latents), self.config.grid
+        (columns, _), (rows, _) = (grid.pixels(phase[:, axis], grid.game_of(latents)) for axis in range(2))
         ones = rows.sum(1)[:, :, None] * columns.sum(1)[:, None]
         return (rows.transpose(1, 2) @ values @ columns) / ones.clamp_min(1)
 
     def forward(
-        self, images: Tensor, phase: Tensor, earlier: Tensor, earlier_phase: Tensor, by: Tensor, noise: Tensor
+        self,
+        images: Tensor,
+        phase: Tensor,
+        earlier: Tensor,
+        earlier_phase: Tensor,
+        by: Tensor,
+        noise: Tensor,
+        game: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What training needs of two pictures of one episode.
 
@@ -274,6 +292,7 @@ class TileAutoencoder(Codec):
             earlier_phase: (B, 2), their phases.
             by: (B, 2), how many tiles the window moved from the earlier picture to the later one.
             noise: (2 B, codes, H, W), added to the codes before decoding.
+            game: int64 (B,), where several are told apart.
 
         Returns:
             The reconstruction; the picture decoded from the earlier one's codes; the codes; the earlier one's, moved to
@@ -282,9 +301,10 @@ class TileAutoencoder(Codec):
         """
         c = self.config.codes
         both, both_phases = torch.cat([images, earlier]), torch.cat([phase, earlier_phase])
-        own, before = self.encode_at(both, both_phases)[:, :c].chunk(2)
-        carried = move_window(torch.cat([before, self.config.grid.shown(earlier_phase)], 1), by)
+        twice = None if game is None else torch.cat([game, game])
+        own, before = self.encode_at(both, both_phases, twice)[:, :c].chunk(2)
+        carried = move_window(torch.cat([before, self.config.grid.shown(earlier_phase, game)], 1), by)
         codes = torch.cat([own, carried[:, :c]]) + noise
         still = torch.zeros_like(both_phases)
-        reconstruction, later = self.decode(with_camera(codes, torch.cat([phase, phase]), still)).chunk(2)
-        return reconstruction, later, own, carried, self.reader(images)
+        reconstruction, later = self.decode(with_camera(codes, torch.cat([phase, phase]), still, twice)).chunk(2)
+        return reconstruction, later, own, carried, self.reader(images, self.config.grid.tiles(game, 2))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreamenv.config import check
+from dreamenv.config import check, check_games
 from dreamenv.contract.actions import NOOP
 from dreamenv.models.blocks import alternating, sinusoidal, zero_init
 from dreamenv.models.interface import NULL_ACTION, Backbone, Dynamics, LatentSpec, Prediction, State
@@ -51,16 +51,20 @@ class TileFlowConfig:
     """Width of the conditioning vector."""
     motion: int = 160
     """Width of the network that predicts the camera's move."""
+    games: tuple[str, ...] = ()
+    """The games that it is told apart, none for a model of one; training takes them from the data."""
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
-        window = self.grid.window
-        sound = self.latent.layout == "tiles" and self.latent.known == CAMERA
-        check(sound, f"latent {self.latent}: must be of layout 'tiles', {CAMERA} channels of it known")
+        window, known = self.grid.window, self.grid.known
+        sound = self.latent.layout == "tiles" and self.latent.known == known
+        check(sound, f"latent {self.latent}: must be of layout 'tiles', {known} channels of it known")
         check(
-            self.latent.shape[0] > CAMERA and self.latent.shape[1:] == (window, window),
-            f"latent.shape {self.latent.shape}: must be more than {CAMERA} channels of {window} x {window} tiles",
+            self.latent.shape[0] > known and self.latent.shape[1:] == (window, window),
+            f"latent.shape {self.latent.shape}: must be more than {known} channels of {window} x {window} tiles",
         )
+        check_games(self.games)
+        check(len(self.games) == len(self.grid.views), f"games {self.games}: the grid is of {len(self.grid.views)}")
         check(2 <= self.context <= 64, f"context {self.context}: must be 2..64")
         check(
             8 <= self.embedding <= 4096 and self.embedding % 4 == 0,
@@ -88,14 +92,14 @@ class TileFlow(Dynamics):
 
     def __init__(self, config: TileFlowConfig) -> None:
         super().__init__()
-        c, k, e = config.latent.shape[0] - CAMERA, config.context, config.embedding
+        c, k, e, games = config.latent.shape[0] - config.grid.known, config.context, config.embedding, len(config.games)
         self.config = config
         self.backbone: Backbone = build("backbone", config.backbone, (k + 2) * c + k + 10, e, where="backbone")
         self.out = zero_init(nn.Conv2d(self.backbone.width, 2 * c + 1, 3, padding=1))
         self.action_embedding = nn.Embedding(NULL_ACTION + 1, e // 2)
-        seen = (k + 2) * (e // 2) + c + 2 * k
+        seen = (k + 2) * (e // 2) + c + 2 * k + games
         self.condition = nn.Sequential(nn.Linear(seen, 2 * e), nn.SiLU(), nn.Linear(2 * e, e), nn.SiLU())
-        self.motion = CameraMotion(c, k, config.motion)
+        self.motion = CameraMotion(c, k, config.motion, games)
 
     def begin(
         self,
@@ -144,8 +148,9 @@ class TileFlow(Dynamics):
 
     def guide(self, aware: Prediction, unaware: Prediction, scale: float) -> Prediction:
         """As for any dynamics, but the camera goes where `aware` says, for both are of that window."""
-        codes = super().guide(aware, unaware, scale).latent[:, :-CAMERA]
-        return replace(aware, latent=torch.cat([codes, aware.latent[:, -CAMERA:]], 1))
+        known = self.config.grid.known
+        codes = super().guide(aware, unaware, scale).latent[:, :-known]
+        return replace(aware, latent=torch.cat([codes, aware.latent[:, -known:]], 1))
 
     def next_move(self, context: Tensor, actions: Tensor, phase: Tensor, before: Tensor) -> Tensor:
         """Predict the camera's next move (B, 2).
@@ -157,8 +162,9 @@ class TileFlow(Dynamics):
                 another.
             before: (B, K - 1, 2), the moves between the pictures, likewise.
         """
-        tile, place = place_in_tile(self.config.grid, phase)
-        return self.motion(surroundings(self.config.grid, context, tile), place, before, actions)
+        grid, game = self.config.grid, self.config.grid.game_of(context[:, -1])
+        tile, place = place_in_tile(grid, phase, game)
+        return self.motion(surroundings(grid, context, tile), place, before, actions, grid.told(game))
 
     def smooth(self, latents: Tensor, actions: Tensor) -> Tensor:
         """Latents of real pictures with the camera on these dynamics' own path that is nearest to where it was read.
@@ -215,30 +221,41 @@ class TileFlow(Dynamics):
         """
         context, grid = state.latents, self.config.grid
         actions = torch.cat([state.actions, action[:, None]], 1)
-        b, k, c = context.shape[0], context.shape[1], context.shape[2] - CAMERA
+        b, k, c, game = context.shape[0], context.shape[1], context.shape[2] - grid.known, grid.game_of(context[:, -1])
         zero = torch.zeros(b, device=context.device)
         tau, level = zero if tau is None else tau, zero if level is None else level
         phase, before = phases(context), moves(context)[:, 1:]
         by = behind(context)
-        shares = grid.shown(phase.flatten(0, 1)).unflatten(0, (b, k))
+        every = None if game is None else game.repeat_interleave(k)
+        shares = grid.shown(phase.flatten(0, 1), every).unflatten(0, (b, k))
         seen = torch.cat([context[:, :, :c].float(), shares], 2)
         predicted = self.next_move(context, actions, phase[:, -1], before)
         taken = predicted if hints is None or "move" not in hints else hints["move"]
         at = phase[:, -1] + taken
         window = (at + 1e-6).floor().detach()  # a phase of 0 may come out a hair below it
         arriving = (at - window).clamp_min(0)
-        view = grid.shown(arriving)
+        view = grid.shown(arriving, game)
         seen = move_window(seen.flatten(0, 1), (by + window[:, None]).flatten(0, 1)).unflatten(0, (b, k))
         base, known = recalled(state["canvas"], window).split([c, 1], 1)
         half = self.config.embedding // 2
         gated = torch.zeros_like(base) if x is None else x[:, :c].float() * tau[:, None, None, None]
         scalars = [sinusoidal(tau, half), sinusoidal(level, half), 4 * alternating(gated), before.flatten(1), taken]
+        scalars += grid.told(game)
         cond = self.condition(torch.cat([self.action_embedding(actions).flatten(1), *scalars], 1))
         maps = torch.cat(
-            [gated, base, seen[:, :, :c].flatten(1, 2), seen[:, :, c], view, grid.waves(arriving), known], 1
+            [gated, base, seen[:, :, :c].flatten(1, 2), seen[:, :, c], view, grid.waves(arriving, game), known], 1
         )
         out = self.out(self.backbone(maps.contiguous(memory_format=torch.channels_last), cond)).float()
         change = out[:, :c] * (out[:, c : 2 * c] + 1).sigmoid()
         clean = (base + change) * (view > 0)
-        latent = with_camera(clean, phase[:, -1] + predicted - window, predicted)
+        latent = with_camera(clean, phase[:, -1] + predicted - window, predicted, game)
         return Prediction(latent, out[:, 2 * c], {"move": predicted})
+
+    def grown(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of a model of one game: which game it is then counts for nothing at first."""
+        weights, own = dict(weights), self.state_dict()
+        for name in ("condition.0.weight", "motion.weigh.0.weight", "motion.laws.weight"):
+            found = weights.get(name)
+            if found is not None and found.ndim == 2 and found.shape[1] == own[name].shape[1] - len(self.config.games):
+                weights[name] = F.pad(found, (0, len(self.config.games)))
+        return weights

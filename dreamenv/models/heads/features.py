@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +48,6 @@ class FeatureOutcomeHead(OutcomeHead):
         config: its shape.
     """
 
-    several: ClassVar[bool] = True
     places: Tensor
     config: FeatureHeadConfig
 

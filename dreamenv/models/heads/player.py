@@ -32,9 +32,11 @@ class PlayerHeadConfig(OutcomeHeadConfig):
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
         super().__post_init__()
-        sound = self.latent.layout == "tiles" and self.latent.known == CAMERA
-        check(sound, f"latent {self.latent}: must be of layout 'tiles', {CAMERA} channels of it known")
-        check(self.latent.shape[0] > CAMERA, f"latent.shape {self.latent.shape}: needs more than {CAMERA} channels")
+        known = self.grid.known
+        sound = self.latent.layout == "tiles" and self.latent.known == known
+        check(sound, f"latent {self.latent}: must be of layout 'tiles', {known} channels of it known")
+        check(self.latent.shape[0] > known, f"latent.shape {self.latent.shape}: needs more than {known} channels")
+        check(len(self.games) == len(self.grid.views), f"games {self.games}: the grid is of {len(self.grid.views)}")
         check(self.context >= 2, f"context {self.context}: must be 2..64")
 
 
@@ -53,9 +55,9 @@ class PlayerOutcomeHead(OutcomeHead):
     def __init__(self, config: PlayerHeadConfig) -> None:
         super().__init__(config)
         w = config.width
-        self.view = PlayerView(config.latent.shape[0] - CAMERA, config.context, w)
+        self.view = PlayerView(config.latent.shape[0] - config.grid.known, config.context, w)
         self.decide = nn.Sequential(
-            nn.Linear(self.view.seen + _TOLD, 3 * w),
+            nn.Linear(self.view.seen + _TOLD + len(config.games), 3 * w),
             nn.SiLU(),
             nn.Linear(3 * w, 3 * w),
             nn.SiLU(),
@@ -79,11 +81,12 @@ class PlayerOutcomeHead(OutcomeHead):
             )
         move, context = hints["move"], state.latents
         actions = torch.cat([state.actions, action[:, None]], 1)
-        tile, place = place_in_tile(self.config.grid, phases(context)[:, -1])
+        grid, game = self.config.grid, self.config.grid.game_of(context[:, -1])
+        tile, place = place_in_tile(grid, phases(context)[:, -1], game)
         with fp32(context):
-            around = surroundings(self.config.grid, context, tile)
+            around = surroundings(grid, context, tile)
             seen = self.view.see(around, place, moves(context)[:, 1:], actions)
-            return self.decide(torch.cat([seen, move, place + move, fine_place(place + move)], 1))
+            return self.decide(torch.cat([seen, move, place + move, fine_place(place + move), *grid.told(game)], 1))
 
     def grown(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights from before it was told the next move, which then counts for nothing."""

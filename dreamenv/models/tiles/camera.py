@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,9 +27,9 @@ class CameraMotion(PlayerView):
     moves they would lead, finely near rest: who would be slower than friction allows stands still.
     """
 
-    def __init__(self, codes: int, context: int, width: int) -> None:
+    def __init__(self, codes: int, context: int, width: int, games: int = 0) -> None:
         super().__init__(codes, context, 48)
-        features = self.seen + 4 * len(_WAVES) * min(context - 1, 2) + 2 * len(_FINELY) * _LAWS
+        features = self.seen + 4 * len(_WAVES) * min(context - 1, 2) + 2 * len(_FINELY) * _LAWS + games
         self.weigh = nn.Sequential(
             nn.Linear(features, width),
             nn.SiLU(),
@@ -37,18 +39,20 @@ class CameraMotion(PlayerView):
             nn.SiLU(),
             nn.Linear(width, 2 * _LAWS),
         )
-        self.laws = zero_init(nn.Linear(2 * min(context - 1, 2) + 2 + NUM_ACTIONS + 1, 2 * _LAWS))
+        self.laws = zero_init(nn.Linear(2 * min(context - 1, 2) + 2 + NUM_ACTIONS + 1 + games, 2 * _LAWS))
 
-    def forward(self, recent: Tensor, place: Tensor, before: Tensor, actions: Tensor) -> Tensor:
-        """Predict the next move (B, 2); see `PlayerView.see`."""
+    def forward(
+        self, recent: Tensor, place: Tensor, before: Tensor, actions: Tensor, told: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """Predict the next move (B, 2); see `PlayerView.see`, and `Grid.told` for what it is told of games."""
         taken = F.one_hot(actions[:, -1], NUM_ACTIONS + 1).float()
         with fp32(recent):  # what is lost here adds up twice, in speed and in place
-            given = torch.cat([before[:, -2:].flatten(1), place, taken], 1)
+            given = torch.cat([before[:, -2:].flatten(1), place, taken, *told], 1)
             changes = self.laws(given).unflatten(1, (2, _LAWS))
             answers = (before[:, -1, :, None] + changes).detach().flatten(1)
             turn = 2 * torch.pi * before[:, -2:].detach().flatten(1)  # as of the place
             fine = [f(n * turn) for n in _WAVES for f in (torch.cos, torch.sin)]
             fine += [(n * answers).tanh() for n in _FINELY]
-            seen = torch.cat([self.see(recent, place, before, actions), *fine], 1)
+            seen = torch.cat([self.see(recent, place, before, actions), *fine, *told], 1)
             weights = self.weigh(seen).unflatten(1, (2, _LAWS)).softmax(2)
             return before[:, -1] + (weights * changes).sum(2)

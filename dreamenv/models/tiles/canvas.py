@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dreamenv.models.tiles.grid import CAMERA, Grid, look_from, phases, window_steps
+from dreamenv.models.tiles.grid import Grid, look_from, phases, window_steps
 
 MARGIN = 8
 """Tiles that a canvas reaches beyond the window, on each side."""
@@ -26,8 +26,8 @@ def remember(grid: Grid, canvas: Tensor | None, latent: Tensor, by: Tensor) -> T
 
     A tile is replaced where the latent shows at least as much of it. None is a canvas on which nothing is known.
     """
-    share = grid.shown(phases(latent))
-    fresh = torch.cat([latent[:, :-CAMERA].float(), share], 1)
+    share = grid.shown(phases(latent), grid.game_of(latent))
+    fresh = torch.cat([latent[:, : -grid.known].float(), share], 1)
     if canvas is None:
         return F.pad(fresh, (MARGIN,) * 4)
     out = look_from(canvas, by, 0, canvas.shape[-1]).contiguous()

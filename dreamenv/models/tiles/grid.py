@@ -4,7 +4,8 @@ A picture shows `Grid.view` tiles each way. A latent is a window of `Grid.window
 one in the picture's top left corner. Its first channels are codes, one vector a tile, which stay the same while the
 camera moves over what stands still. The last `CAMERA` channels are constant over the window: the phase (how far the
 picture cuts into its first tile, x and y, in tiles) and the move since the picture before (x and y, in tiles, right and
-down).
+down). Where several games are told apart, each of which shows its own number of tiles, one channel before these says
+the game's number.
 """
 
 from __future__ import annotations
@@ -28,13 +29,17 @@ class Grid:
     """How a game shows its grid; a game's row in `dreamenv.contract.games` says it."""
 
     view: int = 13
-    """Tiles that a picture shows each way."""
+    """Tiles that a picture shows each way; of several games, the most."""
     player: tuple[float, float] = (0.5, 0.5)
     """Where in the picture the player's middle is, in parts of its width and height."""
+    views: tuple[int, ...] = ()
+    """Tiles that each game's pictures show, where several are told apart."""
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
-        check(2 <= self.view <= 61, f"view {self.view}: must be 2..61 tiles")
+        for view in (self.view, *self.views):
+            check(2 <= view <= 61, f"view {view}: must be 2..61 tiles")
+        check(not self.views or self.view == max(self.views), f"view {self.view}: must be the most of {self.views}")
         check(all(0 <= p <= 1 for p in self.player), f"player {self.player}: must be in 0..1 each")
 
     @property
@@ -43,51 +48,56 @@ class Grid:
         return -(-(self.view + 3) // 4) * 4
 
     @property
-    def scale(self) -> float:
-        """Pixels of a tile."""
-        return _PIXELS / self.view
+    def known(self) -> int:
+        """Channels of a latent that are no code."""
+        return CAMERA + bool(self.views)
 
-    @property
-    def player_tile(self) -> tuple[int, int]:
-        """The window's tile in which the player's middle lies at a phase of zero, x and y."""
-        x, y = (1 + math.floor(self.view * p) for p in self.player)
-        return x, y
+    def game_of(self, latents: Tensor) -> Tensor | None:
+        """Which game latents (..., C, H, W) are of, int64 (...); None where there is but one."""
+        return latents[..., -CAMERA - 1, 0, 0].round().long() if self.views else None
 
-    @property
-    def player_place(self) -> tuple[float, float]:
-        """Where in that tile it lies then, in 0..1."""
-        x, y = (self.view * p - math.floor(self.view * p) for p in self.player)
-        return x, y
+    def tiles(self, game: Tensor | None, axes: int = 0) -> float | Tensor:
+        """How many tiles a picture shows; of games (B,), float32 (B, 1, ...) with so many axes more."""
+        if game is None:
+            return float(self.view)
+        view = sum(float(v) * (game == i) for i, v in enumerate(self.views))
+        assert isinstance(view, Tensor)
+        return view[(..., *[None] * axes)]
 
-    def shown(self, phase: Tensor) -> Tensor:
-        """Which share of each tile of the window the picture shows, (B, 2) -> (B, 1, H, W)."""
+    def told(self, game: Tensor | None) -> list[Tensor]:
+        """What networks are told of games (B,): one-hot float32 (B, games); nothing where there is but one."""
+        return [] if game is None else [one_hot(game, len(self.views))]
+
+    def shown(self, phase: Tensor, game: Tensor | None = None) -> Tensor:
+        """Which share of each tile of the window the picture shows, phases (B, 2), games (B,) -> (B, 1, H, W)."""
         tile = torch.arange(self.window, device=phase.device, dtype=torch.float32)
-        begin = 1 + phase[..., None].float()
-        share = (torch.minimum(tile + 1, begin + self.view) - torch.maximum(tile, begin)).clamp(0, 1)
+        begin, view = 1 + phase[..., None].float(), self.tiles(game, 2)
+        share = (torch.minimum(tile + 1, begin + view) - torch.maximum(tile, begin)).clamp(0, 1)
         return (share[:, 1, :, None] * share[:, 0, None, :])[:, None]
 
-    def waves(self, phase: Tensor) -> Tensor:
-        """What of each tile's pattern the picture's pixels meet, as maps: phases (B, 2) -> (B, 8, H, W).
+    def waves(self, phase: Tensor, game: Tensor | None = None) -> Tensor:
+        """What of each tile's pattern the picture's pixels meet, as maps: phases (B, 2), games (B,) -> (B, 8, H, W).
 
         Where on the circle of one tile the camera is, and where on the circle of one pixel each tile's first pixel
         lies.
         """
         turn = 2 * math.pi * phase.float()
         tile = torch.arange(self.window, device=phase.device)
-        first = (tile - 1 - phase.float()[..., None]) * self.scale - 0.5
+        first = (tile - 1 - phase.float()[..., None]) * (_PIXELS / self.tiles(game, 2)) - 0.5
         turns = 2 * math.pi * (first.ceil() - first)
         angles = (turn[:, :1, None], turn[:, 1:, None], turns[:, 0, None, :], turns[:, 1, :, None])
         maps = [f(angle).expand(-1, self.window, self.window) for angle in angles for f in (torch.cos, torch.sin)]
         return torch.stack(maps, 1)
 
-    def pixels(self, phase: Tensor) -> tuple[Tensor, Tensor]:
+    def pixels(self, phase: Tensor, game: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Phases (B,) along one axis -> each pixel's tile, one-hot (B, 64, window), and its place there, in [0, 1)."""
-        at = 1 + phase.float()[:, None] + (torch.arange(_PIXELS, device=phase.device) + 0.5) / self.scale
+        scale = _PIXELS / self.tiles(game, 1)
+        at = 1 + phase.float()[:, None] + (torch.arange(_PIXELS, device=phase.device) + 0.5) / scale
         return one_hot(at.floor(), self.window), at - at.floor()
 
-    def cosines(self, phase: Tensor, orders: int) -> Tensor:
+    def cosines(self, phase: Tensor, orders: int, game: Tensor | None = None) -> Tensor:
         """Phases (B,) along one axis -> (B, 64, window * orders): each pixel's tile times cosines of its place."""
-        tile, place = self.pixels(phase)
+        tile, place = self.pixels(phase, game)
         cosines = (math.pi * torch.arange(orders, device=phase.device) * place[..., None]).cos()
         return (tile[..., None] * cosines[:, :, None]).flatten(2)
 
@@ -107,9 +117,10 @@ def moves(latents: Tensor) -> Tensor:
     return latents[..., -2:, 0, 0].float()
 
 
-def with_camera(codes: Tensor, phase: Tensor, move: Tensor) -> Tensor:
-    """Codes (..., c, H, W), phases and moves (..., 2) -> latents (..., c + 4, H, W)."""
-    camera = torch.cat([phase, move], -1).to(codes.dtype)[..., None, None]
+def with_camera(codes: Tensor, phase: Tensor, move: Tensor, game: Tensor | None = None) -> Tensor:
+    """Codes (..., c, H, W), phases and moves (..., 2), games (...) -> latents (..., c + 4 or c + 5, H, W)."""
+    known = [phase, move] if game is None else [game[..., None].to(phase.dtype), phase, move]
+    camera = torch.cat(known, -1).to(codes.dtype)[..., None, None]
     return torch.cat([codes, camera.expand(*camera.shape[:-2], *codes.shape[-2:])], -3)
 
 
@@ -125,8 +136,8 @@ def exact_move(before: Tensor, after: Tensor) -> Tensor:
 
 def arrived(clean: Tensor, target: Tensor) -> Tensor:
     """A prediction (n B, C, H, W) made with the true move, its camera's channels those of the target (B, C, H, W)."""
-    times = len(clean) // len(target)
-    return with_camera(clean[:, :-CAMERA], phases(target).repeat(times, 1), moves(target).repeat(times, 1))
+    camera = target[:, -CAMERA:].repeat(len(clean) // len(target), 1, 1, 1)
+    return torch.cat([clean[:, :-CAMERA], camera.to(clean.dtype)], 1)
 
 
 def one_hot(index: Tensor, size: int) -> Tensor:

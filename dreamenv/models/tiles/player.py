@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamenv.contract.actions import NUM_ACTIONS
-from dreamenv.models.tiles.grid import CAMERA, Grid, behind
+from dreamenv.models.tiles.grid import Grid, behind
 
 _AROUND = 3  # tiles on each side of the player's that are looked at
 _PICTURES = 3  # so many of the last ones
@@ -29,14 +29,19 @@ def _cut(codes: Tensor, at: Tensor, size: int) -> Tensor:
     return found.unflatten(2, (size, size)).float() * inside[:, None]
 
 
-def place_in_tile(grid: Grid, phase: Tensor) -> tuple[Tensor, Tensor]:
-    """The player's tile, whole, and its place in that tile, 0 to 1, each (B, 2), of the camera's phase (B, 2) in tiles.
+def place_in_tile(grid: Grid, phase: Tensor, game: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The player's tile of the window, whole, and its place in that tile, 0 to 1, each (B, 2).
 
-    The tile is counted from the one in which the player is at a phase of zero.
+    Args:
+        grid: what a picture shows.
+        phase: the camera's, (B, 2) in tiles.
+        game: int64 (B,), where several are told apart.
     """
-    at = torch.stack([phase[:, i] + place for i, place in enumerate(grid.player_place)], 1)
+    middle = [grid.tiles(game) * p for p in grid.player]  # of the picture, in tiles
+    begun = [m // 1 for m in middle]
+    at = torch.stack([phase[:, i] + (m - b) for i, (m, b) in enumerate(zip(middle, begun, strict=True))], 1)
     tile = at.floor().detach()
-    return tile, at - tile
+    return torch.stack([1 + b + tile[:, i] for i, b in enumerate(begun)], 1), at - tile
 
 
 def surroundings(grid: Grid, context: Tensor, tile: Tensor) -> Tensor:
@@ -47,10 +52,9 @@ def surroundings(grid: Grid, context: Tensor, tile: Tensor) -> Tensor:
         context: (B, K, C, H, W), past latents.
         tile: (B, 2), the player's, see `place_in_tile`.
     """
-    c, last = context.shape[2] - CAMERA, [max(context.shape[1] - _PICTURES + i, 0) for i in range(_PICTURES)]
+    c, last = context.shape[2] - grid.known, [max(context.shape[1] - _PICTURES + i, 0) for i in range(_PICTURES)]
     by = behind(context)
-    corner = torch.stack([tile[:, i] + (own - _AROUND) for i, own in enumerate(grid.player_tile)], 1)
-    at = torch.stack([by[:, i] for i in last], 1) + corner[:, None]
+    at = torch.stack([by[:, i] for i in last], 1) + (tile - _AROUND)[:, None]
     pictures = torch.stack([context[:, i, :c] for i in last], 1)
     recent = _cut(pictures.flatten(0, 1), at.flatten(0, 1), 2 * _AROUND + 1)
     return recent.unflatten(0, (-1, _PICTURES)).flatten(1, 2)
