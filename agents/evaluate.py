@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 
 from dreamenv.artifacts import present
-from dreamenv.bundle import bundled_agent, load_bundle, resolve_bundle
+from dreamenv.bundle import bundle_mode, bundled_agent, load_bundle, resolve_bundle
 from dreamenv.config import check
 from dreamenv.console import errors_in_one_line
 from dreamenv.contract.frames import NATIVE
@@ -79,7 +79,7 @@ def evaluate(
         nfe: network function evaluations of the dream's steps.
         seed: decides levels, actions and noise.
         films: how many episodes to keep the frames of.
-        distribution_mode: Procgen's difficulty; in the dream its bundle's, else "easy" by default.
+        distribution_mode: Procgen's difficulty; that of the bundle by default, without one "easy".
         limit: steps after which an episode is cut off; the game's own by default.
 
     Raises:
@@ -90,7 +90,7 @@ def evaluate(
     chosen = first + philox((seed, 0xE7A1)).choice(end - first, episodes, replace=episodes > end - first)
     dreamt = load_bundle(resolve_bundle(bundle, game), "cpu", game=game) if world == "dream" else None
     if distribution_mode is None:
-        distribution_mode = "easy" if dreamt is None else dreamt.game.distribution_mode
+        distribution_mode = "easy" if bundle is None else bundle_mode(resolve_bundle(bundle, game), game)
     played, films_kept = [], []
     longest = get_game(game).max_steps
     check(limit is None or 1 <= limit <= longest, f"limit {limit}: must be in 1..{longest}")

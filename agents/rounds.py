@@ -17,7 +17,7 @@ import tyro
 
 from agents.saved import ACTOR_CRITIC
 from agents.train import CONFIGS, load_algorithm
-from dreamenv.bundle import resolve_bundle
+from dreamenv.bundle import bundle_mode, resolve_bundle
 from dreamenv.config import check, to_dict
 from dreamenv.console import errors_in_one_line
 from dreamenv.errors import ConfigError
@@ -140,6 +140,7 @@ def _round(
     collected, merged, model, trained = here / "data", here / "merged", here / "model", here / "agent"
     policy, steps = collection_policy(agent, config.expert, config.explorer), config.collect_steps
     options: dict[str, Any] = {"game": config.game, "steps": steps, "policy": policy, "seed": config.seed + r}
+    options["distribution_mode"] = bundle_mode(bundle, config.game)
     stage(out, f"collect-{r}", partial(run_command, program("envs.collect", out=collected, **options)))
     sources.append(collected)
     merging = program("dreamenv.data.merge", *sources, out=merged)

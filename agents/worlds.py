@@ -145,7 +145,8 @@ def make_world(
     loaded = load_bundle(resolve_bundle(bundle, game), device, game=game)
     seen_by = loaded if observations == "latent" else None
     if world == "real":
-        return real_world(game, num_envs, frame=loaded.world_model.frame_shape, seen_by=seen_by)
+        shown = {"frame": loaded.world_model.frame_shape, "seen_by": seen_by}
+        return real_world(game, num_envs, distribution_mode=loaded.game.distribution_mode, **shown)
     model = loaded.world_model
     starts = (
         None if data is None else dataset_starts(data, loaded.game.name, 2000, model.context, frame=model.frame_shape)

@@ -199,9 +199,8 @@ def resolve_bundle(bundle: str | Path | None, game: str, distribution_mode: str 
     return embedded[game]
 
 
-def check_mode(bundle: Bundle, distribution_mode: str | None) -> None:
-    """Raise `ConfigError` unless a difficulty is None or that of a bundle."""
-    mode = bundle.game.distribution_mode
+def check_mode(mode: str, distribution_mode: str | None) -> None:
+    """Raise `ConfigError` unless a wanted difficulty is None or that of a bundle's game, `mode`."""
     same = distribution_mode is None or (isinstance(distribution_mode, str) and distribution_mode == mode)
     check(same, f"distribution_mode {str(distribution_mode)[:80]!r}: the bundle is of {mode}")
 
@@ -321,10 +320,16 @@ def _build(
     return Bundle(folder, identity, world_model, game, limits, starts, provenance, card, names, latents)
 
 
-def bundle_games(folder: Path) -> tuple[str, ...]:
-    """The games of a bundle, by its description alone; raises `BundleError` if that is damaged."""
+def bundle_games(folder: Path) -> dict[str, str]:
+    """A bundle's games, in order, and each one's difficulty; raises `BundleError` if its description is damaged."""
     path = folder / "bundle.json"
-    return tuple(game.name for game in described_games(read_description(path), path))
+    return {game.name: game.distribution_mode for game in described_games(read_description(path), path)}
+
+
+def bundle_mode(folder: Path, game: str) -> str:
+    """The difficulty of a bundle's game, by its description alone; a bundle of one game is of that."""
+    games = described_games(read_description(folder / "bundle.json"), folder / "bundle.json")
+    return games[_chosen(games, game, folder)].distribution_mode
 
 
 def short_name(folder: Path) -> str:

@@ -28,11 +28,10 @@ def _sampler(
 
 def _folder(bundle: Path | None, game: str, distribution_mode: str | None) -> Path:
     """The bundle that was asked for; raises `ConfigError` if it is of another difficulty."""
-    from dreamenv.bundle import check_mode, load_bundle, resolve_bundle
+    from dreamenv.bundle import bundle_mode, check_mode, resolve_bundle
 
     folder = resolve_bundle(bundle, game, distribution_mode)
-    if bundle is not None and distribution_mode is not None:
-        check_mode(load_bundle(folder, "cpu", game=game), distribution_mode)
+    check_mode(bundle_mode(folder, game), distribution_mode)
     return folder
 
 
@@ -71,6 +70,8 @@ def demo(
         print(f"written to {out}/: mosaic.mp4, mosaic.gif, mosaic.png")
         return
     named = embedded_games(distribution_mode or "easy") if bundle is None else bundle_games(bundle)
+    if bundle is not None and distribution_mode is not None:
+        named = [name for name, mode in bundle_games(bundle).items() if mode == distribution_mode] or named
     game = game or next(iter(named), "")
     folder = _folder(bundle, game, distribution_mode)
     figures = run(out, game, folder, clips, horizon, sampler=_sampler(nfe), device=device, seed=seed)["figures"]

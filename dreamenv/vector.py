@@ -96,7 +96,7 @@ class DreamVectorEnv(Branching):
         num_envs = whole(num_envs, "num_envs", 1, MAX_ENVS)
         if not isinstance(bundle, Bundle):
             bundle = load_bundle(resolve_bundle(bundle, game, distribution_mode), device, precision, game)
-        check_mode(bundle, distribution_mode)
+        check_mode(bundle.game.distribution_mode, distribution_mode)
         frame, modes = bundle.world_model.frame_shape, tuple(AutoresetMode)
         super().__init__(num_envs, frame, autoreset_mode, modes, render_mode, max_episode_steps)
         self.bundle, self.exact, self.sampler, self.observations = bundle, exact, sampler, observations

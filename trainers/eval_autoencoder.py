@@ -84,6 +84,8 @@ def evaluate(
     model, digest = load_codec(codec)
     model = model.to(target)
     dataset, rng = Dataset(data), np.random.default_rng(seed)
+    known = not model.games or set(dataset.games) <= set(model.games)
+    check(known, f"data {data}: is of {', '.join(dataset.games)}, the codec of {', '.join(model.games)}")
     ends = np.cumsum([0] + [len(shard) for shard in dataset.shards])
     chosen = np.sort(rng.choice(len(dataset), min(frames, len(dataset)), replace=False))
     parts = [

@@ -13,10 +13,10 @@ from typing import Any
 
 import tyro
 
-from dreamenv.bundle import Bundle, load_bundle, resolve_bundle
+from dreamenv.bundle import Bundle, bundle_games, load_bundle, resolve_bundle
 from dreamenv.config import check, to_dict
 from dreamenv.console import errors_in_one_line
-from dreamenv.contract.games import get_game
+from dreamenv.contract.games import get_game, named
 from dreamenv.data import Dataset
 from dreamenv.errors import ConfigError
 from dreamenv.models.io import save_model
@@ -29,7 +29,8 @@ from trainers.recipe import check_values, load_recipe, recipes
 from trainers.train import override
 
 _SHARES = {"dynamics": 0.97, "head": 0.03}  # of the minutes: the head soon knows its events
-_MEASURED = ("rewards", "terminated", "games", "owners", "bias", "scale")  # what training decides of a head
+# what training decides of a head, and what it takes from the codec
+_MEASURED = ("rewards", "terminated", "games", "owners", "bias", "scale", "latent", "grid")
 
 
 @dataclass(frozen=True)
@@ -137,10 +138,10 @@ def finetune(config: FinetuneConfig) -> Path:
     """
     out, latents = config.out, config.latents or config.out / "latents"
     bundle = load_bundle(resolve_bundle(config.bundle, config.game), "cpu", game=config.game)
-    games = Dataset(config.data).games
+    games, own = Dataset(config.data).modes, bundle_games(bundle.folder)
     check(
-        len(games) == 1 == len(bundle.games) or games == bundle.games,
-        f"data {config.data}: is of {', '.join(games)}, the bundle of {', '.join(bundle.games)}; they must be the same",
+        len(games) == 1 == len(own) or list(games.items()) == list(own.items()),
+        f"data {config.data}: is of {named(games)}, the bundle of {named(own)}; they must be the same",
     )
     stages = {kind: stage_values(config, bundle, kind, latents) for kind in ("dynamics", "head")}
     for values in stages.values():

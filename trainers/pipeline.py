@@ -23,7 +23,7 @@ from dreamenv.bundle import GameFacts, Limits, Starts, load_bundle, save_bundle_
 from dreamenv.config import check, from_dict, to_dict
 from dreamenv.console import errors_in_one_line
 from dreamenv.contract.frames import NATIVE, observe
-from dreamenv.contract.games import get_game
+from dreamenv.contract.games import get_game, named
 from dreamenv.data import Dataset
 from dreamenv.errors import BundleError, ConfigError
 from dreamenv.models.interface import Codec, Dynamics, OutcomeHead
@@ -99,13 +99,15 @@ class PipelineConfig:
         object.__setattr__(self, "out", self.out or Path("runs") / self.game)
         check_overrides(self.set, recipe.trained)
         if self.data is not None:
-            given = Dataset(self.data)
-            found = given.facts_of(game.name).get("distribution_mode")
-            check(
-                game.name in given.games and found == mode,
-                f"data {self.data}: is of {', '.join(given.games)} in {found}, not of {game.name} in {mode}",
-            )
-            several = len(given.games) > 1
+            given = Dataset(self.data).modes
+            check(given.get(game.name) == mode, f"data {self.data}: is of {named(given)}, not of {game.name} in {mode}")
+            for name, difficulty in given.items():
+                suits = recipe.suits(get_game(name), difficulty)
+                check(suits, f"recipe {recipe.name!r}: needs a known {needs}, {name} in {difficulty} has not")
+            if self.event_data is not None and recipe.events:
+                found = Dataset(self.event_data).modes
+                check(found == given, f"event_data {self.event_data}: is of {named(found)}, the data of {named(given)}")
+            several = len(given) > 1
             events = self.numbers(recipe)["events"]
             check(
                 self.event_data is not None or not (several and events),

@@ -8,6 +8,7 @@ against how pictures move (`tests/envs/test_camera.py`).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from dreamenv.config import check, unknown
@@ -212,6 +213,11 @@ def _row(
 
 GAMES: dict[str, Game] = {row[0]: _row(*row) for row in _TABLE}
 assert all(len(g.bias) == NUM_ACTIONS for g in GAMES.values())
+
+
+def named(modes: Mapping[str, str]) -> str:
+    """Games and the difficulty of each, in words: "ninja in easy, coinrun in hard"."""
+    return ", ".join(f"{game} in {mode}" for game, mode in modes.items())
 
 
 def get_game(name: str) -> Game:

@@ -99,11 +99,13 @@ def _game_facts(datasets: list[Dataset]) -> dict[str, Any]:
         shared = {key: dataset.facts[key] for key in _OF_A_GAME if key in dataset.facts}
         for name, own in dataset.facts.get("games", {dataset.games[0]: {}}).items():
             known = shared | own
-            if games.setdefault(name, known) != known:
-                raise DatasetError(
-                    f"{dataset.folder}: {name} has other limits, actions or another difficulty than before; collect it "
-                    "again"
-                )
+            before = games.setdefault(name, known)
+            for key in _OF_A_GAME:
+                if before.get(key) != known.get(key):
+                    raise DatasetError(
+                        f"{dataset.folder}: {key} of {name} is {known.get(key)!r}, before it was {before.get(key)!r}; "
+                        "merge datasets that were collected alike"
+                    )
     if len(games) == 1 and not any("games" in dataset.facts for dataset in datasets):
         ((name, known),) = games.items()
         return {"game": name, **known}
@@ -122,7 +124,7 @@ def _opened(sources: list[Path], several: bool) -> list[Dataset]:
                 f"{dataset.folder}: is of {', '.join(dataset.games)}, {datasets[0].folder} of "
                 f"{', '.join(datasets[0].games)}; say --several to make a dataset of several games"
             )
-        for key in _SAME if several else (*_OF_A_GAME, *_SAME):
+        for key in _SAME:
             if dataset.facts.get(key) != first.get(key):
                 raise DatasetError(
                     f"{dataset.folder}: {key} is {dataset.facts.get(key)!r}, that of {datasets[0].folder} is "

@@ -77,6 +77,11 @@ class Dataset:
         """What is known of one of its games: `max_steps`, `action_meanings`, `distribution_mode` ..."""
         return self.facts | self.facts.get("games", {}).get(game, {})
 
+    @property
+    def modes(self) -> dict[str, str]:
+        """The difficulty of each of its games, in order."""
+        return {game: self.facts_of(game).get("distribution_mode", "") for game in self.games}
+
     def __len__(self) -> int:
         """Steps in the dataset."""
         return sum(len(s) for s in self.shards)

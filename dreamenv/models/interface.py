@@ -76,7 +76,10 @@ class Codec(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, images: Tensor, **columns: Tensor) -> Tensor:
-        """Images (B, c, h, w) in [0, 1] -> latents (B, C, H, W); what no column says is read off the picture."""
+        """Images (B, c, h, w) in [0, 1] -> latents (B, C, H, W); what no column says is read off the picture.
+
+        Columns are values (B, ...) that datasets keep beside frames, and `game`, see `games`.
+        """
 
     @abstractmethod
     def decode(self, latents: Tensor, **kept: Tensor) -> Tensor:

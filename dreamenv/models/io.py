@@ -190,9 +190,9 @@ def initialise(model: nn.Module, folder: str, option: str = "init_from") -> dict
     """
     other, facts = load_model(folder, locate(model)[0])
     told = [getattr(getattr(m, "config", None), "games", ()) for m in (other, model)]
-    if told[0] and told[0] != told[1]:  # what knows one game may begin what is told several apart
-        found, wanted = (", ".join(games) or "one game" for games in told)
-        raise ConfigError(f"{option} {folder}: is of {found}, not of {wanted}; start anew")
+    found, wanted = (", ".join(games) or "one game" for games in told)
+    unlike = f"{option} {folder}: is of {found}, not of {wanted}; start anew"
+    check(not told[0] or told[0] == told[1], unlike)  # what knows one game may begin what is told several apart
     weights = other.state_dict()
     grown, same = getattr(model, "grown", None), getattr(model, "goes_on_from", None)
     if same is not None and type(other) is type(model) and not same(other):
@@ -201,5 +201,6 @@ def initialise(model: nn.Module, folder: str, option: str = "init_from") -> dict
         model.load_state_dict(weights if grown is None else grown(weights))
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise ConfigError(f"{option} {folder}: holds another architecture ({reason})") from None
+        other_shape = f"{option} {folder}: holds another architecture ({reason})"
+        raise ConfigError(other_shape if told[0] == told[1] else unlike) from None
     return facts

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -65,15 +66,21 @@ class OutcomeHead(nn.Module, ABC):
     """A categorical over the joint (reward, terminated) outcomes that occur in the game.
 
     One joint distribution keeps them consistent (a coin that ends the episode always does); the probabilities of reward
-    and end are its marginals. It sees only the past and the action, because Procgen shows no terminal frame. Where the
-    config names several games, it is told which one a state is of.
+    and end are its marginals. It sees only the past and the action, because Procgen shows no terminal frame.
+
+    Attributes:
+        several: whether it can be told which of several games a state is of.
     """
 
+    several: ClassVar[bool] = False
     prior: Tensor
     owners: Tensor
 
     def __init__(self, config: OutcomeHeadConfig) -> None:
         super().__init__()
+        check(
+            self.several or not config.games, f"games {', '.join(config.games)}: this head cannot be told which it is"
+        )
         self.config = config
         prior = torch.tensor(config.bias or (0.0,) * len(config.rewards))
         self.register_buffer("prior", prior, persistent=False)

@@ -272,7 +272,7 @@ class Input:
 def _games_of(folder: Path) -> tuple[str, ...]:
     """The games of a bundle; one without a name if it is damaged, for whoever opens it is told why."""
     try:
-        return bundle_games(folder)
+        return tuple(bundle_games(folder))
     except BundleError:
         return ("",)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from dreamenv.bundle import Bundle, bundled_agent, check_mode, load_bundle, resolve_bundle, short_name
+from dreamenv.bundle import Bundle, bundle_mode, bundled_agent, check_mode, load_bundle, resolve_bundle, short_name
 from dreamenv.config import check
 from dreamenv.evaluation.clips import parse_levels
 from dreamenv.flow import SamplerConfig
@@ -86,12 +86,11 @@ def run(config: PlayConfig) -> dict[str, Any]:
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
     sampler, levels = config.sampler, parse_levels(config.levels)
     folder = resolve_bundle(config.bundle, config.game, config.distribution_mode)
+    check_mode(bundle_mode(folder, config.game), config.distribution_mode)
     script = None if config.actions is None else parse_script(config.actions)
 
     def open_session(folder: Path, game: str) -> Session:
         loaded: Bundle = load_bundle(folder, config.device, game=game)
-        if config.bundle is not None:
-            check_mode(loaded, config.distribution_mode)
         shipped, agent = bundled_agent(folder, game), config.agent
         known = agent != "bundled" or shipped is not None
         check(known, f"agent 'bundled': {folder} ships none; give an agent's folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,9 @@ from dreamenv.models.heads.player import PlayerOutcomeHead
 from dreamenv.stages import together
 from dreamenv.vector import DreamVectorEnv
 from envs.collect import CollectConfig, collect
+from trainers.finetune import FinetuneConfig, finetune, stage_values
 from trainers.pipeline import PipelineConfig, run_pipeline
+from trainers.recipe import check_values
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -69,8 +72,7 @@ def test_a_recipe_makes_a_bundle_of_tiles_of_games_of_different_difficulties(
     shared: dict[str, Any] = {"recipe": "tiles", "data": data, "event_data": events, "stage_steps": 2, "starts": 2}
     config = PipelineConfig(game="ninja", out=tmp_path / "run", events=0, set=(*SMALL, "task.val_ratio=0.2"), **shared)
     folder = run_pipeline(config)
-    rewards = {}
-    for game, mode in modes.items():
+    for i, (game, mode) in enumerate(modes.items()):
         bundle = load_bundle(folder, "cpu", game=game)
         model = bundle.world_model
         assert bundle.game.distribution_mode == mode and model.codec.games == tuple(modes)
@@ -83,11 +85,24 @@ def test_a_recipe_makes_a_bundle_of_tiles_of_games_of_different_difficulties(
         for action in range(15):
             frames, *_ = envs.step(np.full(2, action))
             assert frames.shape == (2, 64, 64, 3) and frames.std() > 0
-        rewards[game] = set(model.rewards.tolist())
+        owners = model.head.config.owners
+        assert len(model.rewards) == owners.count(i) < len(owners) and set(owners) == {0, 1}
         envs.close()
-    assert rewards["coinrun"] == {0.0, 10.0}
-    with pytest.raises(ConfigError, match="of ninja, coinrun in hard"):
-        PipelineConfig(game="coinrun", out=tmp_path / "easy", events=0, **shared)
+    bundle = load_bundle(folder, "cpu", game="coinrun")
+    more = FinetuneConfig(data=data, bundle=folder, game="coinrun", recipe="tiles", out=tmp_path / "more")
+    for kind in ("dynamics", "head"):
+        check_values(stage_values(more, bundle, kind, tmp_path / "latents"))
+    with pytest.raises(ConfigError, match="is of ninja in easy, coinrun in hard, not of coinrun in easy"):
+        PipelineConfig(game="coinrun", out=tmp_path / "wrong", events=0, **shared)
+    own = {"steps": 4000, "num_envs": 4, "shard_steps": 500, "num_levels": 60, "events": 16}
+    easy = collect(CollectConfig(game="coinrun", policy="biased", out=str(tmp_path / "easy"), **own), progress=False)
+    merged = merge([tmp_path / "ninja" / "events", easy], tmp_path / "both", several=True)
+    with pytest.raises(
+        ConfigError, match="is of ninja in easy, coinrun in easy, the data of ninja in easy, coinrun in"
+    ):
+        PipelineConfig(game="ninja", out=tmp_path / "other", events=0, **(shared | {"event_data": merged}))
+    with pytest.raises(ConfigError, match="is of ninja in easy, coinrun in easy, the bundle of ninja in easy, coinrun"):
+        finetune(dataclasses.replace(more, data=merged))
 
 
 def test_works_are_done_at_the_same_time_and_none_is_lost_by_the_failure_of_another() -> None:

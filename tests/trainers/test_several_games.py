@@ -29,6 +29,7 @@ from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, save_agent
 from dreamenv.rewrite import rewrite_bundle, update_card
 from dreamenv.vector import DreamVectorEnv
 from envs.collect import CollectConfig, collect
+from tests import toys as toys  # registers a head
 from tests.here import all_here
 from trainers.encode import encode_dataset
 from trainers.finetune import FinetuneConfig, finetune
@@ -171,6 +172,8 @@ def test_a_model_of_one_game_refuses_several(data: Path, tmp_path: Path) -> None
     told = {"games": ["maze", "heist"], "owners": [0, 0, 1]}
     with pytest.raises(ConfigError, match="the grid is of 0"):
         build("head", {"type": "player_head", **told})
+    with pytest.raises(ConfigError, match="this head cannot be told"):
+        build("head", {"type": "toy_head", **told})
     for owners in ([0, 0, 0], [0, 1, 10**12], [0, 1], [-1, 0, 1]):
         with pytest.raises(ConfigError, match="owners"):
             build("head", {"type": "picture_head", **told, "owners": owners})
@@ -203,7 +206,7 @@ def test_fine_tuning_goes_on_with_the_same_games(
     monkeypatch.setattr("trainers.finetune.encode", encode_dataset)
     options = {"bundle": bundle, "game": "maze", "steps": 2, "batch_size": 4, "starts": 3}
     tuned = finetune(FinetuneConfig(data=data, out=tmp_path / "tuned", **options))  # pyright: ignore
-    assert bundle_games(tuned) == GAMES
+    assert tuple(bundle_games(tuned)) == GAMES
     assert [len(load_bundle(b, "cpu", game="chaser").world_model.rewards) for b in (tuned, bundle)].count(2) in (0, 2)
     other = merge(parts[::-1], tmp_path / "other", several=True)
     for wrong in (other, parts[0]):
@@ -213,7 +216,7 @@ def test_fine_tuning_goes_on_with_the_same_games(
 
 def test_a_bundle_of_several_is_rewritten_whole(bundle: Path, tmp_path: Path) -> None:
     written = rewrite_bundle(bundle, tmp_path / "new")
-    assert bundle_games(written) == GAMES
+    assert tuple(bundle_games(written)) == GAMES
     for game in GAMES:
         old, new = (load_bundle(folder, "cpu", game=game) for folder in (bundle, written))
         assert np.array_equal(old.starts.frames, new.starts.frames) and old.identity == new.identity

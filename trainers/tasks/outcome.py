@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamenv.config import check
+from dreamenv.contract.games import named
 from dreamenv.contract.noise import philox
 from dreamenv.device import pick_device
 from dreamenv.errors import ConfigError
@@ -168,10 +169,8 @@ class OutcomeTask:
     def _further(self) -> LatentDataset:
         also = LatentDataset(Path(self.config.also), self.config.val_ratio)
         same = also.facts["codec_sha256"] == self.data.facts["codec_sha256"]
-        check(
-            same, f"also {also.folder}: was encoded by another codec than {self.data.folder}; encode it with that one"
-        )
-        found, wanted = (", ".join(data.games) for data in (also, self.data))
+        check(same, f"also {also.folder}: was not encoded by the codec of {self.data.folder}; encode it with that one")
+        found, wanted = (named(data.dataset.modes) for data in (also, self.data))
         check(found == wanted, f"also {also.folder}: is of {found}, not of {wanted}")
         return also
 

@@ -28,7 +28,7 @@ class TileAutoencoderConfig:
     """Shape of the tile autoencoder."""
 
     codes: int = 24
-    """Channels of a tile's code; the latent has 4 more for the camera."""
+    """Channels of a tile's code; the latent has `Grid.known` more, for the camera and, of several games, the game."""
     width: int = 96
     """Channels of the networks on the grid of tiles."""
     blocks: int = 2
@@ -42,7 +42,8 @@ class TileAutoencoderConfig:
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
-        check(1 <= self.codes <= 252, f"codes {self.codes}: must be 1..252")
+        most = 256 - self.grid.known
+        check(1 <= self.codes <= most, f"codes {self.codes}: must be 1..{most}")
         check(8 <= self.width <= 2048, f"width {self.width}: must be 8..2048")
         check(0 <= self.blocks <= 64, f"blocks {self.blocks}: must be 0..64")
         check(1 <= self.orders <= 32, f"orders {self.orders}: must be 1..32")
@@ -102,7 +103,7 @@ class PhaseReader(nn.Module):
         )
 
     def forward(self, images: Tensor, tiles: float | Tensor) -> Tensor:
-        """Images (B, 3, 64, 64) in [0, 1] that show so many tiles (B, 1, 1) -> (B, 4).
+        """Images (B, 3, 64, 64) in [0, 1] -> (B, 4); `tiles`, see `Grid.tiles`, is a number or (B, 1, 1).
 
         Cosines of 2 pi times the phases x and y, then sines.
         """
@@ -123,10 +124,10 @@ class PhaseReader(nn.Module):
 class TileAutoencoder(Codec):
     """Autoencoder of 64 x 64 RGB frames of a scrolling world of tiles.
 
-    `encode` and `decode` work on float images (B, 3, 64, 64) in [0, 1] and latents (B, codes + 4, H, W), see
-    `dreamenv.models.tiles.grid`. A pixel's colour is a function of its tile's features and of its place in the tile, as
-    in implicit decoders (LIIF, Chen et al. 2021), so that one code serves every phase of the camera. The function is a
-    sum of cosines.
+    `encode` and `decode` work on float images (B, 3, 64, 64) in [0, 1] and latents (B, codes + 4, H, W), of several
+    games codes + 5, see `dreamenv.models.tiles.grid`. A pixel's colour is a function of its tile's features and of its
+    place in the tile, as in implicit decoders (LIIF, Chen et al. 2021), so that one code serves every phase of the
+    camera. The function is a sum of cosines.
     """
 
     columns = ("camera",)
@@ -142,7 +143,7 @@ class TileAutoencoder(Codec):
 
     @property
     def spec(self) -> LatentSpec:
-        """(codes + 4, window, window), tiles of the level."""
+        """(codes + `Grid.known`, window, window), tiles of the level."""
         window, known = self.config.grid.window, self.config.grid.known
         return LatentSpec((self.config.codes + known, window, window), "tiles", known)
 
@@ -158,14 +159,17 @@ class TileAutoencoder(Codec):
     def encode(self, images: Tensor, **columns: Tensor) -> Tensor:
         """Images (B, 3, 64, 64) in [0, 1] -> latents (B, C, H, W) with a move of zero.
 
-        The phase is that of the column `camera` (B, 2), in tiles; without it, it is read off the picture.
+        The phase is that of the column `camera` (B, 2), in tiles; without it, it is read off the picture. A codec of
+        several games also wants `game`, int64 (B,); raises `ConfigError` without it, or with it where there is but one.
         """
         camera, game = columns.get("camera"), columns.get("game")
-        check((game is not None) == bool(self.games), f"game: of {len(self.games)} games, say which game it is of")
+        told, known = game is not None, ", ".join(self.games)
+        check(told or not known, f"game: this codec is of {known}; say which of them the images are of")
+        check(not told or bool(known), "game: this codec is of one game; leave it out")
         return self.encode_at(images, self.read_phase(images, game) if camera is None else phase_of(camera), game)
 
     def encode_at(self, images: Tensor, phase: Tensor, game: Tensor | None = None) -> Tensor:
-        """`encode` with known phases (B, 2)."""
+        """`encode` with known phases (B, 2), of games int64 (B,)."""
         n, b, grid = self.config.orders, len(images), self.config.grid
         w = grid.window
         columns, rows = (grid.cosines(phase[:, axis], n, game) for axis in range(2))

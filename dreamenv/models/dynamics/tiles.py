@@ -38,7 +38,7 @@ class TileFlowConfig:
     """Shape of the dynamics on tiles."""
 
     latent: LatentSpec = LatentSpec((28, 16, 16), "tiles", CAMERA)
-    """What the latents are, the camera's four channels included; training takes it from the codec."""
+    """What the latents are, the known channels included; training takes it from the codec."""
     grid: Grid = Grid()
     """How the game shows its grid; training takes it from the codec."""
     context: int = 4

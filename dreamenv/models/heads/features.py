@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,7 @@ class FeatureOutcomeHead(OutcomeHead):
         config: its shape.
     """
 
+    several: ClassVar[bool] = True
     places: Tensor
     config: FeatureHeadConfig
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ class PictureOutcomeHead(OutcomeHead):
         config: its shape; latents must be square, of 4..128 cells a side, up to 32 of them a multiple of 4. Larger ones
             are made about 16 a side first.
     """
+
+    several: ClassVar[bool] = True
 
     def __init__(self, config: OutcomeHeadConfig) -> None:
         super().__init__(config)

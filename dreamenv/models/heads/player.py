@@ -50,6 +50,7 @@ class PlayerOutcomeHead(OutcomeHead):
     learnt how it runs, falls and lands from every step, of which one in hundreds brings an outcome.
     """
 
+    several = True
     config: PlayerHeadConfig
 
     def __init__(self, config: PlayerHeadConfig) -> None:

@@ -57,7 +57,7 @@ class Grid:
         return latents[..., -CAMERA - 1, 0, 0].round().long() if self.views else None
 
     def tiles(self, game: Tensor | None, axes: int = 0) -> float | Tensor:
-        """How many tiles a picture shows; of games (B,), float32 (B, 1, ...) with so many axes more."""
+        """How many tiles a picture shows: of one game a float, of games int64 (B,) float32 (B, 1, ...), `axes` ones."""
         if game is None:
             return float(self.view)
         view = sum(float(v) * (game == i) for i, v in enumerate(self.views))
