@@ -167,7 +167,7 @@ def embedded_games(distribution_mode: str = "easy") -> dict[str, Path]:
     for path in sorted(EMBEDDED.glob("*/bundle.json")):
         games = described_games(read_description(path), path)
         names = [game.name for game in games if game.distribution_mode == distribution_mode]
-        found |= {name: path.parent for name in names if len(games) == 1 or name not in found}
+        found |= {name: path.parent for name in names}
     return dict(sorted(found.items()))
 
 

@@ -10,7 +10,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 import dreamenv  # noqa: F401  registers the environments
-from dreamenv.bundle import Bundle, embedded_games, load_bundle
+from dreamenv.bundle import EMBEDDED, Bundle, bundle_games, embedded_games, load_bundle
 from dreamenv.contract.games import get_game
 from dreamenv.evaluation.card import fidelity_table
 from dreamenv.evaluation.clips import cut_clips, play_real
@@ -101,6 +101,12 @@ def test_the_pages_show_hard_mode_s_card() -> None:
     shown = [f"{card[name]:.1f}" for name in ("psnr_1", "psnr_10", "copy_psnr_1", "copy_psnr_10")]
     readme = " ".join((root / "README.md").read_text(encoding="utf-8").split())
     assert "{} dB after 1 step and {} after 10 (copying {} and {})".format(*shown) in readme
+
+
+def test_each_game_has_one_bundle_in_each_difficulty() -> None:
+    """With two, it would be chance which of them a user gets."""
+    held = [pair for path in EMBEDDED.glob("*/bundle.json") for pair in bundle_games(path.parent).items()]
+    assert sorted(held) == sorted(_ALL)
 
 
 def test_the_bundles_are_small() -> None:

@@ -193,7 +193,9 @@ def initialise(model: nn.Module, folder: str, option: str = "init_from") -> dict
     found, wanted = (", ".join(games) or "one game" for games in told)
     unlike = f"{option} {folder}: is of {found}, not of {wanted}; start anew"
     check(not told[0] or told[0] == told[1], unlike)  # what knows one game may begin what is told several apart
-    weights = other.state_dict()
+    own = model.state_dict()
+    anew = () if told[0] == told[1] else getattr(model, "of_outcomes", ())
+    weights = other.state_dict() | {name: own[name] for name in anew}
     grown, same = getattr(model, "grown", None), getattr(model, "goes_on_from", None)
     if same is not None and type(other) is type(model) and not same(other):
         raise ConfigError(f"{option} {folder}: its weights mean something else in this configuration; start anew")

@@ -70,9 +70,12 @@ class OutcomeHead(nn.Module, ABC):
 
     Attributes:
         several: whether it can be told which of several games a state is of.
+        of_outcomes: names of the weights that have a row for each outcome; training begins them anew where a head of
+            one game lends its weights to one of several.
     """
 
     several: ClassVar[bool] = False
+    of_outcomes: ClassVar[tuple[str, ...]] = ()
     prior: Tensor
     owners: Tensor
 

@@ -259,8 +259,9 @@ class Input:
         self._menu = []
         for folder in find_bundles():
             games = _games_of(folder)
-            for game in games:
+            for game, mode in games.items():
                 name = f"{short_name(folder)}: {game}" if len(games) > 1 else short_name(folder)
+                name += "" if mode == "easy" else f", {mode}"
                 self._menu.append((name, f"bundle in {folder}", to_bundle(folder, game)))
         games = () if self.session.real is None else self.session.real.vector.metadata["games"]
         dreamt = self.session.bundle.game.name
@@ -269,12 +270,12 @@ class Input:
         self._selected, self._overlay = 0, "menu"
 
 
-def _games_of(folder: Path) -> tuple[str, ...]:
-    """The games of a bundle; one without a name if it is damaged, for whoever opens it is told why."""
+def _games_of(folder: Path) -> dict[str, str]:
+    """A bundle's games and difficulties; one without a name if it is damaged, for whoever opens it is told why."""
     try:
-        return tuple(bundle_games(folder))
+        return bundle_games(folder)
     except BundleError:
-        return ("",)
+        return {"": "easy"}
 
 
 def _beside(values: Sequence[int], value: int, direction: int) -> int:

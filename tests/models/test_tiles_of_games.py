@@ -153,6 +153,21 @@ def test_what_begins_with_one_games_weights_dreams_each_game_as_that_alone(tmp_p
         told.copy_(before)
 
 
+@torch.no_grad()
+def test_a_head_of_one_game_lends_what_it_sees_and_not_its_outcomes(tmp_path: Path) -> None:
+    one = shaken(PlayerOutcomeHead(PlayerHeadConfig(latent=SPECS[0], grid=ALONE[0], width=8)))
+    save_model(tmp_path / "one", one, {})
+    outcomes = {"rewards": (0.0, 10.0, 0.0, 3.0), "terminated": (False, True, False, False), "owners": (0, 0, 1, 2)}
+    config = PlayerHeadConfig(latent=SPECS[1], grid=ALL, games=GAMES, width=8, **outcomes)  # pyright: ignore
+    several = PlayerOutcomeHead(config)
+    last = several.decide[4].weight.clone()  # pyright: ignore[reportCallIssue]
+    initialise(several, str(tmp_path / "one"))
+    assert torch.equal(several.decide[4].weight, last)  # pyright: ignore[reportArgumentType]
+    first = several.decide[0].weight  # pyright: ignore[reportAttributeAccessIssue]
+    assert torch.equal(first[:, :-3], one.decide[0].weight) and not first[:, -3:].any()  # pyright: ignore
+    assert all(torch.equal(a, b) for a, b in zip(several.view.parameters(), one.view.parameters(), strict=True))  # pyright: ignore
+
+
 def test_games_and_grids_must_fit() -> None:
     with pytest.raises(ConfigError, match="the most of"):
         Grid(view=10, views=VIEWS)

@@ -51,6 +51,7 @@ class PlayerOutcomeHead(OutcomeHead):
     """
 
     several = True
+    of_outcomes = ("decide.4.weight", "decide.4.bias")
     config: PlayerHeadConfig
 
     def __init__(self, config: PlayerHeadConfig) -> None:
@@ -90,9 +91,10 @@ class PlayerOutcomeHead(OutcomeHead):
             return self.decide(torch.cat([seen, move, place + move, fine_place(place + move), *grid.told(game)], 1))
 
     def grown(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights from before it was told the next move, which then counts for nothing."""
+        """Weights from before it was told the next move, or the game, which then counts for nothing."""
         name = "decide.0.weight"
-        found = weights.get(name)
-        if found is not None and found.ndim == 2 and found.shape[1] == self.view.seen:
-            weights = weights | {name: F.pad(found, (0, _TOLD))}
+        found, games = weights.get(name), len(self.config.games)
+        if found is not None and found.ndim == 2:
+            short = {self.view.seen: _TOLD + games, self.view.seen + _TOLD: games}.get(found.shape[1], 0)
+            weights = weights | {name: F.pad(found, (0, short))}
         return weights
