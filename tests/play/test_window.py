@@ -337,6 +337,6 @@ def test_bundles_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy_
 
     monkeypatch.chdir(tmp_path)
     embedded = find_bundles()
-    assert [p.name for p in embedded] == ["coinrun", "games", "scrolling"]
+    assert [p.name for p in embedded] == ["coinrun", "coinrun-hard", "games"]
     shutil.copytree(toy_bundle, tmp_path / "runs" / "mine" / "bundle")
     assert find_bundles() == [*embedded, Path("runs/mine/bundle")]
