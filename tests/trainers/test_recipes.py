@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from dreamenv.bundle import load_bundle
 from dreamenv.contract.games import get_game
@@ -24,17 +25,15 @@ from dreamenv.vector import DreamVectorEnv
 from envs.collect import CollectConfig, collect
 from trainers.finetune import FinetuneConfig, finetune, stage_values
 from trainers.pipeline import PipelineConfig, run_pipeline
-from trainers.recipe import check_values
+from trainers.recipe import RECIPES, check_values
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
+LONG = ("unrolled", "flow", "settled")  # stages of the recipe that a short one can do without
 SMALL = (
-    *(
-        f"{name}:model.backbone.channels=[16, 16, 16]"
-        for name in ("predictor", "unrolled", "camera", "flow", "settled")
-    ),
     "codec:model.width=16",
+    *(f"{name}:model.backbone.channels=[16, 16, 16]" for name in ("predictor", "camera")),
     "heads:task.dreams=8",
     "heads:task.drift=4",
     "loop.batch_size=4",
@@ -42,8 +41,9 @@ SMALL = (
 
 
 def test_a_recipe_makes_a_bundle_of_tiles(tmp_path: Path, in_process: None) -> None:
+    more = [f"{name}:model.backbone.channels=[16, 16, 16]" for name in LONG]
     config = PipelineConfig(
-        out=tmp_path / "run", steps=3000, events=3000, stage_steps=2, starts=2, recipe="tiles", set=SMALL
+        out=tmp_path / "run", steps=3000, events=3000, stage_steps=2, starts=2, recipe="tiles", set=(*SMALL, *more)
     )
     bundle = load_bundle(run_pipeline(config), "cpu")
     model = bundle.world_model
@@ -69,7 +69,13 @@ def test_a_recipe_makes_a_bundle_of_tiles_of_games_of_different_difficulties(
             parts.append(collect(config, progress=False))
         merged.append(merge(parts, tmp_path / name, several=True))
     data, events = merged
-    shared: dict[str, Any] = {"recipe": "tiles", "data": data, "event_data": events, "stage_steps": 2, "starts": 2}
+    recipe = yaml.safe_load((RECIPES / "tiles.yaml").read_text())
+    recipe["stages"] = {name: stage for name, stage in recipe["stages"].items() if name not in LONG}
+    recipe["stages"]["outcomes"]["task"]["dynamics"] = recipe["stages"]["camera"]["task"]["init_from"] = "{predictor}"
+    del recipe["finetune"]
+    short = tmp_path / "short.yaml"
+    short.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    shared: dict[str, Any] = {"recipe": str(short), "data": data, "event_data": events, "stage_steps": 2, "starts": 2}
     config = PipelineConfig(game="ninja", out=tmp_path / "run", events=0, set=(*SMALL, "task.val_ratio=0.2"), **shared)
     folder = run_pipeline(config)
     for i, (game, mode) in enumerate(modes.items()):

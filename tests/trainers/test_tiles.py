@@ -266,7 +266,7 @@ def test_outcomes_are_learnt_from_ends_of_more_episodes_too(trained: Path, tmp_p
         DynamicsTask(DynamicsTaskConfig(latents=str(tmp_path / "latents")), FLOW, 0)
     save_model(tmp_path / "other", TileAutoencoder(TileAutoencoderConfig(codes=6, width=16, blocks=1, orders=5)), {})
     encode_dataset(ends, tmp_path / "other", tmp_path / "others", "cpu")
-    with pytest.raises(ConfigError, match="another codec"):
+    with pytest.raises(ConfigError, match="was not encoded by the codec of"):
         OutcomeTask(replace(config, also=str(tmp_path / "others")), spec, 0)
 
 
