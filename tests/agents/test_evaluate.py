@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from agents.evaluate import evaluate
+from agents.worlds import make_world, real_world
+from dreamenv.bundle import load_bundle, resolve_bundle
 from dreamenv.errors import ConfigError, PolicyError
 from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, load_agent, save_agent
 
@@ -40,6 +42,23 @@ def test_evaluation_is_one_whole_episode_on_each_level() -> None:
 
 
 @pytest.mark.slow
+def test_the_real_game_is_as_difficult_as_the_bundle() -> None:
+    folder = resolve_bundle(None, "coinrun", "hard")
+    shared: dict[str, Any] = {"episodes": 2, "limit": 3, "films": 2}
+    hard, told, easy = (
+        evaluate("hold:right", "real", "coinrun", **shared, **which).frames
+        for which in ({"bundle": folder}, {"distribution_mode": "hard"}, {})
+    )
+    assert all(np.array_equal(a, b) for a, b in zip(hard, told, strict=True))
+    assert not any(np.array_equal(a[0], b[0]) for a, b in zip(hard, easy, strict=True))
+    latent = make_world("real", "coinrun", 2, folder, "cpu", observations="latent")
+    bundle = load_bundle(folder, "cpu", game="coinrun")
+    same = real_world("coinrun", 2, distribution_mode="hard", frame=(64, 64, 3), seen_by=bundle)
+    for envs in (latent, same):
+        envs.seed(3)
+    assert np.array_equal(np.asarray(latent.reset()), np.asarray(same.reset()))
+
+
 def test_evaluation_from_the_command_line(toy_bundle: Path, tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "agents.evaluate", *arguments]

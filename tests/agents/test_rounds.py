@@ -76,6 +76,10 @@ def test_what_does_not_belong_together_is_refused(two: list[Path], tmp_path: Pat
     maze = gather(tmp_path / "maze", 1, game="maze")
     with pytest.raises(DatasetError, match="is of maze, .* of coinrun"):
         merge([two[0], maze], tmp_path / "x")
+    hard = gather(tmp_path / "hard", 3, distribution_mode="hard")
+    for sources in ([two[0], hard], [two[0], maze, hard]):
+        with pytest.raises(DatasetError, match="distribution_mode of coinrun is 'hard', before it was 'easy'"):
+            merge(sources, tmp_path / "x", several=len(sources) > 2)
     manifest = read_json(maze / "manifest.json", DatasetError, "")
     (maze / "shard-00000" / "shard.json").unlink()  # which names the settings that made it
     (maze / "shard-00001" / "shard.json").unlink()
