@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 
 from agents.evaluate import evaluate
-from agents.train import CONFIGS, TrainConfig, load_algorithm
+from agents.train import CONFIGS, TrainConfig, load_algorithm, load_resumable
 from agents.worlds import TRAIN_LEVELS, check_lengths
 from dreamenv.artifacts import atomic_file
 from dreamenv.bundle import load_bundle, resolve_bundle
@@ -27,6 +27,7 @@ from dreamenv.contract.actions import NAMES
 from dreamenv.contract.games import GAMES, Game, get_game
 from dreamenv.device import pick_device
 from dreamenv.evaluation.clips import HELD_OUT
+from dreamenv.evaluation.controllability import distinct_actions
 from dreamenv.evaluation.metrics import interval
 from dreamenv.evaluation.pages import markdown, rooms, write_tables
 from dreamenv.stages import begun, program, run_command, stage, together
@@ -53,8 +54,14 @@ class BenchmarkConfig:
     choose: int = 0
     """Imagined steps between evaluations in dreams that begin elsewhere; the agent that did best in one is taken from
     the dream then. 0 takes the last. The game is never asked."""
+    nfe: int = 1
+    """Network function evaluations of the dreams' steps."""
+    penalty: float = 0.0
+    """Take so much of the dream's uncertainty from each reward, see `agents.train`."""
+    starts: Path | None = None
+    """Dataset folder whose real contexts dreams start from, instead of the bundle's bank."""
     bundle: Path | None = None
-    """Bundle folder of the dreams; the embedded one by default."""
+    """Bundle folder of the dreams; the embedded one by default. Its difficulty is that of the game."""
     episodes: int = 500
     """Held-out levels that each player is judged on, an episode each."""
     tried: int = 64
@@ -79,7 +86,7 @@ class BenchmarkConfig:
         for name in ("steps", "episodes", "tried", "jobs"):
             whole(getattr(self, name), name, 1)
         whole(self.choose, "choose", 0)
-        load_algorithm(self.config)
+        load_resumable(self.config)
         pick_device(self.device)
         for game in self.games:
             check_lengths(game, horizon=self.horizon, limit=self.limit)
@@ -94,27 +101,20 @@ class BenchmarkConfig:
         out = self.out / game / f"{world}-{seed}"
         shared: dict[str, Any] = {"game": game, "world": world, "seed": seed, "out": out}
         shared |= {"steps": self.steps, "config": self.config, "eval_episodes": 0, "device": self.device}
+        shared |= {"bundle": self.bundle}
         if world == "dream":
-            shared |= {"bundle": self.bundle, "horizon": self.horizon}
+            shared |= {name: getattr(self, name) for name in ("horizon", "nfe", "penalty", "starts")}
         if world == "dream" and self.choose:
             shared |= {"judge": "dream", "eval_every": self.choose, "eval_episodes": 64}
         return TrainConfig(**shared, resume=True)
-
-
-def distinct_actions(game: Game) -> list[str]:
-    """Names of the actions that differ in a game, the first of those that do the same."""
-    first: dict[str, str] = {}
-    for name, meaning in zip(NAMES, game.meanings, strict=True):
-        first.setdefault(meaning, name)
-    return list(first.values())
 
 
 def run_benchmark(config: BenchmarkConfig) -> dict[str, dict[str, Any]]:
     """Train and judge whatever is not done yet.
 
     Returns:
-        A row for each game: mean returns and 95 % intervals of `random`, `constant`, `real` and `dream` (the mean over
-        seeds, and the interval of all their episodes), those scaled to Procgen's range, and what share of the way from
+        A row for each game: mean returns and 95 % intervals of `random`, `constant`, `real` and `dream` (over agents
+        and levels), those scaled to Procgen's range, and what share of the way from
         random to real the dream's agent goes.
 
     Raises:
@@ -143,7 +143,7 @@ def _train(config: BenchmarkConfig, game: str, world: str, seed: int) -> None:
 
 
 _OPTIONS = (
-    *("world", "game", "steps", "out", "config", "bundle", "horizon"),
+    *("world", "game", "steps", "out", "config", "bundle", "horizon", "nfe", "penalty", "starts"),
     *("judge", "eval_every", "eval_episodes", "device", "seed", "resume"),
 )
 
@@ -154,7 +154,8 @@ def _judged(config: BenchmarkConfig, game: Game, name: str, agent: str, held_out
     episodes = config.episodes if held_out else config.tried
 
     def work() -> dict[str, Any]:
-        found = evaluate(agent, "real", game.name, (first, first + count), episodes, limit=config.limit)
+        where = ("real", game.name, (first, first + count), episodes, config.bundle)
+        found = evaluate(agent, *where, limit=config.limit)
         return found.figures | {"returns": found.episodes.returns.tolist()}
 
     return stage(config.out, f"{game.name}-judged-{name}", work)
@@ -162,7 +163,8 @@ def _judged(config: BenchmarkConfig, game: Game, name: str, agent: str, held_out
 
 def _row(config: BenchmarkConfig, game: Game) -> dict[str, Any]:
     """The figures of one game."""
-    tried = {name: f"hold:{name}" for name in distinct_actions(game)}
+    facts = load_bundle(resolve_bundle(config.bundle, game.name), "cpu", game=game.name).game
+    tried = {NAMES[action]: f"hold:{NAMES[action]}" for action in distinct_actions(facts)}
     means = {a: _judged(config, game, f"try-{n}", a, held_out=False)["mean_return"] for n, a in tried.items()}
     best = max(means, key=lambda action: means[action])
     players = {"random": {"random": "random"}, "constant": {best.replace(":", "-"): best}}
@@ -171,17 +173,27 @@ def _row(config: BenchmarkConfig, game: Game) -> dict[str, Any]:
         runs = {f"{world}-{seed}": config.run(game.name, world, seed).out / kept for seed in config.seeds}
         players[world] = {name: str(folder) for name, folder in runs.items()}
     row: dict[str, Any] = {"held": best.partition(":")[2], "steps": config.steps, "seeds": list(config.seeds)}
-    low, high = game.easy
+    low, high = game.hard if facts.distribution_mode == "hard" else game.easy
     for player, agents in players.items():
         judged = [_judged(config, game, name, agent) for name, agent in agents.items()]
         returns = np.array([each["returns"] for each in judged])
         row[player] = float(returns.mean())
         row[f"{player}_seeds"] = returns.mean(1).tolist()
-        draws = np.random.default_rng(0).choice(returns.reshape(-1), (10_000, returns.size)).mean(1)
-        row[f"{player}_low"], row[f"{player}_high"] = interval(draws)
+        row[f"{player}_low"], row[f"{player}_high"] = interval(bootstrap(returns))
         row[f"{player}_scaled"] = (row[player] - low) / (high - low)
     row["share"] = share_of_the_way(row["random"], row["real"], row["dream"])
     return row
+
+
+def bootstrap(returns: np.ndarray, draws: int = 10_000) -> np.ndarray:
+    """Means float64 (draws,) of returns (seeds, levels) drawn anew: agents, and levels, which all of them play."""
+    rng, (seeds, levels) = np.random.default_rng(0), returns.shape
+    return np.array(
+        [
+            returns[np.ix_(rng.integers(seeds, size=seeds), rng.integers(levels, size=levels))].mean()
+            for _ in range(draws)
+        ]
+    )
 
 
 def share_of_the_way(random: float, real: float, dream: float) -> float | None:
@@ -208,11 +220,11 @@ def table_of(rows: dict[str, dict[str, Any]]) -> str:
     """The rows in Markdown, and the median of each figure where there are several games."""
     known = {game: {k: v for k, v in row.items() if v is not None} for game, row in rows.items()}
     if len(rows) > 1:
-        shared = {}
+        shared, compared = {}, sum("share" in row for row in known.values())
         for name in ("dream_scaled", "share"):
             values = [row[name] for row in known.values() if name in row]
             shared |= {name: float(np.median(values))} if values else {}
-        known["median"] = shared
+        known["median" if compared == len(rows) else f"median, share of {compared} games"] = shared
     return markdown("game", known, _COLUMNS)
 
 

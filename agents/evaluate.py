@@ -79,7 +79,8 @@ def evaluate(
         nfe: network function evaluations of the dream's steps.
         seed: decides levels, actions and noise.
         films: how many episodes to keep the frames of.
-        distribution_mode: Procgen's difficulty; that of the bundle by default, without one "easy".
+        distribution_mode: Procgen's difficulty, and of the embedded bundle; that of `bundle` by default, without one
+            "easy".
         limit: steps after which an episode is cut off; the game's own by default.
 
     Raises:
@@ -88,20 +89,21 @@ def evaluate(
     first, end = levels
     _check(world, episodes, first, end)
     chosen = first + philox((seed, 0xE7A1)).choice(end - first, episodes, replace=episodes > end - first)
-    dreamt = load_bundle(resolve_bundle(bundle, game), "cpu", game=game) if world == "dream" else None
+    asked = distribution_mode
+    dreamt = load_bundle(resolve_bundle(bundle, game, asked), "cpu", game=game) if world == "dream" else None
     if distribution_mode is None:
         distribution_mode = "easy" if bundle is None else bundle_mode(resolve_bundle(bundle, game), game)
     played, films_kept = [], []
     longest = get_game(game).max_steps
     check(limit is None or 1 <= limit <= longest, f"limit {limit}: must be in 1..{longest}")
     for at in range(0, episodes, _BATCH):
-        batch, policy = chosen[at : at + _BATCH], policy_of(agent, bundle, game)
+        batch, policy = chosen[at : at + _BATCH], policy_of(agent, bundle, game, asked)
         frame = getattr(policy, "frame", NATIVE) if dreamt is None else dreamt.world_model.frame_shape
         envs = real_envs(game, len(batch), (first, end - first), distribution_mode, frame)
         frames, _ = envs.reset(seed=seed + at, options={"level": batch})
-        if world == "dream":
+        if dreamt is not None:
             envs.close()
-            envs = DreamVectorEnv(len(batch), game, bundle, sampler={"nfe": nfe}, autoreset_mode="SameStep")
+            envs = DreamVectorEnv(len(batch), bundle=dreamt, sampler={"nfe": nfe}, autoreset_mode="SameStep")
             frames, _ = envs.reset(seed=seed + at, options={"frames": frames[:, None]})
         rng, filmed = philox((seed, at)), films if at == 0 else 0
         episode, film = play_episodes(envs, frames, policy, limit or longest, rng, filmed)
@@ -133,19 +135,23 @@ def _figures(every: Episodes, seed: int) -> dict[str, Any]:
     }
 
 
-def policy_of(agent: str | ImpalaAgent | VectorPolicy, bundle: Path | None, game: str) -> VectorPolicy:
+def policy_of(
+    agent: str | ImpalaAgent | VectorPolicy, bundle: Path | None, game: str, distribution_mode: str | None = None
+) -> VectorPolicy:
     """Who plays; see `evaluate` for what may be asked for.
 
     Raises:
         PolicyError: no such agent.
     """
+    if isinstance(agent, ImpalaAgent) and agent.config.latent is not None:  # its facts may not say from whose latents
+        return AgentPolicy(agent, bundle=load_bundle(resolve_bundle(bundle, game, distribution_mode), game=game))
     loaded = None if bundle is None else load_bundle(bundle, game=game)  # it may have learnt from the latents of that
     if isinstance(agent, ImpalaAgent):
         return AgentPolicy(agent, bundle=loaded)
     if not isinstance(agent, str):
         return agent
     if agent == "bundled":
-        folder = resolve_bundle(bundle, game)
+        folder = resolve_bundle(bundle, game, distribution_mode)
         if (found := bundled_agent(folder, game)) is None:
             raise PolicyError(f"agent 'bundled': {folder} ships none; train one with python -m agents.train")
         return AgentPolicy(str(found))
@@ -174,6 +180,8 @@ class _Arguments:
     """How many, one on each level."""
     bundle: Path | None = None
     """Bundle folder of the dream, and of the bundled agent."""
+    distribution_mode: str | None = None
+    """Procgen's difficulty; that of the bundle by default, without one easy."""
     nfe: int = SamplerConfig.nfe
     """Network function evaluations of the dream's steps."""
     limit: int | None = None
@@ -204,6 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
             args.nfe,
             args.seed,
             films=4 if args.video else 0,
+            distribution_mode=args.distribution_mode,
             limit=args.limit,
         )
         if args.video:

@@ -15,7 +15,7 @@ from typing import Any
 import tyro
 
 from agents.evaluate import evaluate
-from agents.train import CONFIGS, load_algorithm
+from agents.train import CONFIGS, load_algorithm, load_resumable
 from agents.worlds import check_lengths
 from dreamenv.artifacts import atomic_file
 from dreamenv.config import check, each_once, to_dict, whole
@@ -74,7 +74,7 @@ class RealStepsConfig:
         for name in ("imagined", "episodes"):
             whole(getattr(self, name), name, 1)
         check(self.minutes > 0, f"minutes {self.minutes}: must be > 0")
-        load_algorithm(self.config)
+        load_resumable(self.config)
         pick_device(self.device)
         for game in self.games:
             check_lengths(game, horizon=self.horizon, limit=self.limit)

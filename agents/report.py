@@ -240,6 +240,8 @@ def report(config: ReportConfig) -> dict[str, Any]:
         width = max(len(s) for s in strips)
         blank = np.zeros((width, *strips[0].shape[1:]), np.uint8)
         save_grid(out / "films.png", [np.concatenate([s, blank[len(s) :]]) for s in strips])
+    else:
+        (out / "films.png").unlink(missing_ok=True)  # of an earlier report
     write_json(out / "metrics.json", {"figures": figures, "levels": rows})
     parts = _page(config, figures, rows)
     with atomic_file(out / "report.html") as temporary:

@@ -15,8 +15,8 @@ from typing import Any
 
 import tyro
 
-from agents.saved import ACTOR_CRITIC
-from agents.train import CONFIGS, load_algorithm
+from agents.train import CONFIGS, load_resumable
+from agents.worlds import check_lengths
 from dreamenv.bundle import bundle_mode, resolve_bundle
 from dreamenv.config import check, to_dict
 from dreamenv.console import errors_in_one_line
@@ -75,6 +75,8 @@ class LoopConfig:
         """Validate ranges; raises `ConfigError`."""
         for name in ("rounds", "collect_steps", "agent_steps", "horizon", "nfe", "episodes", "clips"):
             check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
+        check_lengths(self.game, horizon=self.horizon)
+        load_resumable(self.agent_config)
         check(self.minutes > 0, f"minutes {self.minutes}: must be > 0")
         check(self.eval_every >= 0, f"eval_every {self.eval_every}: must be >= 0")
         check(
@@ -112,12 +114,7 @@ def loop(config: LoopConfig) -> list[dict[str, Any]]:
     Raises:
         ConfigError: a bad setting, another loop's run folder, or a stage that failed.
     """
-    out, algorithm = config.out, load_algorithm(config.agent_config).algorithm
-    check(
-        algorithm in ACTOR_CRITIC,
-        f"agent_config {config.agent_config}: {algorithm} cannot go on from a round's agent; "
-        f"{', '.join(ACTOR_CRITIC)} can",
-    )
+    out = config.out
     with begun(out, {k: str(v) for k, v in to_dict(config).items() if k not in ("out", "rounds")}):
         return _rounds(config, out)
 
@@ -168,7 +165,7 @@ def _round(
     )
     stage(out, f"agent-{r}", partial(run_command, learning))
     agent = trained / "agent"
-    return row | stage(out, f"judge-{r}", partial(_evaluate, config, agent)), bundle, agent
+    return row | stage(out, f"judge-{r}", partial(_evaluate, config, bundle, agent)), bundle, agent
 
 
 def _measure(config: LoopConfig, bundle: Path, folder: Path) -> dict[str, Any]:
@@ -188,9 +185,14 @@ def _measure(config: LoopConfig, bundle: Path, folder: Path) -> dict[str, Any]:
     return {name: figures.get(name) for name in SHOWN}
 
 
-def _evaluate(config: LoopConfig, agent: Path) -> dict[str, Any]:
-    """What an agent earns in the real game, in a process of its own."""
-    options = {"game": config.game, "episodes": config.episodes, "seed": config.seed}
+def _evaluate(config: LoopConfig, bundle: Path, agent: Path) -> dict[str, Any]:
+    """What an agent earns in the real game, as difficult as in the bundle, in a process of its own."""
+    options = {
+        "game": config.game,
+        "distribution_mode": bundle_mode(bundle, config.game),
+        "episodes": config.episodes,
+        "seed": config.seed,
+    }
     figures = _last(program("agents.evaluate", agent=agent, **options))
     return {"real_return": figures["mean_return"], "real_return_ci": figures["ci"]}
 

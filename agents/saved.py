@@ -121,6 +121,7 @@ class ForeignPolicy:
             raise PolicyError(f"{path}: takes {spaces[0]} and gives {spaces[1]}; expected frames and 15 actions")
         self._path, self._shape, self._channels_first = path, shape, shape[0] in (1, 3)
         self._state: tuple[np.ndarray, ...] | None = None
+        self._greedy = algorithm in _GREEDY  # those explore by streams of their own, which no seed reaches
 
     def act(self, observations: np.ndarray, first: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """See `VectorPolicy.act`; draws from `rng`, so that a seed decides it."""
@@ -131,7 +132,7 @@ class ForeignPolicy:
             seen = observations.transpose(0, 3, 1, 2) if self._channels_first else observations
             if seen.shape[1:] != self._shape:
                 raise PolicyError(f"{self._path}: looks at frames {self._shape}, these are {seen.shape[1:]}")
-            actions, self._state = self._model.predict(seen, self._state, first)
+            actions, self._state = self._model.predict(seen, self._state, first, deterministic=self._greedy)
         return np.asarray(actions, np.int64)
 
 

@@ -25,7 +25,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnv
 
 from agents.checkpoint import load_checkpoint, save_checkpoint
 from agents.evaluate import evaluate
-from agents.saved import agent_facts, go_on_from, make_algorithm, save_algorithm, to_agent
+from agents.saved import ACTOR_CRITIC, ALGORITHMS, agent_facts, go_on_from, make_algorithm, save_algorithm, to_agent
 from agents.worlds import TRAIN_LEVELS, TimedVecEnv, make_world, time_shares
 from dreamenv import checkpoints
 from dreamenv.artifacts import checksum, only_writer, present
@@ -58,6 +58,8 @@ class AlgorithmConfig:
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
         check(self.num_envs >= 1, f"num_envs {self.num_envs}: must be >= 1")
+        known = self.algorithm in ALGORITHMS
+        check(known, f"algorithm {self.algorithm!r}: there are {', '.join(ALGORITHMS)}")
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class TrainConfig:
     """The algorithm's YAML file."""
     bundle: Path | None = None
     """Bundle folder of the dream; the embedded one by default."""
+    distribution_mode: str | None = None
+    """Procgen's difficulty; that of the bundle by default, without one easy."""
     agent: Path | None = None
     """Saved agent to go on from; its steps do not count among `steps`."""
     horizon: int | None = None
@@ -121,9 +125,11 @@ class TrainConfig:
         for name in ("eval_every", "eval_episodes"):
             check(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: must be >= 0")
         check(self.penalty >= 0, f"penalty {self.penalty}: must be >= 0")
-        for name in ("penalty", "vote"):
+        for name in ("horizon", "truncate_above", "penalty", "vote", "starts"):
             value = getattr(self, name)
-            check(not value or self.world != "real", f"{name} {value}: the real game has no uncertainty")
+            check(not value or self.world != "real", f"{name} {value}: is for dreams; leave it out in the real game")
+        inside = self.agent is not None and self.agent.resolve().is_relative_to(self.out.resolve())
+        check(not inside, f"agent {self.agent}: this run would overwrite it; give another --out")
         known = self.observations in ("pixels", "latent")
         places = ("other", "real", "dream")
         check(self.judge in places, f"judge {self.judge!r}: must be one of {', '.join(places)}")
@@ -154,6 +160,10 @@ class _Keeper(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         steps, every = self.model.num_timesteps, self.config.eval_every
+        if every and steps // every > self.evaluated // every:  # before the checkpoint: a kill meanwhile repeats it
+            self.evaluated = steps
+            self.judge()
+            save_algorithm(self.config.out / "agent", self.model, _facts(self.config))
         if (
             isinstance(self.model, OnPolicyAlgorithm)
             and self.rollouts
@@ -161,10 +171,6 @@ class _Keeper(BaseCallback):
         ):
             self.save()
         self.rollouts += 1
-        if every and steps // every > self.evaluated // every:
-            self.evaluated = steps
-            self.judge()
-            save_algorithm(self.config.out / "agent", self.model, _facts(self.config))
         self._began = time.perf_counter()
 
     def _on_rollout_end(self) -> None:
@@ -189,6 +195,7 @@ class _Keeper(BaseCallback):
             bundle=self.config.bundle,
             nfe=self.config.nfe,
             seed=self.config.seed,
+            distribution_mode=self.config.distribution_mode,
         ).figures
         torch.set_rng_state(state)
         for name in ("mean_return", "success_rate", "mean_length"):
@@ -202,7 +209,8 @@ class _Keeper(BaseCallback):
 def _facts(config: TrainConfig) -> dict[str, Any]:
     before: dict[str, Any] = {} if config.agent is None else {"from": agent_facts(config.agent)}
     if config.observations == "latent":
-        bundle = load_bundle(resolve_bundle(config.bundle, config.game), "cpu", game=config.game)
+        folder = resolve_bundle(config.bundle, config.game, config.distribution_mode)
+        bundle = load_bundle(folder, "cpu", game=config.game)
         before |= {"latents_sha256": bundle.latents}
         before |= {} if config.bundle is None else {"bundle": str(config.bundle.resolve())}
     mixed = {"share": config.share} if config.world == "mix" else {}
@@ -225,7 +233,8 @@ def _made(config: TrainConfig, algorithm: AlgorithmConfig) -> tuple[Any, TimedVe
         "penalty": config.penalty,
         "vote": config.vote,
     }
-    options: dict[str, Any] = {"observations": config.observations} | ({} if config.world == "real" else dreaming)
+    options: dict[str, Any] = {} if config.world == "real" else dreaming
+    options |= {"observations": config.observations, "distribution_mode": config.distribution_mode}
     where = (config.world, config.game, algorithm.num_envs, config.bundle, config.device, config.starts, config.share)
     inner = make_world(*where, **options)
     timed = TimedVecEnv(inner)
@@ -255,7 +264,8 @@ def train(config: TrainConfig, progress: bool = False) -> dict[str, Any]:
 
 
 def _train(config: TrainConfig, algorithm: AlgorithmConfig, progress: bool) -> dict[str, Any]:
-    described = {k: str(v) for k, v in to_dict(config).items() if k not in ("out", "resume", "config", "steps")}
+    free = ("out", "resume", "config", "steps", "device")
+    described = {k: str(v) for k, v in to_dict(config).items() if k not in free}
     identity = checksum([described, to_dict(algorithm)])
     inner, timed, model = _made(config, algorithm)
     if config.agent is not None:
@@ -273,6 +283,24 @@ def _train(config: TrainConfig, algorithm: AlgorithmConfig, progress: bool) -> d
     outputs = [make_output_format(name, str(config.out), suffix) for name in formats]
     model.set_logger(Logger(str(config.out), outputs))
     keeper = _Keeper(config, identity)
+    try:
+        seconds, steps, figures = _learn(config, algorithm, model, keeper, resumed, progress)
+    finally:
+        model.logger.close()
+        timed.close()
+    return {
+        "agent": str(config.out / "agent"),
+        "steps": model.num_timesteps,
+        "steps_per_s": steps / seconds if steps else 0.0,
+        "shares": time_shares(inner, timed.seconds, keeper.collecting, seconds) if steps else {},
+        keeper.where: figures,
+    }
+
+
+def _learn(
+    config: TrainConfig, algorithm: AlgorithmConfig, model: Any, keeper: _Keeper, resumed: bool, progress: bool
+) -> tuple[float, int, dict[str, Any]]:
+    """Learn what is left, save the agent and evaluate it: seconds of learning, steps, and the evaluation's figures."""
     if resumed:
         keeper.resume(model.num_timesteps)
     before, began = model.num_timesteps, time.perf_counter()
@@ -284,21 +312,12 @@ def _train(config: TrainConfig, algorithm: AlgorithmConfig, progress: bool) -> d
         model.learn(left, callbacks, reset_num_timesteps=not resumed, **extra)
     seconds = time.perf_counter() - began
     keeper.init_callback(model)
-    figures = keeper.judge() if config.eval_episodes else {}
     if isinstance(model, OnPolicyAlgorithm):
-        save_checkpoint(config.out / "checkpoint", model, identity)
-    folder = save_algorithm(config.out / "agent", model, _facts(config))
+        save_checkpoint(config.out / "checkpoint", model, keeper.identity)
+    save_algorithm(config.out / "agent", model, _facts(config))
+    figures = keeper.judge() if config.eval_episodes else {}
     model.logger.dump(model.num_timesteps)
-    model.logger.close()
-    timed.close()
-    steps = model.num_timesteps - before
-    return {
-        "agent": str(folder),
-        "steps": model.num_timesteps,
-        "steps_per_s": steps / seconds if steps else 0.0,
-        "shares": time_shares(inner, timed.seconds, keeper.collecting, seconds) if steps else {},
-        keeper.where: figures,
-    }
+    return seconds, model.num_timesteps - before, figures
 
 
 def load_algorithm(path: Path) -> AlgorithmConfig:
@@ -308,6 +327,18 @@ def load_algorithm(path: Path) -> AlgorithmConfig:
         ConfigError: unreadable, an unknown key, or a value outside its range.
     """
     return from_dict(AlgorithmConfig, load_yaml(path))
+
+
+def load_resumable(path: Path) -> AlgorithmConfig:
+    """Read the YAML file of an algorithm whose killed runs can go on.
+
+    Raises:
+        ConfigError: as `load_algorithm`, or an algorithm that saves no checkpoints.
+    """
+    algorithm = load_algorithm(path)
+    name, able = algorithm.algorithm, ", ".join(ACTOR_CRITIC)
+    check(name in ACTOR_CRITIC, f"config {path}: {name} saves no checkpoints, and no agent to go on from; {able} do")
+    return algorithm
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import VecMonitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvStepReturn
 
 from agents.adapter import NativeVecEnv
-from dreamenv.bundle import Bundle, Starts, load_bundle, resolve_bundle
+from dreamenv.bundle import Bundle, Starts, check_mode, load_bundle, resolve_bundle
 from dreamenv.config import check
 from dreamenv.contract.frames import NATIVE, observe
 from dreamenv.contract.games import get_game
@@ -94,14 +94,24 @@ def dream_world(
 
 
 def dataset_starts(
-    folder: Path, game: str, count: int, context: int, seed: int = 0, frame: tuple[int, int, int] = NATIVE
+    folder: Path,
+    game: str,
+    count: int,
+    context: int,
+    seed: int = 0,
+    frame: tuple[int, int, int] = NATIVE,
+    distribution_mode: str = "easy",
 ) -> Starts:
     """`count` real contexts drawn from anywhere in a dataset's episodes of a game, their frames as (H, W, C) `frame`.
 
     Raises:
-        DatasetError: damaged, too short, of other games, or it holds held-out levels.
+        DatasetError: damaged, too short, of other games or another difficulty, or it holds held-out levels.
     """
     dataset = Dataset(folder)
+    if game in dataset.modes and dataset.modes[game] != distribution_mode:
+        raise DatasetError(
+            f"{folder}: is of {game} in {dataset.modes[game]}, the dream in {distribution_mode}; collect that"
+        )
     shards = [shard for shard in dataset.shards if shard.game == game]
     if not shards:
         raise DatasetError(f"{folder}: is of {', '.join(dataset.games)}, not of {game}; collect that")
@@ -131,26 +141,27 @@ def make_world(
     data: Path | None = None,
     share: float = 0.5,
     observations: str = "pixels",
+    distribution_mode: str | None = None,
     **options: Any,
 ) -> VecEnv:
     """Make the world called "real", "dream" or "mix" (of which `share` are dreams); see `TrainConfig` for the rest.
 
     Raises:
-        ConfigError: another name, or a mix without both.
+        ConfigError: another name, a mix without both, or another difficulty than the bundle's.
     """
     if world not in ("real", "dream", "mix"):
         raise ConfigError(f"world {world!r}: must be 'real', 'dream' or 'mix'")
     if world == "real" and bundle is None and observations == "pixels":
-        return real_world(game, num_envs)
-    loaded = load_bundle(resolve_bundle(bundle, game), device, game=game)
+        return real_world(game, num_envs, distribution_mode=distribution_mode or "easy")
+    loaded = load_bundle(resolve_bundle(bundle, game, distribution_mode), device, game=game)
+    check_mode(loaded.game.distribution_mode, distribution_mode)
     seen_by = loaded if observations == "latent" else None
     if world == "real":
         shown = {"frame": loaded.world_model.frame_shape, "seen_by": seen_by}
         return real_world(game, num_envs, distribution_mode=loaded.game.distribution_mode, **shown)
     model = loaded.world_model
-    starts = (
-        None if data is None else dataset_starts(data, loaded.game.name, 2000, model.context, frame=model.frame_shape)
-    )
+    where = {"frame": model.frame_shape, "distribution_mode": loaded.game.distribution_mode}
+    starts = None if data is None else dataset_starts(data, loaded.game.name, 2000, model.context, **where)
     dreams = num_envs if world == "dream" else round(num_envs * share)
     if not 1 <= dreams <= num_envs or (world == "mix" and dreams == num_envs):
         raise ConfigError(f"share {share}: leaves {dreams} dreams of {num_envs} environments; a mix needs both worlds")

@@ -64,7 +64,7 @@ def demo(
     from dreamenv.evaluation.demo import demo as run
     from dreamenv.evaluation.demo import mosaic
 
-    if not game and bundle is None and distribution_mode is None and len(embedded_games()) > 1:
+    if not game and bundle is None and distribution_mode in (None, "easy") and len(embedded_games()) > 1:
         filmed = mosaic(out, sampler=_sampler(nfe), device=device, seed=seed)
         print(f"{len(filmed['games'])} games, each beside its dream; one alone, measured: dreamenv demo --game NAME")
         print(f"written to {out}/: mosaic.mp4, mosaic.gif, mosaic.png")

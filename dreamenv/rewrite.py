@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dreamenv.artifacts import atomic_folder, read_json, readable_folder, sha256_file, write_json
+from dreamenv.artifacts import atomic_folder, only_writer, read_json, readable_folder, sha256_file, write_json
 from dreamenv.bundle import bundle_games, bundled_agent, compute_identity, load_bundle, part_names, save_bundle_of
+from dreamenv.config import check
 from dreamenv.console import run_command_line
 from dreamenv.description import NETWORKS
 from dreamenv.errors import BundleError
@@ -19,8 +20,14 @@ def update_card(folder: str | Path, card: dict[str, Any], game: str | None = Non
 
     Raises:
         BundleError: it is of an older version, or no bundle.
+        BusyError: another process is writing it.
     """
     folder = readable_folder(folder)
+    with only_writer(folder):
+        _update_card(folder, card, game)
+
+
+def _update_card(folder: Path, card: dict[str, Any], game: str | None) -> None:
     path = folder / "bundle.json"
     loaded = load_bundle(folder, "cpu", game=game)
     name = part_names(loaded.games)["card", loaded.game.name]
@@ -40,23 +47,23 @@ def rewrite_bundle(folder: str | Path, out: str | Path, bits: int = 16, rounded:
     Args:
         folder: the old one.
         out: the new one.
-        bits: of each weight. With 16 a bundle of 16 bits dreams the same; 8 halve its size and round its weights, see
-            `dreamenv.models.io.packed`.
-        rounded: which networks the bits count for, codec, dynamics or head; all by default.
+        bits: of each weight, the agents' too. With 16 a bundle of 16 bits dreams the same; 8 halve its size and round
+            its weights, see `dreamenv.models.io.packed`.
+        rounded: which of the networks codec, dynamics and head the bits count for; all by default.
 
     Raises:
         BundleError: the old one is missing or damaged.
-        ConfigError: other bits, or no such network.
+        ConfigError: other bits, no such network, or the new one in the place of the old.
     """
+    same = Path(out).resolve() == Path(folder).resolve()
+    check(not same, f"out {out}: is the old bundle; write the new one into another folder")
     each = [load_bundle(folder, "cpu", "fp32", game) for game in bundle_games(readable_folder(folder))]
     old, games = each[0], [one.game for one in each]
     starts, cards = {one.game.name: one.starts for one in each}, {one.game.name: one.card for one in each}
+    shipped = [(one, agent) for one in each if (agent := bundled_agent(old.folder, one.game.name)) is not None]
+    agents = [(one, agent, load_agent(agent, "fp32")) for one, agent in shipped]
     save_bundle_of(games, out, old.world_model, old.limits, starts, old.provenance, cards, bits, rounded)
-    for one in each:
-        agent = bundled_agent(old.folder, one.game.name)
-        if agent is None:
-            continue
-        network = load_agent(agent, "fp32")
+    for one, agent, network in agents:
         if network.facts.get("latents_sha256") == one.latents:  # rounded otherwise, they are the same latents
             network.facts["latents_sha256"] = load_bundle(out, "cpu", game=one.game.name).latents
         save_agent(Path(out) / agent.name, network, network.facts, bits)

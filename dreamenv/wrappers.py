@@ -108,7 +108,7 @@ class LatentObservation(VectorWrapper):
         self.single_observation_space = latent_space(bundle)
         self.observation_space = batch_space(self.single_observation_space, env.num_envs)
         self._seen = LatentHistory(bundle.world_model, env.num_envs)
-        self._over = np.zeros(env.num_envs, bool)
+        self._over, self._latents = np.zeros(env.num_envs, bool), bundle.latents
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         """See the environment's own."""
@@ -142,7 +142,7 @@ class LatentObservation(VectorWrapper):
         """The environments' own snapshot, and what was seen before it."""
         own: Any = self.env.unwrapped
         inner = np.frombuffer(own.snapshot(), np.uint8)
-        return pack("latents", {}, self._seen.arrays() | {"over": self._over, "inner": inner})
+        return pack("latents", {"latents": self._latents}, self._seen.arrays() | {"over": self._over, "inner": inner})
 
     def restore(self, data: bytes) -> np.ndarray:
         """Return to a snapshot and its observations, latents float32 (N, C, H, W).
@@ -151,7 +151,9 @@ class LatentObservation(VectorWrapper):
             SnapshotError: damaged bytes, of another model, or of another number of environments.
         """
         own: Any = self.env.unwrapped
-        _, arrays = unpack("latents", data)
+        meta, arrays = unpack("latents", data)
+        if meta.get("latents") != self._latents:
+            raise SnapshotError("snapshot: shows the latents of another model; take it again with this one")
         known = self._seen.arrays() | {"over": self._over, "inner": arrays.get("inner", self._over)}
         check_arrays(arrays, {name: (value.shape, str(value.dtype)) for name, value in known.items()})
         if arrays["inner"].dtype != np.uint8 or not np.isfinite(arrays["latents"]).all():
@@ -203,3 +205,23 @@ class UncertaintyPenalty(VectorWrapper):
         self._most = max(self._most, error[sound].max(initial=0.0))
         cost = self.weight * np.where(sound, error, self._most)
         return observations, rewards - cost, terminated, truncated, infos | told
+
+    def snapshot(self) -> bytes:
+        """The dreams' own snapshot, and the largest error so far."""
+        own: Any = self.env.unwrapped
+        return pack("penalty", {"most": self._most}, {"inner": np.frombuffer(own.snapshot(), np.uint8)})
+
+    def restore(self, data: bytes) -> np.ndarray:
+        """Return to a snapshot and its observations.
+
+        Raises:
+            SnapshotError: damaged bytes, of another model, or of another number of environments.
+        """
+        own: Any = self.env.unwrapped
+        meta, arrays = unpack("penalty", data)
+        inner, most = arrays.get("inner", np.zeros(0)), meta.get("most")
+        if inner.dtype != np.uint8 or not isinstance(most, float) or not 0 <= most < np.inf:
+            raise SnapshotError("snapshot: is of no penalised dreams; take it again")
+        observations = own.restore(inner.tobytes())
+        self._most = most
+        return observations

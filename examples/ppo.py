@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributions import Categorical
 
 import dreamenv  # noqa: F401 - registers DreamProcgen-v0
+from dreamenv.config import check
 from dreamenv.models.interface import to_images
 from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, save_agent
 
@@ -48,6 +49,14 @@ class Args:
     """The rarest rewards of most games, such as CoinRun's coin, are worth 10."""
     out: Path = Path("runs/agents/plain")
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot learn."""
+        for name in ("steps", "num_envs", "rollout", "minibatches", "epochs"):
+            check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
+        check(self.reward_scale > 0, f"reward_scale {self.reward_scale}: must be > 0")
+        most = self.rollout * self.num_envs // 2  # advantages are measured by their deviation, of two or more
+        check(self.minibatches <= most, f"minibatches {self.minibatches}: must be at most {most} (rollout, num_envs)")
 
 
 def learn(args: Args, agent: ImpalaAgent, optimizer: torch.optim.Optimizer, *rollout: torch.Tensor) -> None:
@@ -119,7 +128,8 @@ def main(args: Args) -> dict[str, float]:
         print(f"{taken} steps, {taken / (time.perf_counter() - began):.0f} steps/s, return {recent:.2f}", flush=True)
     envs.close()
     world = "dream" if "Dream" in args.world else "real"
-    save_agent(args.out, agent, {"world": world, "game": args.game, "steps": taken, "seed": args.seed})
+    facts = {"world": world, "game": args.game, "steps": taken, "seed": args.seed}
+    save_agent(args.out, agent, facts | {"reward_scale": 1 / args.reward_scale})
     return {"steps": taken, "return": recent}
 
 

@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.numpy import load, save
 
-from dreamenv.artifacts import atomic_folder, recover_folder, sha256_file
+from dreamenv.artifacts import atomic_folder, only_writer, recover_folder, sha256_file
 from dreamenv.bundle import FORMAT_VERSION, NETWORKS, compute_identity, embedded_games, load_bundle, resolve_bundle
 from dreamenv.commands import bench, generate, info
-from dreamenv.errors import BundleError, ConfigError
+from dreamenv.errors import BundleError, BusyError, ConfigError
 from dreamenv.models.dynamics.flow import LatentFlow
 from dreamenv.models.dynamics.tiles import TileFlow
 from dreamenv.play.run import PlayConfig, run
@@ -172,6 +172,10 @@ def test_only_the_networks_asked_for_are_rounded_and_not_what_adds_up(
         assert bool(changed) == (name == "dynamics") and not any(key.startswith("condition.") for key in changed)
     with pytest.raises(ConfigError, match="rounded 'heads'.*head"):
         rewrite_bundle(toy_bundle, tmp_path / "none", 8, ("heads",))
+    before = {path.name: path.read_bytes() for path in toy_bundle.iterdir()}
+    with pytest.raises(ConfigError, match="is the old bundle"):
+        rewrite_bundle(toy_bundle, toy_bundle.parent / "." / toy_bundle.name, 8)
+    assert before == {path.name: path.read_bytes() for path in toy_bundle.iterdir()}
     assert TileFlow.precise == ("motion.",)
     assert not (tmp_path / "none").exists()
 
@@ -268,6 +272,8 @@ def test_update_card_changes_nothing_else(toy_bundle: Path, tmp_path: Path) -> N
     shutil.copytree(toy_bundle, folder)
     before = load_bundle(folder, "cpu")
     update_card(folder, {"psnr_10": 20.5})
+    with only_writer(folder), pytest.raises(BusyError):
+        update_card(folder, {"psnr_10": 1.0})
     after = load_bundle(folder, "cpu")
     assert after.card == {"psnr_10": 20.5} and after.identity == before.identity
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,9 @@ def test_the_game_is_shown_as_latents_too(
             fresh = over or (mode == "SameStep" and truncated[i])
             frames[i] = [frame[i]] if fresh else [*frames[i], frame[i]]
             taken[i] = [] if fresh else [*taken[i], int(actions[i])]
+    other = replace(bundle, latents="of another model")
+    with pytest.raises(SnapshotError, match="another model"):
+        LatentObservation(envs.env, other).restore(data)
     for wrong in (plain.unwrapped.snapshot(), data[:-1], b""):  # pyright: ignore
         with pytest.raises(SnapshotError):
             envs.restore(wrong)
@@ -131,7 +135,16 @@ def test_a_diverged_dream_costs_what_the_others_do(toy_bundle: Path, monkeypatch
 
     monkeypatch.setattr(DreamVectorEnv, "step", diverge)
     wanted = [[0, 0, 0], [-0.5, -0.5, -0.2], [-0.5, -0.5, -0.5]]
-    assert [envs.step(np.zeros(3, int))[1].tolist() for _ in range(3)] == wanted
+    assert [envs.step(np.zeros(3, int))[1].tolist() for _ in range(2)] == wanted[:2]
+    data, again = envs.snapshot(), UncertaintyPenalty(DreamVectorEnv(3, bundle=toy_bundle), 1.0)
+    again.reset(seed=1)
+    again.restore(data)
+    errors *= 2
+    for one in (envs, again):
+        assert one.step(np.zeros(3, int))[1].tolist() == wanted[2], "a snapshot holds the largest error so far"
+    for wrong in (DreamVectorEnv.snapshot(envs.env), data[:-1], b""):  # pyright: ignore[reportArgumentType]
+        with pytest.raises(SnapshotError):
+            again.restore(wrong)
     for weight in (-1, np.inf, "x", None, True):
         with pytest.raises(ConfigError, match="weight"):
             UncertaintyPenalty(envs.env, weight)  # pyright: ignore[reportArgumentType]

@@ -55,7 +55,7 @@ class GamesConfig:
     agent_steps: int = 500_000
     """Steps for which each game's agent is trained in the real game; 0 goes without agents."""
     agent_share: float = 0.4
-    """Share of the transitions that the agent plays."""
+    """Share of the episodes that the agent plays."""
     agent_config: Path = _AGENT
     """The agent's algorithm."""
     starts: int = 2000
@@ -143,7 +143,13 @@ def _collect(config: GamesConfig, game: str) -> None:
     seed, mode = config.seed, config.distribution_mode
     if config.agent_steps:
         options: dict[str, Any] = {"world": "real", "game": game, "steps": config.agent_steps, "seed": seed}
-        options |= {"config": config.agent_config, "eval-episodes": 0, "resume": True, "out": agent}
+        options |= {
+            "distribution_mode": mode,
+            "config": config.agent_config,
+            "eval-episodes": 0,
+            "resume": True,
+            "out": agent,
+        }
         stage(config.out, f"{game}-agent", lambda: run_command(program("agents.train", **options)))
         policy = mixed(config.policy, f"agent:{agent / 'agent'}:0.1", config.agent_share)
     shared = {"game": game, "distribution_mode": mode}

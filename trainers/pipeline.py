@@ -98,15 +98,12 @@ class PipelineConfig:
         object.__setattr__(self, "recipe", self.recipe or game.recipe)
         object.__setattr__(self, "out", self.out or Path("runs") / self.game)
         check_overrides(self.set, recipe.trained)
+        given = {game.name: mode} if self.data is None else Dataset(self.data).modes
         if self.data is not None:
-            given = Dataset(self.data).modes
             check(given.get(game.name) == mode, f"data {self.data}: is of {named(given)}, not of {game.name} in {mode}")
             for name, difficulty in given.items():
                 suits = recipe.suits(get_game(name), difficulty)
                 check(suits, f"recipe {recipe.name!r}: needs a known {needs}, {name} in {difficulty} has not")
-            if self.event_data is not None and recipe.events:
-                found = Dataset(self.event_data).modes
-                check(found == given, f"event_data {self.event_data}: is of {named(found)}, the data of {named(given)}")
             several = len(given) > 1
             events = self.numbers(recipe)["events"]
             check(
@@ -115,6 +112,9 @@ class PipelineConfig:
             )
         useful = self.event_data is None or bool(recipe.events)
         check(useful, f"event_data {self.event_data}: recipe {recipe.name} has no use for it")
+        if self.event_data is not None:
+            found = Dataset(self.event_data).modes
+            check(found == given, f"event_data {self.event_data}: is of {named(found)}, the data of {named(given)}")
         made = self.numbers(recipe) | {name: Path(name) for name in recipe.stages}
         for name, settings in recipe.stages.items():
             if "build" in settings:
@@ -285,14 +285,14 @@ def make_bundle(
     return bundle
 
 
-_LATE = 100  # steps into an episode
+_LATE = 64  # steps into an episode; the recipes cut off episodes after 128
 
 
 def start_bank(dataset: Dataset, count: int, frame: tuple[int, int, int] = NATIVE, game: str | None = None) -> Starts:
     """Frames where `count` dreams may start, of a dataset or a game's part of it, as `frame`.
 
     First frames of different levels, evenly spread over those that there are. Where episodes are long, so that a
-    quarter of all steps lie 100 steps or more into theirs, half of the bank are such later moments, evenly spread too.
+    quarter of all steps lie 64 steps or more into theirs, half of the bank are such later moments, evenly spread too.
     """
     first: dict[int, tuple[int, int]] = {}
     later: list[tuple[int, int]] = []

@@ -30,7 +30,7 @@ class Recipe:
         name: of its file.
         needs: what the game must have, see `View.has` in `dreamenv.contract.games`.
         defaults: numbers that `{steps}` and `{events}` stand for unless the pipeline is told others.
-        stages: name -> settings, in order; extra: such as are trained by hand only.
+        stages: name -> settings, in order.
         bundle: which stages are the codec, the dynamics and the head.
         finetune: which stages train a bundle's dynamics and head on, with what is set otherwise then.
     """
@@ -39,7 +39,6 @@ class Recipe:
     needs: tuple[str, ...]
     defaults: dict[str, int]
     stages: dict[str, dict[str, Any]]
-    extra: dict[str, dict[str, Any]]
     bundle: dict[str, str]
     finetune: dict[str, dict[str, Any]]
 
@@ -76,11 +75,9 @@ class Recipe:
         Raises:
             ConfigError: no such stage, or it names something that `made` has not.
         """
-        known = self.stages | self.extra
-        if stage not in known or "task" not in known[stage]:
-            trained = [name for name, settings in known.items() if "task" in settings]
-            raise ConfigError(f"stage {stage!r}: recipe {self.name} trains {', '.join(trained)}")
-        settings = known[stage]
+        if stage not in self.trained:
+            raise ConfigError(f"stage {stage!r}: recipe {self.name} trains {', '.join(self.trained)}")
+        settings = self.stages[stage]
         where = f"{self.name}.{stage}"
         return {
             "model": copy.deepcopy(settings["model"]),
@@ -107,23 +104,19 @@ def load_recipe(name: str) -> Recipe:
     models = values.pop("models", {})
     further = set(values) - {f.name for f in fields(Recipe)}
     check(not further, f"{path}: {sorted(further)[:1]} is not a part of a recipe")
-    for part in ("stages", "extra"):
-        for stage, settings in values.get(part, {}).items():
-            check(isinstance(settings, dict), f"{path}: {part}.{stage}: expected settings, got {settings!r}")
-            if isinstance(settings.get("model"), str):
-                check(
-                    settings["model"] in models,
-                    f"{path}: {part}.{stage}.model: there is no model {settings['model']!r}",
-                )
-                settings["model"] = copy.deepcopy(models[settings["model"]])
     for part in ("stages", "bundle"):
         check(isinstance(values.get(part), dict), f"{path}: {part} is missing")
+    for stage, settings in values["stages"].items():
+        check(isinstance(settings, dict), f"{path}: stages.{stage}: expected settings, got {settings!r}")
+        if isinstance(settings.get("model"), str):
+            known = settings["model"] in models
+            check(known, f"{path}: stages.{stage}.model: there is no model {settings['model']!r}")
+            settings["model"] = copy.deepcopy(models[settings["model"]])
     return Recipe(
         name=path.stem,
         needs=tuple(values.get("needs", ())),
         defaults=values.get("defaults", {}),
         stages=values["stages"],
-        extra=values.get("extra", {}),
         bundle=values["bundle"],
         finetune=values.get("finetune", {}),
     )
@@ -144,7 +137,7 @@ def _read(path: Path, below: tuple[str, ...] = ()) -> dict[str, Any]:
             isinstance(settings, dict) or not isinstance(before, dict) or not before,
             f"{path}: {part}: expected settings, got {settings!r}",
         )
-        if part in ("stages", "extra", "finetune"):
+        if part in ("stages", "finetune"):
             for name, keys in settings.items():
                 check(isinstance(keys, dict), f"{path}: {part}.{name}: expected settings, got {keys!r}")
             settings = {name: {**before.get(name, {}), **keys} for name, keys in settings.items()}

@@ -30,7 +30,9 @@ class JsonSpec:
     def spec(self, spec: EnvSpec | None) -> None:
         if spec is not None:
             spec = copy.copy(spec)
-            spec.kwargs = {name: _plain(value) for name, value in spec.kwargs.items()}
+            bundle: Any = spec.kwargs.get("bundle")
+            held = {"game": bundle.game.name} if hasattr(bundle, "folder") else {}  # its folder may hold several games
+            spec.kwargs = {name: _plain(value) for name, value in (spec.kwargs | held).items()}
         self._spec = spec
 
 

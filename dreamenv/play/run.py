@@ -85,20 +85,22 @@ def run(config: PlayConfig) -> dict[str, Any]:
     """
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
     sampler, levels = config.sampler, parse_levels(config.levels)
-    folder = resolve_bundle(config.bundle, config.game, config.distribution_mode)
+    folder = first = resolve_bundle(config.bundle, config.game, config.distribution_mode)
     check_mode(bundle_mode(folder, config.game), config.distribution_mode)
     script = None if config.actions is None else parse_script(config.actions)
 
     def open_session(folder: Path, game: str) -> Session:
         loaded: Bundle = load_bundle(folder, config.device, game=game)
-        shipped, agent = bundled_agent(folder, game), config.agent
+        asked = (folder, game) == (first, config.game)  # what the menu opens has its own agent, and a person plays
+        agent, player = (config.agent, config.player) if asked else (None, "human")
+        shipped = bundled_agent(folder, game)
         known = agent != "bundled" or shipped is not None
         check(known, f"agent 'bundled': {folder} ships none; give an agent's folder")
         chosen = (None if shipped is None else str(shipped)) if agent in (None, "bundled") else agent
+        players = ["human", *(["agent"] if chosen is not None else []), "random"]
+        check(player in players, f"player {player!r}: must be one of {', '.join(players)}")
         session = Session(loaded, sampler, config.world, chosen, levels, config.seed)
-        players = session.players
-        check(config.player in players, f"player {config.player!r}: must be one of {', '.join(players)}")
-        session.player = config.player
+        session.player = player
         return session
 
     if config.headless is None:

@@ -150,11 +150,15 @@ class Session(Timeline):
         alone = self.real is not None and not self.paired
         if not self._swap():
             return
-        if alone or not self.paired:
+        first, last = self.levels[0], sum(self.levels)
+        if alone or not self.paired or not first <= self._level < last:
             self.new_start()
             return
         real: Any = self.real
         frame, _ = real.reset(options={"level": self._level})
+        if not np.array_equal(frame, self.bundle.starts.frames[self._start, -1]):  # the dream began later in the level
+            self.new_start()
+            return
         frames, total, ended = [frame], 0.0, ""
         for action in self._taken:
             if ended:
@@ -184,8 +188,8 @@ class Session(Timeline):
             options: dict[str, Any] = {"frames": real[None]} if self.paired else {}
         else:
             check(level is None, f"level {level}: needs the real game, which is not loaded")
-            start = int(self._rng.integers(len(starts.frames)))
-            self._level, real, options = int(starts.level_seeds[start]), None, {"start": start}
+            self._start = int(self._rng.integers(len(starts.frames)))
+            self._level, real, options = int(starts.level_seeds[self._start]), None, {"start": self._start}
         dream, _ = self.dream.reset(seed=int(self._rng.integers(2**63)), options=options)
         k = self.bundle.world_model.context
         self._frames: deque[np.ndarray] = deque([] if real is None else [real], maxlen=k)

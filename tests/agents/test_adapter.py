@@ -29,7 +29,7 @@ def test_a_batch_is_what_dummy_vec_env_makes_of_single_dreams(toy_bundle: Path) 
     for envs in (batch, single):
         envs.seed(7)
     assert (batch.reset() == single.reset()).all()
-    rng, ends = np.random.default_rng(0), 0
+    rng, ends, cut = np.random.default_rng(0), 0, 0
     for _ in range(230):
         actions = rng.integers(15, size=3)
         ours, theirs = batch.step(actions), single.step(actions)
@@ -39,11 +39,10 @@ def test_a_batch_is_what_dummy_vec_env_makes_of_single_dreams(toy_bundle: Path) 
             assert mine["TimeLimit.truncated"] == other["TimeLimit.truncated"]
             assert ("terminal_observation" in mine) == ("terminal_observation" in other) == bool(done)
             if done:
-                ends += 1
+                ends, cut = ends + 1, cut + mine["TimeLimit.truncated"]
                 assert (mine["terminal_observation"] == other["terminal_observation"]).all()
             assert mine["uncertainty"] == other["uncertainty"] and mine["dream_step"] == other["dream_step"]
-    assert ends >= 6
-    assert any(i["TimeLimit.truncated"] for i in ours[3]) or ends > 0
+    assert ends > cut >= 1
 
 
 def test_what_it_returns_is_fresh_writable_and_distinct(toy_bundle: Path) -> None:
@@ -151,7 +150,10 @@ def test_short_dreams_start_from_real_contexts(toy_bundle: Path, tmp_path: Path)
     starts = dataset_starts(data, "coinrun", 30, 4)
     assert starts.frames.shape == (30, 4, 64, 64, 3) and starts.actions.shape == (30, 3)
     envs = dream_world(load_bundle(toy_bundle, "cpu"), 3, horizon=5, starts=starts)
-    envs.reset()
+    model = load_bundle(toy_bundle, "cpu").world_model
+    real = model.render(model.start(starts.frames, starts.actions.astype(np.int64))).numpy()
+    for frame in cast(np.ndarray, envs.reset()):
+        assert np.abs(frame.astype(int) - real).max((1, 2, 3)).min() <= 1, "rounding depends on the batch"
     lengths = []
     for _ in range(20):
         _, _, dones, infos = envs.step(np.zeros(3, np.int64))

@@ -13,11 +13,10 @@ from PIL import Image
 
 import agents.benchmark
 import agents.real_steps
-from agents.benchmark import BenchmarkConfig, distinct_actions, run_benchmark, share_of_the_way, table_of
+from agents.benchmark import BenchmarkConfig, bootstrap, run_benchmark, share_of_the_way, table_of
 from agents.evaluate import evaluate
 from agents.real_steps import RealStepsConfig, run_real_steps
 from agents.saved import agent_facts
-from dreamenv.contract.games import GAMES, get_game
 from dreamenv.data import Dataset
 from dreamenv.errors import BundleError, ConfigError, PolicyError
 from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, save_agent
@@ -37,14 +36,17 @@ def test_what_share_of_the_way_from_random_to_real() -> None:
     rows = {
         name: {"random": 1.0, "real": 3.0, "share": share} for name, share in zip("abc", (0.1, None, 0.5), strict=True)
     }
-    assert "| median |" in table_of(rows) and table_of(rows).splitlines()[-1].split(" | ")[-1] == "0.30 |"
+    last = table_of(rows).splitlines()[-1]
+    assert last.startswith("| median, share of 2 games |") and last.endswith(" 0.30 |")
+    assert "| median |" in table_of({name: rows[name] for name in "ac"})
 
 
-def test_actions_that_do_the_same_are_tried_once() -> None:
-    for game in GAMES.values():
-        names = distinct_actions(game)
-        assert len(names) == len(set(game.meanings)) == len(set(names))
-    assert distinct_actions(get_game("fruitbot")) == ["left+down", "left", "right", "d"]
+def test_intervals_count_the_agents_and_the_levels_that_all_of_them_play() -> None:
+    alike = np.tile([0.0, 10.0], (3, 50))  # each level always earns the same: three agents tell no more than one
+    assert bootstrap(alike).std() == pytest.approx(bootstrap(alike[:1]).std(), rel=0.05)
+    assert bootstrap(alike).std() == pytest.approx(5 / 100**0.5, rel=0.05)
+    apart = np.repeat([[0.0], [10.0]], 1000, 1)  # each agent always earns the same: only which one was drawn matters
+    assert bootstrap(apart).std() == pytest.approx(5 / 2**0.5, rel=0.05)
 
 
 @pytest.mark.slow

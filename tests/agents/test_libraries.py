@@ -9,13 +9,14 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
-from stable_baselines3 import PPO
+from stable_baselines3 import DQN, PPO
 
 import agents.report
 from agents.adapter import NativeVecEnv
@@ -26,7 +27,7 @@ from agents.train import TrainConfig, train
 from dreamenv.artifacts import read_json
 from dreamenv.bundle import Limits, load_bundle
 from dreamenv.device import keep_freed_memory
-from dreamenv.errors import PolicyError
+from dreamenv.errors import ConfigError, PolicyError
 from dreamenv.evaluation.closed_loop import play_both
 from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, load_agent, save_agent
 from dreamenv.stages import program
@@ -76,6 +77,10 @@ def test_a_dream_that_overestimates_is_caught(
     assert (figures["dreams_paid"], figures["dreams_paid_alone"], figures["same_keys_optimism"]) == (3, 1, 2.5)
     rows = read_json(tmp_path / "out" / "metrics.json", PolicyError, "")["levels"]
     assert rows == [{"level": 10001, "kind": "overestimated", "game": 0.0, "dream": 10.0, "steps": 3}]
+    monkeypatch.setattr(agents.report, "replay", lambda _: replace(found, dream=game))
+    report(config)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "They part nowhere." in page and page.count("data:image/png") == 1, "no films of an earlier report"
 
 
 def test_both_worlds_are_played_on_the_same_levels(toy_bundle: Path) -> None:
@@ -116,6 +121,11 @@ def test_a_foreign_zip_needs_trust(toy_bundle: Path, tmp_path: Path) -> None:
     policy = ForeignPolicy(tmp_path / "foreign.zip", "PPO", trust=True)
     a, b = (evaluate(policy, episodes=3, limit=20, seed=1).figures for _ in range(2))
     assert a == b and a["mean_length"] > 1
+    DQN("CnnPolicy", envs, buffer_size=8, learning_starts=0, device="cpu").save(tmp_path / "dqn.zip")
+    greedy = ForeignPolicy(tmp_path / "dqn.zip", "DQN", trust=True)  # saved while it explored at random
+    frames, first = np.zeros((64, 64, 64, 3), np.uint8), np.ones(64, bool)
+    acts = np.stack([greedy.act(frames, first, np.random.default_rng(seed)) for seed in range(9)])
+    assert (acts == acts[0, 0]).all(), "one picture, one action, whatever else drew numbers meanwhile"
     (tmp_path / "broken.zip").write_bytes(b"nothing")
     with pytest.raises(PolicyError, match="cannot be loaded"):
         ForeignPolicy(tmp_path / "broken.zip", "PPO", trust=True)
@@ -180,6 +190,11 @@ def test_ppo_in_one_file(toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.M
     args: Any = program["Args"](steps=128, num_envs=4, rollout=16, minibatches=2, epochs=1, out=tmp_path / "plain")
     assert program["main"](args)["steps"] == 128
     assert load_agent(tmp_path / "plain").probabilities(np.zeros((2, 64, 64, 3), np.uint8))[0].shape == (2, 15)
+    assert load_agent(tmp_path / "plain").facts["reward_scale"] == 10, "its values count in tenths of the rewards"
+    wrongs: list[dict[str, Any]] = [{"steps": 0}, {"num_envs": 1, "rollout": 8, "minibatches": 8}, {"reward_scale": 0}]
+    for wrong in wrongs:
+        with pytest.raises(ConfigError, match=list(wrong)[-1]):
+            program["Args"](**wrong)
 
 
 TORCHRL = """

@@ -11,12 +11,24 @@ import pytest
 from PIL import Image
 
 from dreamenv.bundle import embedded_games, load_bundle
+from dreamenv.commands import demo
 from dreamenv.errors import BundleError, ConfigError
 from dreamenv.evaluation.demo import mosaic
 from dreamenv.evaluation.games import PICTURES, SETTINGS, SHORT, games_table, measure_all
 from dreamenv.evaluation.metrics import still_pixels
 from dreamenv.evaluation.pages import write_tables
 from dreamenv.flow import SamplerConfig
+
+
+def test_easy_asked_for_is_the_mosaic_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("dreamenv.evaluation.demo.mosaic", lambda *_, **__: asked.append("all") or {"games": []})
+    monkeypatch.setattr("dreamenv.evaluation.demo.demo", lambda out, game, *_, **__: asked.append(game) or 1 / 0)
+    for mode in (None, "easy"):
+        demo(out=tmp_path, distribution_mode=mode)
+    with pytest.raises(ZeroDivisionError):
+        demo(out=tmp_path, distribution_mode="hard")
+    assert asked == ["all", "all", "coinrun"]
 
 
 def test_a_mosaic_shows_every_game_beside_its_dream(tmp_path: Path) -> None:

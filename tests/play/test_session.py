@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -10,7 +10,7 @@ import numpy as np
 import pygame
 import pytest
 
-from dreamenv.bundle import Bundle, load_bundle
+from dreamenv.bundle import Bundle, Starts, load_bundle
 from dreamenv.contract.actions import COMBOS, NAMES, NOOP
 from dreamenv.data import Dataset
 from dreamenv.errors import ConfigError, SnapshotError
@@ -53,8 +53,15 @@ def test_both_worlds_are_stepped_from_one_start(session: Session) -> None:
     assert moment.step == 5 and moment.action == RIGHT and session.shown == ("real", "dream")
 
 
+def begun_in(bundle: Bundle, levels: list[int], keys: list[int]) -> Bundle:
+    """The bundle with starts in levels of the real game, each after some keys."""
+    frames = np.stack([real_frames(level, keys)[-1:] for level in levels])
+    starts = Starts(frames, np.zeros((len(levels), 0), np.uint8), np.array(levels, np.int32))
+    return replace(bundle, starts=starts)
+
+
 def test_a_real_game_that_loads_late_catches_up(calm_bundle: Bundle) -> None:
-    session = Session(calm_bundle, seed=3)
+    session = Session(begun_in(calm_bundle, [3, 8], []), seed=3)
     assert session.shown == ("dream",) and session.moment.real is None
     level = session._level
     for _ in range(6):
@@ -65,6 +72,19 @@ def test_a_real_game_that_loads_late_catches_up(calm_bundle: Bundle) -> None:
     moment = session.step(UP)
     assert np.array_equal(moment.real, real_frames(level, [RIGHT] * 6 + [UP])[-1])
     assert session.shown == ("real", "dream") and moment.step == 7
+    session.close()
+
+
+@pytest.mark.parametrize("levels, keys", [((0, 10_000), [RIGHT] * 9), ((10_000, 1000), [])])
+def test_a_real_game_that_cannot_catch_up_begins_anew(
+    calm_bundle: Bundle, levels: tuple[int, int], keys: list[int]
+) -> None:
+    session = Session(begun_in(calm_bundle, [3], keys), levels=levels, seed=3)
+    session.step(RIGHT)
+    session.load_real()
+    moment = session.look()
+    assert moment.step == 0 and levels[0] <= session._level < sum(levels)
+    assert np.array_equal(moment.real, real_frames(session._level, [])[-1])
     session.close()
 
 

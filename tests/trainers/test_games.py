@@ -191,7 +191,8 @@ def test_latents_of_an_older_release_are_encoded_anew(latents: Path, tmp_path: P
 
 def test_dreams_start_late_too_where_episodes_are_long(tmp_path: Path) -> None:
     shared = {"num_envs": 8, "shard_steps": 400, "steps": 3200, "num_levels": 60, "policy": "random"}
-    for game, late in (("maze", 10), ("fruitbot", 0)):  # a random player walks 500 steps, or runs into a wall soon
+    shared["limit"] = GamesConfig.limit
+    for game, late in (("plunder", 10), ("fruitbot", 0)):  # a random player lives long, or runs into a wall soon
         data = Dataset(collect(CollectConfig(game=game, out=str(tmp_path / game), **shared), progress=False))  # pyright: ignore
         bank = start_bank(data, 20)
         shard = data.shards[0]

@@ -20,12 +20,16 @@ from dreamenv.errors import ConfigError
 from dreamenv.models.codecs.tiles import TileAutoencoder
 from dreamenv.models.dynamics.tiles import TileFlow
 from dreamenv.models.heads.player import PlayerOutcomeHead
+from dreamenv.models.interface import LatentSpec
+from dreamenv.models.io import load_model, save_model
+from dreamenv.models.tiles.grid import Grid
 from dreamenv.stages import together
 from dreamenv.vector import DreamVectorEnv
 from envs.collect import CollectConfig, collect
 from trainers.finetune import FinetuneConfig, finetune, stage_values
 from trainers.pipeline import PipelineConfig, run_pipeline
 from trainers.recipe import RECIPES, check_values
+from trainers.tasks.outcome import OutcomeTask, OutcomeTaskConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -94,6 +98,15 @@ def test_a_recipe_makes_a_bundle_of_tiles_of_games_of_different_difficulties(
         owners = model.head.config.owners
         assert len(model.rewards) == owners.count(i) < len(owners) and set(owners) == {0, 1}
         envs.close()
+    head = load_model(tmp_path / "run" / "outcomes" / "model", "head")[0]
+    assert isinstance(head, PlayerOutcomeHead)
+    spec = LatentSpec((head.spec.shape[0] - 1, *head.spec.shape[1:]), head.spec.layout, head.spec.known - 1)
+    alone = {"games": (), "owners": (), "rewards": (0.0, 10.0), "terminated": (False, True), "grid": Grid(view=13)}
+    save_model(tmp_path / "one", PlayerOutcomeHead(dataclasses.replace(head.config, latent=spec, **alone)), {})
+    values = yaml.safe_load((tmp_path / "run" / "outcomes.yaml").read_text())
+    task = OutcomeTask(OutcomeTaskConfig(**values["task"], init_from=str(tmp_path / "one")), values["model"], 0)
+    owners = [game for game, *_ in task.outcomes]
+    assert task.outcomes and owners.count(0) > 1 < owners.count(1), "its own outcomes, of both games"
     bundle = load_bundle(folder, "cpu", game="coinrun")
     more = FinetuneConfig(data=data, bundle=folder, game="coinrun", recipe="tiles", out=tmp_path / "more")
     for kind in ("dynamics", "head"):

@@ -165,6 +165,10 @@ def test_a_model_of_one_game_refuses_several(data: Path, tmp_path: Path) -> None
         PipelineConfig(game="coinrun", recipe="canvas", data=data, out=tmp_path, events=0)
     with pytest.raises(ConfigError, match="say --events 0"):
         PipelineConfig(game="maze", recipe="patches", data=data, out=tmp_path, events=100)
+    with pytest.raises(ConfigError, match="maze in easy, the data of coinrun in easy"):
+        PipelineConfig(game="coinrun", event_data=data, out=tmp_path)  # said before hours are spent on the rest
+    with pytest.raises(DatasetError):
+        PipelineConfig(game="coinrun", event_data=tmp_path / "nowhere", out=tmp_path)
     with pytest.raises(ConfigError, match="pixels_gray has no use for it"):
         PipelineConfig(game="maze", recipe="pixels_gray", data=data, event_data=data, out=tmp_path)
     with pytest.raises(ConfigError, match="ended with status"):

@@ -108,10 +108,12 @@ class OutcomeTask:
         self.config = config
         self.data = LatentDataset(Path(config.latents), config.val_ratio)
         before = trained_head(config.init_from, "init_from") if config.init_from else None
-        outcomes, labels = outcome_labels(self.data, before, config.max_outcomes)
+        apart = told_apart(self.data.games)
+        same = before is not None and before.config.games == apart  # else its outcomes are of another set of games
+        outcomes, labels = outcome_labels(self.data, before if same else None, config.max_outcomes)
         self.outcomes = outcomes
         told: dict[str, Any] = {"rewards": [r for _, r, _ in outcomes], "terminated": [t for *_, t in outcomes]}
-        if told_apart(self.data.games):
+        if apart:
             told |= {"games": list(self.data.games), "owners": [game for game, *_ in outcomes]}
         dynamics = _fitting_dynamics(config.dynamics, self.data) if config.dynamics else None
         more = {}
