@@ -168,11 +168,12 @@ def _row(config: BenchmarkConfig, game: Game) -> dict[str, Any]:
     means = {a: _judged(config, game, f"try-{n}", a, held_out=False)["mean_return"] for n, a in tried.items()}
     best = max(means, key=lambda action: means[action])
     players = {"random": {"random": "random"}, "constant": {best.replace(":", "-"): best}}
+    kept = {"real": "agent", "dream": "best" if config.choose else "agent"}
     for world in _WORLDS:
-        kept = "best" if world == "dream" and config.choose else "agent"
-        runs = {f"{world}-{seed}": config.run(game.name, world, seed).out / kept for seed in config.seeds}
+        runs = {f"{world}-{seed}": config.run(game.name, world, seed).out / kept[world] for seed in config.seeds}
         players[world] = {name: str(folder) for name, folder in runs.items()}
     row: dict[str, Any] = {"held": best.partition(":")[2], "steps": config.steps, "seeds": list(config.seeds)}
+    row["kept"] = kept["dream"]
     low, high = game.hard if facts.distribution_mode == "hard" else game.easy
     for player, agents in players.items():
         judged = [_judged(config, game, name, agent) for name, agent in agents.items()]

@@ -205,15 +205,18 @@ def check_mode(mode: str, distribution_mode: str | None) -> None:
     check(same, f"distribution_mode {str(distribution_mode)[:80]!r}: the bundle is of {mode}")
 
 
-def bundled_agent(folder: Path, game: str) -> Path | None:
-    """Folder of the agent that ships with a bundle for a game, for `load_agent`; None if there is none.
-
-    It is `agent`, or in a bundle of several games `agent-<game>`.
+def agent_folder(folder: Path, game: str) -> Path:
+    """Where a bundle's agent for a game is, if there is one: `agent`, or in a bundle of several games `agent-<game>`.
 
     Raises:
         BundleError: no bundle, or a damaged one.
     """
-    agent = folder / ("agent" if len(bundle_games(folder)) == 1 else f"agent-{game}")
+    return folder / ("agent" if len(bundle_games(folder)) == 1 else f"agent-{game}")
+
+
+def bundled_agent(folder: Path, game: str) -> Path | None:
+    """`agent_folder` where an agent ships, for `load_agent`; None if there is none."""
+    agent = agent_folder(folder, game)
     return agent if present(agent / "agent.json") else None
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ from agents.benchmark import BenchmarkConfig, bootstrap, run_benchmark, share_of
 from agents.evaluate import evaluate
 from agents.real_steps import RealStepsConfig, run_real_steps
 from agents.saved import agent_facts
+from agents.ship import ship
 from dreamenv.data import Dataset
 from dreamenv.errors import BundleError, ConfigError, PolicyError
-from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, save_agent
+from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, load_agent, save_agent
 from dreamenv.vector import DreamVectorEnv
 
 ALGORITHM = """
@@ -67,6 +70,23 @@ def test_agents_of_both_worlds_are_trained_and_judged_once(
         judged = evaluate(str(folder), episodes=5, limit=30).figures
         assert row[world] == judged["mean_return"] and row[f"{world}_low"] <= row[world] <= row[f"{world}_high"]
     assert "| coinrun |" in page.read_text() and page.read_text().endswith("after\n")
+    home = shutil.copytree(toy_bundle, tmp_path / "home")
+    written = tmp_path / "out" / "benchmark.json"
+    for random, ships in ((row["dream_low"], False), (row["dream_low"] - 0.1, True)):
+        written.write_text(json.dumps({"coinrun": row | {"random": random}}))
+        told = ship(tmp_path / "out", bundle=home)["coinrun"]
+        assert told.startswith("none: from ") == (not ships) and (home / "agent").exists() == ships
+    shipped = load_agent(home / "agent")
+    assert shipped.facts["real_return"] == row["dream"] and shipped.facts["world"] == "dream"
+    learnt = load_agent(tmp_path / "out" / "coinrun" / "dream-0" / "agent")
+    frames = np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), dtype=np.uint8)
+    assert np.abs(shipped.probabilities(frames)[0] - learnt.probabilities(frames)[0]).max() < 0.01
+    before = (home / "agent" / "agent.json").read_bytes()
+    for wrong, named in (({"kib": 1}, "kib 1: the agents take"), ({"games": ("maze",)}, "games maze: not in")):
+        with pytest.raises(ConfigError, match=named):
+            ship(tmp_path / "out", bundle=home, **wrong)
+    assert (home / "agent" / "agent.json").read_bytes() == before
+    written.write_text(json.dumps({"coinrun": row}))
     monkeypatch.setattr(agents.benchmark, "run_command", None)  # a second run trains nothing
     monkeypatch.setattr(agents.benchmark, "evaluate", None)
     assert run_benchmark(BenchmarkConfig(**shared))["coinrun"] == row
