@@ -165,7 +165,8 @@ class CanvasFlow(Dynamics):
         last, background = state.latents[:, -1], state["background"]
         features = self._features(state, action, x, tau, level)
         change, new, uncovered, log_error, apart, moves = self.out(features).float().split(self.sizes, 1)
-        carried = self._carried(last, background, apart, moves) if self.moves else last
+        shown = None if self.training else (_share(new) > 0).any(1)  # elsewhere the last picture stays
+        carried = self._carried(last, background, apart, moves, shown) if self.moves else last
         fresh = blend(carried + change, background, uncovered - 2)  # begins as what is drawn
         drawn = blend(last, fresh, new).float()
         if self.config.rest and not self.training:
@@ -199,18 +200,21 @@ class CanvasFlow(Dynamics):
         maps = torch.cat([noisy, context.flatten(1, 2), state["background"], state["votes"] / _VOTES], 1)
         return self.backbone(maps, self.condition(torch.cat(told, 1)), tokens)
 
-    def _carried(self, last: Tensor, background: Tensor, apart: Tensor, moves: Tensor) -> Tensor:
-        """The last picture moved; as far as logits (B, 1, H, W) say, only what differs from the background, over it."""
+    def _carried(self, last: Tensor, background: Tensor, apart: Tensor, moves: Tensor, shown: Tensor | None) -> Tensor:
+        """The last picture moved; as far as logits (B, 1, H, W) say, only what differs from the background, over it.
+
+        Cells that are not shown, bool (B, H, W), may hold anything; None shows all.
+        """
         patch = math.isqrt(self.pixels)
+        whole = moved(last, moves, patch, shown)
         if not self.config.layered:
-            return moved(last, moves, patch)
+            return whole
         differs = ((last - background).abs().unflatten(1, (3, self.pixels)).amax(1) >= _SAME).to(last.dtype)
-        whole = moved(last, moves, patch)
         sprite, needed = torch.cat([last * differs.repeat(1, 3, 1, 1), differs], 1), None
-        if not self.training:  # elsewhere it is nothing that is moved, or is not shown
+        if shown is not None:  # elsewhere it is nothing that is moved, or is not shown
             reach = -(-self.config.motion // patch)
             near = F.max_pool2d(differs.amax(1, keepdim=True), 2 * reach + 1, 1, reach)
-            needed = (near[:, 0] > 0) & (_share(apart[:, 0]) > 0)
+            needed = (near[:, 0] > 0) & (_share(apart[:, 0]) > 0) & shown
         sprite, cover = moved(sprite, moves, patch, needed).split([last.shape[1], self.pixels], 1)
         alone = sprite + (1 - cover.repeat(1, 3, 1, 1)) * background
         return blend(whole, alone, apart.expand(-1, self.pixels, -1, -1))
