@@ -115,7 +115,7 @@ def run_benchmark(config: BenchmarkConfig) -> dict[str, dict[str, Any]]:
     Returns:
         A row for each game: mean returns and 95 % intervals of `random`, `constant`, `real` and `dream` (over agents
         and levels), those scaled to Procgen's range, and what share of the way from
-        random to real the dream's agent goes.
+        random to real the dream's agent goes; None where PPO in the game is not sure to beat random.
 
     Raises:
         ConfigError: bad settings, or a training that failed.
@@ -182,7 +182,8 @@ def _row(config: BenchmarkConfig, game: Game) -> dict[str, Any]:
         row[f"{player}_seeds"] = returns.mean(1).tolist()
         row[f"{player}_low"], row[f"{player}_high"] = interval(bootstrap(returns))
         row[f"{player}_scaled"] = (row[player] - low) / (high - low)
-    row["share"] = share_of_the_way(row["random"], row["real"], row["dream"])
+    learnt = row["real_low"] > row["random"]  # else the way is no longer than what 500 levels can tell
+    row["share"] = share_of_the_way(row["random"], row["real"], row["dream"]) if learnt else None
     return row
 
 
