@@ -79,8 +79,7 @@ def evaluate(
         nfe: network function evaluations of the dream's steps.
         seed: decides levels, actions and noise.
         films: how many episodes to keep the frames of.
-        distribution_mode: Procgen's difficulty, and of the embedded bundle; that of `bundle` by default, without one
-            "easy".
+        distribution_mode: Procgen's difficulty; that of `bundle` by default, without one "easy".
         limit: steps after which an episode is cut off; the game's own by default.
 
     Raises:
@@ -89,17 +88,16 @@ def evaluate(
     first, end = levels
     _check(world, episodes, first, end)
     chosen = first + philox((seed, 0xE7A1)).choice(end - first, episodes, replace=episodes > end - first)
-    asked = distribution_mode
-    dreamt = load_bundle(resolve_bundle(bundle, game, asked), "cpu", game=game) if world == "dream" else None
-    if distribution_mode is None:
-        distribution_mode = "easy" if bundle is None else bundle_mode(resolve_bundle(bundle, game), game)
+    told = (bundle, game, distribution_mode)
+    dreamt = load_bundle(resolve_bundle(*told), "cpu", game=game) if world == "dream" else None
+    mode = distribution_mode or ("easy" if bundle is None else bundle_mode(resolve_bundle(bundle, game), game))
     played, films_kept = [], []
     longest = get_game(game).max_steps
     check(limit is None or 1 <= limit <= longest, f"limit {limit}: must be in 1..{longest}")
     for at in range(0, episodes, _BATCH):
-        batch, policy = chosen[at : at + _BATCH], policy_of(agent, bundle, game, asked)
+        batch, policy = chosen[at : at + _BATCH], policy_of(agent, *told)
         frame = getattr(policy, "frame", NATIVE) if dreamt is None else dreamt.world_model.frame_shape
-        envs = real_envs(game, len(batch), (first, end - first), distribution_mode, frame)
+        envs = real_envs(game, len(batch), (first, end - first), mode, frame)
         frames, _ = envs.reset(seed=seed + at, options={"level": batch})
         if dreamt is not None:
             envs.close()
