@@ -135,10 +135,8 @@ class TrainConfig:
         check(self.judge in places, f"judge {self.judge!r}: must be one of {', '.join(places)}")
         check(known, f"observations {self.observations!r}: must be 'pixels' or 'latent'")
         check(not self.eval_every or self.eval_episodes > 0, f"eval_every {self.eval_every}: needs eval_episodes")
-        check(
-            self.precision in ("auto", "fp32", "bf16"),
-            f"precision {self.precision!r}: must be 'auto', 'fp32' or 'bf16'",
-        )
+        known = self.precision in ("auto", "fp32", "bf16")
+        check(known, f"precision {self.precision!r}: must be 'auto', 'fp32' or 'bf16'")
         check(0 <= self.seed < 2**31, f"seed {self.seed}: must be in 0..2^31-1")
 
 
@@ -306,9 +304,8 @@ def _learn(
     before, began = model.num_timesteps, time.perf_counter()
     if (left := config.steps - before) > 0:
         callbacks = CallbackList([keeper, *([ProgressBarCallback()] if progress else [])])
-        extra: dict[str, Any] = (
-            {"use_masking": False} if algorithm.algorithm == "MaskablePPO" else {}
-        )  # every action is always allowed
+        masks = algorithm.algorithm == "MaskablePPO"  # every action is always allowed
+        extra: dict[str, Any] = {"use_masking": False} if masks else {}
         model.learn(left, callbacks, reset_num_timesteps=not resumed, **extra)
     seconds = time.perf_counter() - began
     keeper.init_callback(model)

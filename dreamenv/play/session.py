@@ -87,8 +87,7 @@ class Session(Timeline):
         """Load the real game; may run in another thread, the next call of any method takes it in.
 
         Args:
-            game: a Procgen game; the bundle's unless given. With another one there is nothing to dream: it is played
-                alone.
+            game: a Procgen game, by default the bundle's; another one is played alone, with no dream.
 
         Where it cannot be loaded `real_problem` says why, and the session goes on without it.
         """
@@ -150,14 +149,11 @@ class Session(Timeline):
         alone = self.real is not None and not self.paired
         if not self._swap():
             return
-        first, last = self.levels[0], sum(self.levels)
-        if alone or not self.paired or not first <= self._level < last:
-            self.new_start()
-            return
         real: Any = self.real
-        frame, _ = real.reset(options={"level": self._level})
-        if not np.array_equal(frame, self.bundle.starts.frames[self._start, -1]):  # the dream began later in the level
-            self.new_start()
+        same = not alone and self.paired and self.levels[0] <= self._level < sum(self.levels)
+        frame = real.reset(options={"level": self._level})[0] if same else None
+        if frame is None or not np.array_equal(frame, self.bundle.starts.frames[self._start, -1]):
+            self.new_start()  # the dream began later in its level, or in one that was not asked for
             return
         frames, total, ended = [frame], 0.0, ""
         for action in self._taken:
