@@ -101,10 +101,13 @@ def test_a_recipe_makes_a_bundle_of_tiles_of_games_of_different_difficulties(
     head = load_model(tmp_path / "run" / "outcomes" / "model", "head")[0]
     assert isinstance(head, PlayerOutcomeHead)
     spec = LatentSpec((head.spec.shape[0] - 1, *head.spec.shape[1:]), head.spec.layout, head.spec.known - 1)
-    alone = {"games": (), "owners": (), "rewards": (0.0, 10.0), "terminated": (False, True), "grid": Grid(view=13)}
+    alone: dict[str, Any] = {"games": (), "owners": (), "grid": Grid(view=13)}
+    alone |= {"rewards": (0.0, 10.0), "terminated": (False, True), "bias": ()}
     save_model(tmp_path / "one", PlayerOutcomeHead(dataclasses.replace(head.config, latent=spec, **alone)), {})
     values = yaml.safe_load((tmp_path / "run" / "outcomes.yaml").read_text())
-    task = OutcomeTask(OutcomeTaskConfig(**values["task"], init_from=str(tmp_path / "one")), values["model"], 0)
+    told = {name: value for name, value in values["task"].items() if name != "type"}
+    wanted = OutcomeTaskConfig(**(told | {"init_from": str(tmp_path / "one")}))
+    task = OutcomeTask(wanted, values["model"], 0)
     owners = [game for game, *_ in task.outcomes]
     assert task.outcomes and owners.count(0) > 1 < owners.count(1), "its own outcomes, of both games"
     bundle = load_bundle(folder, "cpu", game="coinrun")
