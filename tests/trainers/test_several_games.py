@@ -117,8 +117,8 @@ def test_each_game_has_its_own_outcomes(data: Path, bundle: Path) -> None:
         assert set(model.rewards.tolist()) == seen and np.allclose(probabilities.sum(1), 1, atol=1e-5)
         assert probabilities.shape[1] == len(model.rewards) == len(model.terminated) and (probabilities > 0).all()
         assert loaded.game.max_steps == Dataset(data).facts["games"][game]["max_steps"]
-        begun = np.concatenate([s.frames[s.first] for s in latents.dataset.shards if s.game == game])
-        assert {f[-1].tobytes() for f in loaded.starts.frames} <= {f.tobytes() for f in begun}
+        held = np.concatenate([s.frames[:] for s in latents.dataset.shards if s.game == game])
+        assert {f[-1].tobytes() for f in loaded.starts.frames} <= {f.tobytes() for f in held}
 
 
 def test_game_decides_what_one_bundle_dreams(bundle: Path) -> None:
