@@ -114,8 +114,8 @@ def run_benchmark(config: BenchmarkConfig) -> dict[str, dict[str, Any]]:
 
     Returns:
         A row for each game: mean returns and 95 % intervals of `random`, `constant`, `real` and `dream` (over agents
-        and levels), those scaled to Procgen's range, and what share of the way from
-        random to real the dream's agent goes; None where PPO in the game is not sure to beat random.
+        and levels), those scaled to Procgen's range, and what share of the way from random to real the dream's agent
+        goes; None where PPO in the game is not sure to beat random.
 
     Raises:
         ConfigError: bad settings, or a training that failed.

@@ -34,7 +34,9 @@ def ship(
     bits: int = 8,
     kib: int = 3072,
 ) -> dict[str, str]:
-    """Put agents into bundles; all of them, or none.
+    """Put agents into bundles, once all of them are known to be sound and to fit.
+
+    The values in a bundle's card may count the agent that it shipped before: measure them anew.
 
     Args:
         runs: run folder of `agents.benchmark`, which has ended.

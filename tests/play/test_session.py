@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -17,8 +20,10 @@ from dreamenv.errors import ConfigError, SnapshotError
 from dreamenv.flow import SamplerConfig
 from dreamenv.play.headless import parse_script
 from dreamenv.play.keys import pressed_action
+from dreamenv.play.run import PlayConfig, run
 from dreamenv.play.session import Session
 from dreamenv.play.timeline import GRID
+from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, save_agent
 from tests.conftest import MEAN, same_bytes, write_toy_bundle
 from tests.play.common import RIGHT, UP, real_frames
 
@@ -196,7 +201,6 @@ def test_synchronising_and_following(session: Session) -> None:
 
 
 def test_chance_and_agents_take_over(calm_bundle: Bundle, tmp_path: Path) -> None:
-    from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, save_agent
 
     save_agent(tmp_path / "agent", ImpalaAgent(ImpalaConfig(channels=(4, 4, 4), features=8)))
     session = Session(calm_bundle, agent=str(tmp_path / "agent"), seed=0)
@@ -228,3 +232,24 @@ def test_an_end_stays_on_show_and_then_starts_anew(toy_bundle: Path, tmp_path: P
     assert session.moment.ended["dream"] in ("the end", "time is up")
     assert session.step(NOOP).step == 0 and not session.over
     session.close()
+
+
+def test_who_plays_is_asked_of_the_first_game_only(
+    toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(toy_bundle, tmp_path / "with-agent")
+    save_agent(folder / "agent", ImpalaAgent(ImpalaConfig(channels=(4, 4, 4), features=8)))
+    opened: list[tuple[str, ...]] = []
+
+    def look(open_session: Any, *args: Any) -> Any:
+        for place in (folder, toy_bundle, folder):
+            session = open_session(place, "coinrun")
+            opened.append((session.player, *session.players))
+            session.close()
+        return SimpleNamespace(run=dict)
+
+    monkeypatch.setattr("dreamenv.play.run.Window", look)
+    for agent in (None, "bundled", str(folder / "agent")):
+        run(PlayConfig(bundle=folder, player="agent", agent=agent, device="cpu"))
+    first, other = ("agent", "human", "agent", "random"), ("human", "human", "random")
+    assert opened == [first, other, first] * 3

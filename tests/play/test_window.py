@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -27,7 +26,6 @@ from dreamenv.play.run import PlayConfig, run
 from dreamenv.play.screen import KEYS, Screen, View
 from dreamenv.play.session import Session
 from dreamenv.play.window import Window
-from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, save_agent
 
 RIGHT = NAMES.index("right")
 
@@ -287,27 +285,6 @@ def test_without_a_window_somebody_plays(toy_bundle: Path, tmp_path: Path) -> No
         assert np.abs(np.diff(again.astype(int), axis=0)).max() > 0, "something moves"
 
 
-def test_who_plays_is_asked_of_the_first_game_only(
-    toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = shutil.copytree(toy_bundle, tmp_path / "with-agent")
-    save_agent(folder / "agent", ImpalaAgent(ImpalaConfig(channels=(4, 4, 4), features=8)))
-    opened: list[tuple[str, ...]] = []
-
-    def look(open_session: Any, *args: Any) -> Any:
-        for place in (folder, toy_bundle, folder):
-            session = open_session(place, "coinrun")
-            opened.append((session.player, *session.players))
-            session.close()
-        return SimpleNamespace(run=dict)
-
-    monkeypatch.setattr("dreamenv.play.run.Window", look)
-    for agent in (None, "bundled", str(folder / "agent")):
-        run(PlayConfig(bundle=folder, player="agent", agent=agent, device="cpu"))
-    first, other = ("agent", "human", "agent", "random"), ("human", "human", "random")
-    assert opened == [first, other, first] * 3
-
-
 @pytest.mark.parametrize(
     "bad",
     [
@@ -357,7 +334,6 @@ def test_gymnasiums_own_play_works(name: str, toy_bundle: Path, monkeypatch: pyt
 
 
 def test_bundles_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy_bundle: Path) -> None:
-    import shutil
 
     monkeypatch.chdir(tmp_path)
     embedded = find_bundles()

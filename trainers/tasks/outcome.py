@@ -105,8 +105,7 @@ class OutcomeTask:
     auxiliary: nn.Module | None = None
 
     def __init__(self, config: OutcomeTaskConfig, model: dict[str, Any], seed: int) -> None:
-        self.config = config
-        self.data = LatentDataset(Path(config.latents), config.val_ratio)
+        self.config, self.data = config, LatentDataset(Path(config.latents), config.val_ratio)
         before = trained_head(config.init_from, "init_from") if config.init_from else None
         apart = told_apart(self.data.games)
         same = before is not None and before.config.games == apart  # else its outcomes are of another set of games
