@@ -54,12 +54,19 @@ class BenchmarkConfig:
     choose: int = 0
     """Imagined steps between evaluations in dreams that begin elsewhere; the agent that did best in one is taken from
     the dream then. 0 takes the last. The game is never asked."""
+    choose_nfe: int | None = None
+    """Network function evaluations of the dreams in which it is chosen; `nfe` by default."""
+    choose_limit: int | None = None
+    """Steps after which they are cut off; the game's own limit by default."""
     nfe: int = 1
     """Network function evaluations of the dreams' steps."""
     penalty: float = 0.0
     """Take so much of the dream's uncertainty from each reward, see `agents.train`."""
     starts: Path | None = None
     """Dataset folder whose real contexts dreams start from, instead of the bundle's bank."""
+    learnable: bool = False
+    """Train in dreams only of games in which PPO in the game surely beats a random player: where it does not, so many
+    steps teach nothing that a dream could be compared with."""
     bundle: Path | None = None
     """Bundle folder of the dreams; the embedded one by default. Its difficulty is that of the game."""
     episodes: int = 500
@@ -106,6 +113,7 @@ class BenchmarkConfig:
             shared |= {name: getattr(self, name) for name in ("horizon", "nfe", "penalty", "starts")}
         if world == "dream" and self.choose:
             shared |= {"judge": "dream", "eval_every": self.choose, "eval_episodes": 64}
+            shared |= {"eval_nfe": self.choose_nfe, "eval_limit": self.choose_limit}
         return TrainConfig(**shared, resume=True)
 
 
@@ -115,18 +123,23 @@ def run_benchmark(config: BenchmarkConfig) -> dict[str, dict[str, Any]]:
     Returns:
         A row for each game: mean returns and 95 % intervals of `random`, `constant`, `real` and `dream` (over agents
         and levels), those scaled to Procgen's range, and what share of the way from random to real the dream's agent
-        goes; None where PPO in the game is not sure to beat random.
+        goes; None where PPO in the game is not sure to beat random. With `learnable` there is no `dream` there either.
 
     Raises:
         ConfigError: bad settings, or a training that failed.
     """
     out = config.out
-    free = ("out", "docs", "games", "seeds", "jobs", "device")
+    free = ("out", "docs", "games", "seeds", "jobs", "device", "learnable")
     settings = {k: str(v) for k, v in to_dict(config).items() if k not in free}
     with begun(out, settings | {"algorithm": str(to_dict(load_algorithm(config.config)))}):
-        agents = [(game, world, seed) for game in config.games for world in _WORLDS for seed in config.seeds]
-        together(config.jobs, [partial(_train, config, *agent) for agent in agents])
-        rows = {game: _row(config, get_game(game)) for game in config.games}
+        rows: dict[str, dict[str, Any]] = {game: {} for game in config.games}
+        for world in _WORLDS:
+            asked = [game for game in config.games if world == "real" or rows[game]["learnt"] or not config.learnable]
+            agents = [(game, world, seed) for game in asked for seed in config.seeds]
+            together(config.jobs, [partial(_train, config, *agent) for agent in agents])
+            for game in asked:
+                rows[game] |= _players(config, get_game(game)) if world == "real" else {}
+                rows[game] |= _trained(config, game, world, rows[game])
     table = table_of(rows)
     for path, text in ((out / "benchmark.md", table), (out / "benchmark.json", json.dumps(rows, indent=1))):
         with atomic_file(path) as temporary:
@@ -144,7 +157,7 @@ def _train(config: BenchmarkConfig, game: str, world: str, seed: int) -> None:
 
 _OPTIONS = (
     *("world", "game", "steps", "out", "config", "bundle", "horizon", "nfe", "penalty", "starts"),
-    *("judge", "eval_every", "eval_episodes", "device", "seed", "resume"),
+    *("judge", "eval_every", "eval_episodes", "eval_nfe", "eval_limit", "device", "seed", "resume"),
 )
 
 
@@ -161,30 +174,38 @@ def _judged(config: BenchmarkConfig, game: Game, name: str, agent: str, held_out
     return stage(config.out, f"{game.name}-judged-{name}", work)
 
 
-def _row(config: BenchmarkConfig, game: Game) -> dict[str, Any]:
-    """The figures of one game."""
+def _players(config: BenchmarkConfig, game: Game) -> dict[str, Any]:
+    """The figures of the players that learn nothing: a random one, and who holds the best keys."""
     facts = load_bundle(resolve_bundle(config.bundle, game.name), "cpu", game=game.name).game
     tried = {NAMES[action]: f"hold:{NAMES[action]}" for action in distinct_actions(facts)}
     means = {a: _judged(config, game, f"try-{n}", a, held_out=False)["mean_return"] for n, a in tried.items()}
     best = max(means, key=lambda action: means[action])
-    players = {"random": {"random": "random"}, "constant": {best.replace(":", "-"): best}}
-    kept = {"real": "agent", "dream": "best" if config.choose else "agent"}
-    for world in _WORLDS:
-        runs = {f"{world}-{seed}": config.run(game.name, world, seed).out / kept[world] for seed in config.seeds}
-        players[world] = {name: str(folder) for name, folder in runs.items()}
-    row: dict[str, Any] = {"held": best.partition(":")[2], "steps": config.steps, "seeds": list(config.seeds)}
-    row["kept"] = kept["dream"]
     low, high = game.hard if facts.distribution_mode == "hard" else game.easy
-    for player, agents in players.items():
-        judged = [_judged(config, game, name, agent) for name, agent in agents.items()]
-        returns = np.array([each["returns"] for each in judged])
-        row[player] = float(returns.mean())
-        row[f"{player}_seeds"] = returns.mean(1).tolist()
-        row[f"{player}_low"], row[f"{player}_high"] = interval(bootstrap(returns))
-        row[f"{player}_scaled"] = (row[player] - low) / (high - low)
-    learnt = row["real_low"] > row["random"]  # else the way is no longer than what 500 levels can tell
-    row["share"] = share_of_the_way(row["random"], row["real"], row["dream"]) if learnt else None
+    row: dict[str, Any] = {"held": best.partition(":")[2], "range": [low, high], "steps": config.steps}
+    for player, name, agent in (("random", "random", "random"), ("constant", best.replace(":", "-"), best)):
+        row |= _figures(player, [_judged(config, game, name, agent)], row["range"])
     return row
+
+
+def _trained(config: BenchmarkConfig, game: str, world: str, row: dict[str, Any]) -> dict[str, Any]:
+    """The figures of the agents of one world, beside those that `row` has of others."""
+    kept = "best" if world == "dream" and config.choose else "agent"
+    runs = {seed: str(config.run(game, world, seed).out / kept) for seed in config.seeds}
+    judged = [_judged(config, get_game(game), f"{world}-{seed}", folder) for seed, folder in runs.items()]
+    figures = _figures(world, judged, row["range"])
+    if world == "real":  # not learnt: the way is no longer than what these levels can tell
+        return figures | {"learnt": bool(figures["real_low"] > row["random"]), "share": None}
+    share = share_of_the_way(row["random"], row["real"], figures["dream"]) if row["learnt"] else None
+    return figures | {"seeds": list(config.seeds), "kept": kept, "share": share}
+
+
+def _figures(player: str, judged: list[dict[str, Any]], limits: list[float]) -> dict[str, Any]:
+    """Mean return of one or more agents, its interval, each agent's own, and the mean in Procgen's range."""
+    returns = np.array([each["returns"] for each in judged])
+    found: dict[str, Any] = {player: float(returns.mean()), f"{player}_seeds": returns.mean(1).tolist()}
+    found[f"{player}_low"], found[f"{player}_high"] = interval(bootstrap(returns))
+    found[f"{player}_scaled"] = (found[player] - limits[0]) / (limits[1] - limits[0])
+    return found
 
 
 def bootstrap(returns: np.ndarray, draws: int = 10_000) -> np.ndarray:

@@ -60,6 +60,9 @@ def ship(
     agents: dict[str, ImpalaAgent] = {}
     for game in games or rows:
         row = rows[game]
+        if "dream" not in row:
+            found[game] = "none: not learnable in so many steps, so none learnt in dreams"
+            continue
         if row["dream_low"] <= row["random"]:
             found[game] = f"none: from {row['dream_low']:.2f} on, where a random player earns {row['random']:.2f}"
             continue

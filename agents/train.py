@@ -13,27 +13,26 @@ import time
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import torch
 import tyro
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
+from stable_baselines3.common.callbacks import CallbackList, ProgressBarCallback
 from stable_baselines3.common.logger import Logger, make_output_format
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv
 
 from agents.checkpoint import load_checkpoint, save_checkpoint
-from agents.evaluate import evaluate
-from agents.saved import ACTOR_CRITIC, ALGORITHMS, agent_facts, go_on_from, make_algorithm, save_algorithm, to_agent
-from agents.worlds import TRAIN_LEVELS, TimedVecEnv, make_world, time_shares
+from agents.keeper import Keeper, run_facts
+from agents.saved import ACTOR_CRITIC, ALGORITHMS, go_on_from, make_algorithm, save_algorithm
+from agents.worlds import TimedVecEnv, check_lengths, make_world, time_shares
 from dreamenv import checkpoints
-from dreamenv.artifacts import checksum, only_writer, present
-from dreamenv.bundle import load_bundle, resolve_bundle
+from dreamenv.artifacts import checksum, only_writer
 from dreamenv.config import check, from_dict, load_yaml, to_dict
 from dreamenv.console import errors_in_one_line
 from dreamenv.device import keep_freed_memory
 from dreamenv.errors import ConfigError
+from dreamenv.flow import SamplerConfig
 from dreamenv.policies.agent import ImpalaConfig
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -107,6 +106,11 @@ class TrainConfig:
     """Environment steps between evaluations; 0 evaluates at the end only. The best agent so far is kept in `best/`."""
     eval_episodes: int = 64
     """Episodes of each evaluation, on training levels; 0 evaluates never, for games that no bundle knows yet."""
+    eval_nfe: int | None = None
+    """Network function evaluations of the dreams it is evaluated in; by default those it learns in. Dreams of four
+    invent fewer rewards than those of one (lab book, run A15)."""
+    eval_limit: int | None = None
+    """Steps after which an episode of an evaluation is cut off; the game's own limit by default."""
     checkpoint_every: int = 10
     """Rollouts between checkpoints."""
     device: str = "auto"
@@ -124,6 +128,8 @@ class TrainConfig:
             check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
         for name in ("eval_every", "eval_episodes"):
             check(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: must be >= 0")
+        SamplerConfig(nfe=self.nfe if self.eval_nfe is None else self.eval_nfe)  # raises
+        check_lengths(self.game, eval_limit=self.eval_limit)
         check(self.penalty >= 0, f"penalty {self.penalty}: must be >= 0")
         for name in ("horizon", "truncate_above", "penalty", "vote", "starts"):
             value = getattr(self, name)
@@ -138,88 +144,6 @@ class TrainConfig:
         known = self.precision in ("auto", "fp32", "bf16")
         check(known, f"precision {self.precision!r}: must be 'auto', 'fp32' or 'bf16'")
         check(0 <= self.seed < 2**31, f"seed {self.seed}: must be in 0..2^31-1")
-
-
-class _Keeper(BaseCallback):
-    """Between rollouts: checkpoint, evaluate, keep the best."""
-
-    def __init__(self, config: TrainConfig, identity: str) -> None:
-        super().__init__()
-        self.config, self.identity = config, identity
-        self.where = config.judge if config.judge != "other" else {"dream": "real"}.get(config.world, "dream")
-        self.rollouts, self.evaluated, self.best = 0, 0, float("-inf")
-        self.collecting, self._began = 0.0, time.perf_counter()
-
-    def resume(self, steps: int) -> None:
-        """Go on after `steps`: remember the best so far, and do not make up for evaluations of before."""
-        self.evaluated = steps
-        if present(self.config.out / "best" / "agent.json"):
-            self.best = float(agent_facts(self.config.out / "best").get(f"{self.where}_return", "-inf"))
-
-    def _on_rollout_start(self) -> None:
-        steps, every = self.model.num_timesteps, self.config.eval_every
-        if every and steps // every > self.evaluated // every:  # before the checkpoint: a kill meanwhile repeats it
-            self.evaluated = steps
-            self.judge()
-            save_algorithm(self.config.out / "agent", self.model, _facts(self.config))
-        if (
-            isinstance(self.model, OnPolicyAlgorithm)
-            and self.rollouts
-            and self.rollouts % self.config.checkpoint_every == 0
-        ):
-            self.save()
-        self.rollouts += 1
-        self._began = time.perf_counter()
-
-    def _on_rollout_end(self) -> None:
-        self.collecting += time.perf_counter() - self._began
-
-    def _on_step(self) -> bool:
-        return True
-
-    def save(self) -> None:
-        save_checkpoint(self.config.out / "checkpoint", cast(OnPolicyAlgorithm, self.model), self.identity)
-        save_algorithm(self.config.out / "agent", self.model, _facts(self.config))
-
-    def judge(self) -> dict[str, Any]:
-        """Evaluate without touching the run's random streams; keeps the agent if it is the best so far."""
-        where, state = self.where, torch.get_rng_state()
-        figures = evaluate(
-            to_agent(self.model).cpu(),
-            where,
-            self.config.game,
-            (TRAIN_LEVELS[0], sum(TRAIN_LEVELS)),  # the first, and the one after the last
-            self.config.eval_episodes,
-            bundle=self.config.bundle,
-            nfe=self.config.nfe,
-            seed=self.config.seed,
-            distribution_mode=self.config.distribution_mode,
-        ).figures
-        torch.set_rng_state(state)
-        for name in ("mean_return", "success_rate", "mean_length"):
-            self.logger.record(f"{where}/{name}", figures[name])
-        if figures["mean_return"] > self.best:
-            self.best = figures["mean_return"]
-            save_algorithm(self.config.out / "best", self.model, _facts(self.config) | {f"{where}_return": self.best})
-        return figures
-
-
-def _facts(config: TrainConfig) -> dict[str, Any]:
-    before: dict[str, Any] = {} if config.agent is None else {"from": agent_facts(config.agent)}
-    if config.observations == "latent":
-        folder = resolve_bundle(config.bundle, config.game, config.distribution_mode)
-        bundle = load_bundle(folder, "cpu", game=config.game)
-        before |= {"latents_sha256": bundle.latents}
-        before |= {} if config.bundle is None else {"bundle": str(config.bundle.resolve())}
-    mixed = {"share": config.share} if config.world == "mix" else {}
-    return {
-        "world": config.world,
-        "game": config.game,
-        "seed": config.seed,
-        "levels": list(TRAIN_LEVELS),
-        **mixed,
-        **before,
-    }
 
 
 def _made(config: TrainConfig, algorithm: AlgorithmConfig) -> tuple[Any, TimedVecEnv, Any]:
@@ -280,7 +204,7 @@ def _train(config: TrainConfig, algorithm: AlgorithmConfig, progress: bool) -> d
     config.out.mkdir(parents=True, exist_ok=True)
     outputs = [make_output_format(name, str(config.out), suffix) for name in formats]
     model.set_logger(Logger(str(config.out), outputs))
-    keeper = _Keeper(config, identity)
+    keeper = Keeper(config, identity)
     try:
         seconds, steps, figures = _learn(config, algorithm, model, keeper, resumed, progress)
     finally:
@@ -296,7 +220,7 @@ def _train(config: TrainConfig, algorithm: AlgorithmConfig, progress: bool) -> d
 
 
 def _learn(
-    config: TrainConfig, algorithm: AlgorithmConfig, model: Any, keeper: _Keeper, resumed: bool, progress: bool
+    config: TrainConfig, algorithm: AlgorithmConfig, model: Any, keeper: Keeper, resumed: bool, progress: bool
 ) -> tuple[float, int, dict[str, Any]]:
     """Learn what is left, save the agent and evaluate it: seconds of learning, steps, and the evaluation's figures."""
     if resumed:
@@ -311,7 +235,7 @@ def _learn(
     keeper.init_callback(model)
     if isinstance(model, OnPolicyAlgorithm):
         save_checkpoint(config.out / "checkpoint", model, keeper.identity)
-    save_algorithm(config.out / "agent", model, _facts(config))
+    save_algorithm(config.out / "agent", model, run_facts(config))
     figures = keeper.judge() if config.eval_episodes else {}
     model.logger.dump(model.num_timesteps)
     return seconds, model.num_timesteps - before, figures

@@ -17,6 +17,7 @@ import trainers.games
 import trainers.objectives
 import trainers.table  # noqa: F401
 from dreamenv.stages import run_command
+from trainers.recipe import load_recipe
 
 
 def run_here(command: list[str]) -> str:
@@ -29,6 +30,14 @@ def run_here(command: list[str]) -> str:
         warnings.filterwarnings("ignore", "rich is experimental")  # so is Stable-Baselines3's progress bar
         runpy.run_module(command[2], run_name="__main__", alter_sys=True)
     return (printed.getvalue().splitlines() or [""])[-1]
+
+
+def brief(recipe: str) -> tuple[str, ...]:
+    """Settings with which the validations of a recipe's dynamics and its head's dreams take a moment only."""
+    tasks = {name: stage.get("task") or {} for name, stage in load_recipe(recipe).stages.items()}
+    windows = [f"{name}:task.val_windows=8" for name, task in tasks.items() if task.get("type") == "dynamics"]
+    dreaming = [name for name, task in tasks.items() if task.get("type") == "outcome" and task.get("dreams")]
+    return (*windows, *(f"{name}:task.drift=4" for name in dreaming))
 
 
 def all_here(patch: pytest.MonkeyPatch) -> None:

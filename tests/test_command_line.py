@@ -24,6 +24,7 @@ TINY = [
     "codec:model.latent_channels=8",
     *[f"dynamics:model.{k}" for k in SHAPE],
     "dynamics:task.unroll=2",
+    "dynamics:task.val_windows=8",
     "head:model.width=16",
 ]
 

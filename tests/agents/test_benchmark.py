@@ -92,6 +92,12 @@ def test_agents_of_both_worlds_are_trained_and_judged_once(
     assert run_benchmark(BenchmarkConfig(**shared))["coinrun"] == row
     with pytest.raises(ConfigError, match="steps"):
         run_benchmark(BenchmarkConfig(**(shared | {"steps": 32})))
+    judged = tmp_path / "out" / "stages" / "coinrun-judged-real-0.json"
+    for earned, learnt in ((100.0, True), (-1.0, False)):  # where PPO in the game learns nothing nobody has to dream
+        judged.write_text(json.dumps({"done": True, "result": {"returns": [earned] * 5}}))
+        found = run_benchmark(BenchmarkConfig(**(shared | {"learnable": True, "docs": None})))["coinrun"]
+        assert (found["learnt"], "dream" in found, found["share"] is None) == (learnt, learnt, not learnt)
+    assert "not learnable" in ship(tmp_path / "out", bundle=home)["coinrun"]
     wrongs: list[dict[str, Any]]
     wrongs = [
         {"games": ("maze", "maze")},
@@ -102,10 +108,11 @@ def test_agents_of_both_worlds_are_trained_and_judged_once(
         {"games": ("x",)},
         {"device": "y"},
     ]
-    choosing: dict[str, Any] = shared | {"choose": 8}
+    choosing: dict[str, Any] = shared | {"choose": 8, "choose_nfe": 4, "choose_limit": 7}
     chosen = BenchmarkConfig(**choosing)
     asked = {world: chosen.run("coinrun", world, 0) for world in ("real", "dream")}
     assert (asked["dream"].judge, asked["dream"].eval_every) == ("dream", 8) and asked["real"].eval_every == 0
+    assert (asked["dream"].eval_nfe, asked["dream"].eval_limit) == (4, 7) and asked["real"].eval_nfe is None
     with pytest.raises(BundleError):
         BenchmarkConfig(bundle=tmp_path / "nowhere")
     for wrong in wrongs:

@@ -90,14 +90,22 @@ def test_a_dreamer_can_be_judged_in_other_dreams_alone(
         worlds.append(world)
         return evaluate(agent, world, *args, **options)
 
-    monkeypatch.setattr("agents.train.evaluate", watched)
+    monkeypatch.setattr("agents.keeper.evaluate", watched)
     result = train(config(tmp_path, toy_bundle, judge="dream", eval_every=128))
     assert worlds == ["dream", "dream"] and "real" not in result
     kept = tmp_path / "run" / "best"
     again = evaluate(str(kept), "dream", levels=(0, 10_000), episodes=2, bundle=toy_bundle, nfe=1)
     assert agent_facts(kept)["dream_return"] == again.figures["mean_return"] >= result["dream"]["mean_return"]
-    with pytest.raises(ConfigError, match="judge 'game': must be one of other, real, dream"):
-        config(tmp_path, toy_bundle, judge="game")
+    other = {"judge": "dream", "eval_nfe": 3, "eval_limit": 5}
+    found = train(config(tmp_path, toy_bundle, out=tmp_path / "other", **other))
+    last = str(tmp_path / "other" / "agent")
+    asked: dict[str, Any] = {"levels": (0, 10_000), "episodes": 2, "bundle": toy_bundle, "nfe": 3}
+    again, whole = (evaluate(last, "dream", **asked, limit=limit).figures for limit in (5, None))
+    assert found["dream"]["mean_length"] == again["mean_length"] < whole["mean_length"]
+    assert found["dream"]["mean_return"] == again["mean_return"]
+    for wrong in ({"judge": "game"}, {"eval_nfe": 0}, {"eval_limit": 1001}):
+        with pytest.raises(ConfigError, match=f"{next(iter(wrong))} .*: must be"):
+            config(tmp_path, toy_bundle, **wrong)
 
 
 @pytest.mark.slow
@@ -132,7 +140,7 @@ def test_an_evaluation_that_is_killed_is_made_up_for(
             raise found
         return SimpleNamespace(figures={"mean_return": found, "success_rate": 0.0, "mean_length": 1.0})
 
-    monkeypatch.setattr("agents.train.evaluate", killed)
+    monkeypatch.setattr("agents.keeper.evaluate", killed)
     every: dict[str, Any] = {"eval_every": 64, "judge": "dream", "steps": 192}
     with pytest.raises(KeyboardInterrupt):
         train(config(tmp_path, toy_bundle, **every))
@@ -144,7 +152,7 @@ def test_an_evaluation_that_is_killed_is_made_up_for(
 def test_the_end_of_a_run_is_saved_though_its_evaluation_fails(
     toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agents.train.evaluate", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("agents.keeper.evaluate", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(config(tmp_path, toy_bundle, steps=64))
     assert agent_facts(tmp_path / "run" / "agent")["steps"] == 64

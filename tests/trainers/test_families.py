@@ -24,6 +24,7 @@ from dreamenv.play.run import PlayConfig, run
 from dreamenv.play.session import Session
 from envs.collect import CollectConfig, collect
 from envs.wrappers import grayscale_stack
+from tests.here import brief
 from trainers.eval_autoencoder import evaluate
 from trainers.pipeline import PipelineConfig, run_pipeline
 from trainers.recipe import load_recipe
@@ -51,7 +52,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def made(name: str, data: Path, out: Path) -> Path:
     sizes = SMALL.get(name) or SMALL[name.split("_")[0]]
-    small = ("loop.batch_size=4", "task.val_ratio=0.2", "head:model.width=16", *sizes)
+    small = ("loop.batch_size=4", "task.val_ratio=0.2", "head:model.width=16", *sizes, *brief(name))
     return run_pipeline(PipelineConfig(recipe=name, data=data, out=out, stage_steps=2, starts=3, set=small, events=0))
 
 

@@ -24,6 +24,7 @@ from dreamenv.models.io import load_model, save_model
 from dreamenv.stages import begun
 from dreamenv.starts import pack_starts
 from envs.collect import CollectConfig, collect
+from tests.here import brief
 from trainers.choose import choose
 from trainers.encode import encode_dataset
 from trainers.games import GamesConfig, main, mixed
@@ -225,7 +226,7 @@ def test_one_command_makes_one_bundle_of_several_games(
     options = ["--games", *GAMES, "--out", str(tmp_path / "g")]
     options += ["--steps", "1600", "--agent-steps", "64", "--event-steps", "6400"]
     options += ["--agent-config", str(agent), "--starts", "6", "--stage-steps", "2"]
-    options += ["--set", "loop.batch_size=4", "task.val_ratio=0.2", "head:model.width=16", *small]
+    options += ["--set", "loop.batch_size=4", "task.val_ratio=0.2", "head:model.width=16", *small, *brief("canvas")]
 
     def made() -> list[str]:
         main(options)

@@ -16,6 +16,7 @@ from dreamenv.errors import ConfigError
 from dreamenv.flow import SamplerConfig, sample
 from dreamenv.models.interface import State
 from dreamenv.models.io import load_model
+from tests.here import brief
 from tests.trainers.common import dynamics_task, settings
 from trainers.loop import LoopConfig, learning_rate, momentum
 from trainers.objectives import OBJECTIVES, ObjectivesConfig, run_objectives
@@ -31,7 +32,12 @@ def test_objectives_are_compared_by_one_command(
     tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainers.table.HORIZONS", (1, 5, 10))
-    small = ("loop.batch_size=4", "dynamics:model.backbone.channels=[16, 16, 16]", "task.val_ratio=0.2")
+    small = (
+        "loop.batch_size=4",
+        "dynamics:model.backbone.channels=[16, 16, 16]",
+        "task.val_ratio=0.2",
+        *brief("flow_unet"),
+    )
     config = ObjectivesConfig(
         steps=3000,
         objectives=("squared, teacher forcing", "flow, velocity"),

@@ -40,12 +40,14 @@ SMALL = (
     *(f"{name}:model.backbone.channels=[16, 16, 16]" for name in ("predictor", "camera")),
     "heads:task.dreams=8",
     "heads:task.drift=4",
+    "predictor:task.val_windows=8",
     "loop.batch_size=4",
 )
 
 
 def test_a_recipe_makes_a_bundle_of_tiles(tmp_path: Path, in_process: None) -> None:
     more = [f"{name}:model.backbone.channels=[16, 16, 16]" for name in LONG]
+    more += [f"{name}:task.val_windows=8" for name in LONG]
     config = PipelineConfig(
         out=tmp_path / "run", steps=3000, events=3000, stage_steps=2, starts=2, recipe="tiles", set=(*SMALL, *more)
     )

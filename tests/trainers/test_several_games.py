@@ -30,7 +30,7 @@ from dreamenv.rewrite import rewrite_bundle, update_card
 from dreamenv.vector import DreamVectorEnv
 from envs.collect import CollectConfig, collect
 from tests import toys as toys  # registers a head
-from tests.here import all_here
+from tests.here import all_here, brief
 from trainers.encode import encode_dataset
 from trainers.finetune import FinetuneConfig, finetune
 from trainers.latent_data import LatentDataset
@@ -57,7 +57,7 @@ def data(parts: list[Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    small = ("loop.batch_size=6", "task.val_ratio=0.2", "head:model.width=16")
+    small = ("loop.batch_size=6", "task.val_ratio=0.2", "head:model.width=16", *brief("canvas"))
     shape = ("channels=[16, 16]", "blocks=[1, 1]")
     settings = (*small, *(f"{s}:model.backbone.{value}" for s in ("predictor", "dynamics") for value in shape))
     out = tmp_path_factory.mktemp("several") / "run"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dreamenv.config import check
+from dreamenv.config import check, whole
 from dreamenv.contract.actions import NOOP
 from dreamenv.evaluation.figures import save_grid, side_by_side
 from dreamenv.evaluation.metrics import detail, psnr, spearman, squared_error
@@ -70,9 +70,12 @@ class DynamicsTaskConfig:
     this power. 0 leaves them as they are: games in which much moves decide nearly all of the loss."""
     val_ratio: float = 0.02
     """Share of levels kept for validation."""
+    val_windows: int = 128
+    """Most moments of them that a validation dreams from, ten steps each."""
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
+        whole(self.val_windows, "val_windows", 4)
         check(1 <= self.unroll <= 64, f"unroll {self.unroll}: must be 1..64")
         check(bool(self.terms), "terms: must name one or more")
         check(
@@ -273,7 +276,7 @@ class DynamicsTask:
         assert isinstance(model, Dynamics)
         k, device = self.context, next(model.parameters()).device
         rng = np.random.default_rng(0)
-        chosen = self._val[rng.choice(len(self._val), min(128, len(self._val)), replace=False)]
+        chosen = self._val[rng.choice(len(self._val), min(self.config.val_windows, len(self._val)), replace=False)]
         indices = chosen[:, None] + np.arange(k + _HORIZON)
         real = self.data.frames(indices[:, k:])
         figures, shown = {"loss": self._validation_loss(model, chosen)}, {"real": real[:4]}
