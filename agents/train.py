@@ -28,7 +28,7 @@ from agents.saved import ACTOR_CRITIC, ALGORITHMS, go_on_from, make_algorithm, s
 from agents.worlds import TimedVecEnv, check_lengths, make_world, time_shares
 from dreamenv import checkpoints
 from dreamenv.artifacts import checksum, only_writer
-from dreamenv.config import check, from_dict, load_yaml, to_dict
+from dreamenv.config import check, from_dict, load_yaml, to_dict, whole
 from dreamenv.console import errors_in_one_line
 from dreamenv.device import keep_freed_memory
 from dreamenv.errors import ConfigError
@@ -128,7 +128,8 @@ class TrainConfig:
             check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
         for name in ("eval_every", "eval_episodes"):
             check(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: must be >= 0")
-        SamplerConfig(nfe=self.nfe if self.eval_nfe is None else self.eval_nfe)  # raises
+        SamplerConfig(nfe=self.nfe)  # raises
+        whole(1 if self.eval_nfe is None else self.eval_nfe, "eval_nfe", 1, 256)
         check_lengths(self.game, eval_limit=self.eval_limit)
         check(self.penalty >= 0, f"penalty {self.penalty}: must be >= 0")
         for name in ("horizon", "truncate_above", "penalty", "vote", "starts"):
