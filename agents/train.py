@@ -188,7 +188,7 @@ def train(config: TrainConfig, progress: bool = False) -> dict[str, Any]:
 
 def _train(config: TrainConfig, algorithm: AlgorithmConfig, progress: bool) -> dict[str, Any]:
     free = ("out", "resume", "config", "steps", "device")
-    described = {k: str(v) for k, v in to_dict(config).items() if k not in free}
+    described = {k: str(v) for k, v in to_dict(config).items() if k not in free and v is not None}
     identity = checksum([described, to_dict(algorithm)])
     inner, timed, model = _made(config, algorithm)
     if config.agent is not None:

@@ -16,6 +16,7 @@ from gymnasium.utils.env_checker import check_env
 import dreamenv
 from agents.evaluate import evaluate
 from dreamenv.bundle import Bundle, bundled_agent, load_bundle, resolve_bundle
+from dreamenv.contract.games import GAMES
 from dreamenv.evaluation.card import fidelity_table
 from dreamenv.evaluation.clips import cut_clips, play_real
 from dreamenv.evaluation.controllability import branch_accuracy, branch_dream, branch_real
@@ -170,3 +171,19 @@ def test_the_agent_that_ships_with_it_plays_better_than_chance() -> None:
         name: evaluate(name, episodes=64, limit=250, seed=5).figures["mean_return"] for name in ("bundled", "random")
     }
     assert returns["bundled"] > returns["random"] + 1
+
+
+def test_every_agent_that_ships_learnt_in_dreams_of_its_game_and_beat_a_random_player() -> None:
+    """`agents.ship` asked the game; here: whose it is, that it plays as `bundled`, and what all take together."""
+    shipped = {game: bundled_agent(resolve_bundle(None, game), game) for game in GAMES}
+    sizes = 0
+    for game, agent in shipped.items():
+        if agent is None:
+            continue
+        facts = json.loads((agent / "agent.json").read_text())["facts"]
+        assert (facts["world"], facts["levels"]) == ("dream", [0, 10000])
+        if game != "coinrun":  # that of before
+            assert facts["game"] == game and facts["real_return"] > facts["random_return"]
+        assert evaluate("bundled", game=game, episodes=2, limit=5).figures["mean_length"] <= 5
+        sizes += sum(p.stat().st_size for p in agent.iterdir())
+    assert shipped["coinrun"] is not None and shipped["ninja"] is not None and sizes < 3 * 2**20

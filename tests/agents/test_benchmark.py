@@ -24,6 +24,7 @@ from dreamenv.data import Dataset
 from dreamenv.errors import BundleError, ConfigError, PolicyError
 from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, load_agent, save_agent
 from dreamenv.vector import DreamVectorEnv
+from tests.here import brief
 
 ALGORITHM = """
 algorithm: PPO
@@ -136,7 +137,7 @@ def test_how_many_real_steps_it_takes_is_one_command_that_resumes(
         "horizon": 9,
         "docs": page,
     }
-    shared |= {"set": ("loop.batch_size=4", "task.val_ratio=0.2"), "out": tmp_path / "out"}
+    shared |= {"set": ("loop.batch_size=4", "task.val_ratio=0.2", *brief("predictor_patches")), "out": tmp_path / "out"}
     rows = run_real_steps(RealStepsConfig(**shared))
     assert [row["steps"] for row in rows] == [2000]
     for row in rows:
