@@ -249,9 +249,8 @@ class DynamicsTask:
         first, last = config.own_inputs
         own = first + (last - first) * progress
         how = RolloutConfig(config.unroll, config.context_noise, config.importance, config.drop_actions, own)
-        active = [
-            term.draws for term in self.terms.values() if term.draws is not None and term.graph_key(progress) != 0
-        ]
+        drawn = [term for term in self.terms.values() if term.draws is not None]
+        active = [term.draws for term in drawn if term.graph_key(progress) != 0]
         draws = active[0] if active else None
         rollouts = Rollouts(model, self.model, self.codec, self.channels, batch, how, draws, generator)
         total, metrics = torch.zeros((), device=device), {}
