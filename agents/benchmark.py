@@ -62,6 +62,8 @@ class BenchmarkConfig:
     """Network function evaluations of the dreams' steps."""
     penalty: float = 0.0
     """Take so much of the dream's uncertainty from each reward, see `agents.train`."""
+    critic: Path | None = None
+    """Saved agent whose values say what a dream that is cut off was still worth, see `agents.train`."""
     starts: Path | None = None
     """Dataset folder whose real contexts dreams start from, instead of the bundle's bank."""
     learnable: bool = False
@@ -110,7 +112,7 @@ class BenchmarkConfig:
         shared |= {"steps": self.steps, "config": self.config, "eval_episodes": 0, "device": self.device}
         shared |= {"bundle": self.bundle}
         if world == "dream":
-            shared |= {name: getattr(self, name) for name in ("horizon", "nfe", "penalty", "starts")}
+            shared |= {name: getattr(self, name) for name in ("horizon", "nfe", "penalty", "critic", "starts")}
         if world == "dream" and self.choose:
             shared |= {"judge": "dream", "eval_every": self.choose, "eval_episodes": 64}
             shared |= {"eval_nfe": self.choose_nfe, "eval_limit": self.choose_limit}
@@ -156,7 +158,7 @@ def _train(config: BenchmarkConfig, game: str, world: str, seed: int) -> None:
 
 
 _OPTIONS = (
-    *("world", "game", "steps", "out", "config", "bundle", "horizon", "nfe", "penalty", "starts"),
+    *("world", "game", "steps", "out", "config", "bundle", "horizon", "nfe", "penalty", "critic", "starts"),
     *("judge", "eval_every", "eval_episodes", "eval_nfe", "eval_limit", "device", "seed", "resume"),
 )
 

@@ -90,6 +90,9 @@ class TrainConfig:
     vote: Path | None = None
     """Bundle of a second model on the same latents, such as one fine-tuned on other data: how far the two disagree is
     the dream's uncertainty then, for `penalty` and `truncate_above`."""
+    critic: Path | None = None
+    """Saved agent, as `agents.critic` trains from real play: a dream that is cut off pays what its last picture was
+    still worth by its values. So dreams can be as short as 16 steps."""
     starts: Path | None = None
     """Dataset folder whose real contexts dreams start from, instead of the bundle's bank."""
     share: float = 0.5
@@ -132,7 +135,7 @@ class TrainConfig:
         whole(1 if self.eval_nfe is None else self.eval_nfe, "eval_nfe", 1, 256)
         check_lengths(self.game, eval_limit=self.eval_limit)
         check(self.penalty >= 0, f"penalty {self.penalty}: must be >= 0")
-        for name in ("horizon", "truncate_above", "penalty", "vote", "starts"):
+        for name in ("horizon", "truncate_above", "penalty", "vote", "critic", "starts"):
             value = getattr(self, name)
             check(not value or self.world != "real", f"{name} {value}: is for dreams; leave it out in the real game")
         inside = self.agent is not None and self.agent.resolve().is_relative_to(self.out.resolve())
@@ -155,6 +158,8 @@ def _made(config: TrainConfig, algorithm: AlgorithmConfig) -> tuple[Any, TimedVe
         "sampler": {"nfe": config.nfe},
         "penalty": config.penalty,
         "vote": config.vote,
+        "critic": config.critic,
+        "discount": algorithm.settings.get("gamma", 0.99),
     }
     options: dict[str, Any] = {} if config.world == "real" else dreaming
     options |= {"observations": config.observations, "distribution_mode": config.distribution_mode}

@@ -20,8 +20,9 @@ from dreamenv.contract.games import get_game
 from dreamenv.data import HELD_OUT_FROM, Dataset, Windows
 from dreamenv.errors import ConfigError, DatasetError
 from dreamenv.evaluation.clips import real_envs
+from dreamenv.policies.agent import load_agent
 from dreamenv.vector import DreamVectorEnv
-from dreamenv.wrappers import LatentObservation, UncertaintyPenalty
+from dreamenv.wrappers import LatentObservation, TerminalValue, UncertaintyPenalty
 
 TRAIN_LEVELS = (0, HELD_OUT_FROM)
 """First level and number of the levels agents train on."""
@@ -65,6 +66,8 @@ def dream_world(
     starts: Starts | None = None,
     penalty: float = 0.0,
     vote: Path | None = None,
+    critic: Path | None = None,
+    discount: float = 0.99,
     **options: Any,
 ) -> NativeVecEnv:
     """The dream.
@@ -77,6 +80,8 @@ def dream_world(
         starts: real contexts to dream from instead of the bundle's bank.
         penalty: how much of the dream's uncertainty is taken from its rewards, see `UncertaintyPenalty`.
         vote: bundle folder of a second model, whose disagreement is the dream's uncertainty, see `WorldModel`.
+        critic: saved agent whose values say what a dream that is cut off was still worth, see `TerminalValue`.
+        discount: of the agent that learns, for these values.
         options: for `DreamVectorEnv`, such as `sampler` and `truncate_above`.
     """
     if horizon is not None:
@@ -90,7 +95,11 @@ def dream_world(
         second = load_bundle(vote, str(model.device), model.precision, bundle.game.name).world_model
         bundle = replace(bundle, world_model=model.with_second(second))
     envs = DreamVectorEnv(num_envs, bundle=bundle, autoreset_mode="SameStep", **options)
-    return NativeVecEnv(UncertaintyPenalty(envs, penalty) if penalty else envs)
+    paying = UncertaintyPenalty(envs, penalty) if penalty else envs
+    if critic is None:
+        return NativeVecEnv(paying)
+    judge = load_agent(critic).to(bundle.world_model.device)
+    return NativeVecEnv(TerminalValue(paying, judge.values, discount))
 
 
 def dataset_starts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -165,6 +166,63 @@ class LatentObservation(VectorWrapper):
         return self._seen.latents()
 
 
+class TerminalValue(VectorWrapper):
+    """Ends an episode where it is cut off, and pays with its last reward what its last observation was still worth.
+
+    Dreams are best while they are short, but what an agent does in sixteen steps often pays much later. A critic that
+    knows the real game says how much; the agent that learns needs no value of its own there, so the episode counts as
+    terminated. A terminal value function as in plan online, learn offline (Lowrey et al. 2019).
+
+    Args:
+        env: a vector environment; in SAME_STEP mode its infos must have `final_obs`.
+        values: expected discounted returns (B,) of observations (B, ...), in the game's own rewards, such as
+            `ImpalaAgent.values`.
+        discount: of the step between the last action and that observation.
+
+    Raises:
+        ConfigError: a discount outside 0..1.
+
+    Example:
+        >>> envs = gym.make_vec("DreamProcgen-v0", num_envs=64, max_episode_steps=16)
+        >>> envs = TerminalValue(envs, load_agent("runs/critic/agent").values)
+    """
+
+    def __init__(self, env: VectorEnv, values: Callable[[np.ndarray], np.ndarray], discount: float = 0.99) -> None:
+        super().__init__(env)
+        sound = isinstance(discount, (int, float)) and not isinstance(discount, bool) and 0 <= discount <= 1
+        check(sound, f"discount {discount!r}: must be in 0..1")
+        self.values, self.discount = values, discount
+
+    def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """See the environment's own; `paid` in the infos is what that paid.
+
+        Raises:
+            ConfigError: an episode was cut off and the environment does not show its last observation.
+        """
+        observations, rewards, terminated, truncated, infos = self.env.step(actions)
+        terminated, truncated = np.asarray(terminated), np.asarray(truncated)
+        told, cut = _paid(rewards, infos), truncated & ~terminated
+        if cut.any():
+            last = observations
+            if self.env.metadata.get("autoreset_mode") is AutoresetMode.SAME_STEP:
+                check(
+                    "final_obs" in infos, "env: shows no final_obs, the last observation of an episode that is cut off"
+                )
+                last = infos["final_obs"]
+            rewards = np.array(rewards, np.float64)
+            rewards[cut] += self.discount * self.values(np.stack([last[i] for i in np.flatnonzero(cut)]))
+        return observations, rewards, terminated | cut, truncated & ~cut, infos | told
+
+
+def _paid(rewards: np.ndarray, infos: dict[str, Any]) -> dict[str, Any]:
+    """Infos that keep what an environment paid before a wrapper changes it, those of ended episodes too."""
+    told: dict[str, Any] = {"paid": rewards, "_paid": np.ones(len(rewards), bool)}
+    if "final_info" in infos:
+        over = infos["_final_info"]
+        told["final_info"] = infos["final_info"] | {"paid": np.where(over, rewards, 0.0), "_paid": over}
+    return told
+
+
 class UncertaintyPenalty(VectorWrapper):
     """Rewards less the dream's own estimate of its error, so that an agent gains nothing where the dream is unsure.
 
@@ -193,14 +251,9 @@ class UncertaintyPenalty(VectorWrapper):
         """
         observations, rewards, terminated, truncated, infos = self.env.step(actions)
         check("uncertainty" in infos, "env: its infos have no uncertainty; only dreams can be penalised")
-        error, told = (
-            np.array(infos["uncertainty"], np.float64),
-            {"paid": rewards, "_paid": np.ones(len(rewards), bool)},
-        )
+        error, told = np.array(infos["uncertainty"], np.float64), _paid(rewards, infos)
         if "final_info" in infos:  # where an episode ended, what is beside it is of the next one
-            over = infos["_final_info"]
-            error = np.where(over, infos["final_info"]["uncertainty"], error)
-            told["final_info"] = infos["final_info"] | {"paid": np.where(over, rewards, 0.0), "_paid": over}
+            error = np.where(infos["_final_info"], infos["final_info"]["uncertainty"], error)
         sound = np.isfinite(error)
         self._most = max(self._most, error[sound].max(initial=0.0))
         cost = self.weight * np.where(sound, error, self._most)
