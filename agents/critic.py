@@ -164,7 +164,8 @@ def train_critic(config: CriticConfig, progress: bool = False) -> dict[str, Any]
         network.to(device)
         steps = _fit(config, network, pictures, scale, device, progress)
         figures = _judged(network, pictures, scale, device)
-        facts = {"reward_scale": scale, "critic": figures | {"discount": config.discount, "steps": steps}}
+        told = {"discount": config.discount, "steps": steps, "pictures": len(pictures.train) + len(pictures.val)}
+        facts = {"reward_scale": scale, "critic": figures | told}
         return {"agent": str(save_agent(config.out / "agent", network, facts)), "steps": steps, **figures}
 
 

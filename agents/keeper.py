@@ -89,13 +89,15 @@ class Keeper(BaseCallback):
 
 
 def run_facts(config: TrainConfig) -> dict[str, Any]:
-    """What is saved with an agent: where it learnt, on which levels, and from whom it went on."""
+    """What is saved with an agent: where it learnt, on which levels, from whom it went on, and what its critic saw."""
     before: dict[str, Any] = {} if config.agent is None else {"from": agent_facts(config.agent)}
     if config.observations == "latent":
         folder = resolve_bundle(config.bundle, config.game, config.distribution_mode)
         bundle = load_bundle(folder, "cpu", game=config.game)
         before |= {"latents_sha256": bundle.latents}
         before |= {} if config.bundle is None else {"bundle": str(config.bundle.resolve())}
+    if config.critic is not None:
+        before |= {"critic": agent_facts(config.critic).get("critic", {"agent": config.critic.name})}
     mixed = {"share": config.share} if config.world == "mix" else {}
     return {
         "world": config.world,

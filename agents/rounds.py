@@ -49,10 +49,15 @@ class LoopConfig:
     """Share of episodes that the agent plays as it is."""
     explorer: float = 0.4
     """Share that it plays with every fifth action random; the rest is the game's mix of simple policies."""
+    collect_limit: int | None = None
+    """Steps after which an episode that is collected is cut off; the game's own limit by default."""
     minutes: float = 30.0
-    """Training of the world model, each round."""
+    """Training of the world model, each round; 0 leaves it as it is."""
     model_steps: int | None = None
     """Optimiser steps of each of its trainings, instead of minutes."""
+    critic_minutes: float = 0.0
+    """Training of a critic on each round's play, by whose values dreams end, see `agents.critic`; 0 goes without. With
+    it dreams of 16 steps are long enough."""
     agent_steps: int = 500_000
     """Dreamt steps the agent learns from, each round; from the second on it is the agent of the round before that goes
     on."""
@@ -75,9 +80,10 @@ class LoopConfig:
         """Validate ranges; raises `ConfigError`."""
         for name in ("rounds", "collect_steps", "agent_steps", "horizon", "nfe", "episodes", "clips"):
             check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
-        check_lengths(self.game, horizon=self.horizon)
+        check_lengths(self.game, horizon=self.horizon, collect_limit=self.collect_limit)
         load_resumable(self.agent_config)
-        check(self.minutes > 0, f"minutes {self.minutes}: must be > 0")
+        for name in ("minutes", "critic_minutes"):
+            check(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: must be >= 0")
         check(self.eval_every >= 0, f"eval_every {self.eval_every}: must be >= 0")
         check(
             self.expert >= 0 and self.explorer >= 0 and self.expert + self.explorer <= 1,
@@ -134,19 +140,19 @@ def _round(
 ) -> tuple[dict[str, Any], Path, Path]:
     """One round: what was measured, the new bundle and the new agent; `sources` grows by what was collected."""
     out, here = config.out, config.out / f"round-{r}"
-    collected, merged, model, trained = here / "data", here / "merged", here / "model", here / "agent"
+    collected, merged, trained = here / "data", here / "merged", here / "agent"
     policy, steps = collection_policy(agent, config.expert, config.explorer), config.collect_steps
     options: dict[str, Any] = {"game": config.game, "steps": steps, "policy": policy, "seed": config.seed + r}
-    options["distribution_mode"] = bundle_mode(bundle, config.game)
+    options |= {"distribution_mode": bundle_mode(bundle, config.game), "limit": config.collect_limit}
     stage(out, f"collect-{r}", partial(run_command, program("envs.collect", out=collected, **options)))
     sources.append(collected)
     merging = program("dreamenv.data.merge", *sources, out=merged)
     stage(out, f"merge-{r}", partial(run_command, merging))
-    options = {"minutes": config.minutes, "steps": config.model_steps, "seed": config.seed, "latents": out / "latents"}
-    modelling = program("trainers.finetune", data=merged, bundle=bundle, game=config.game, out=model, **options)
-    stage(out, f"model-{r}", partial(run_command, modelling))
-    bundle = model / "bundle"
-    row = {"round": r, **stage(out, f"measure-{r}", partial(_measure, config, bundle, here / "compare"))}
+    row: dict[str, Any] = {"round": r}
+    if config.minutes or config.model_steps:
+        bundle = _model(config, r, merged, bundle)
+        row |= stage(out, f"measure-{r}", partial(_measure, config, bundle, here / "compare"))
+    critic = _critic(config, r, collected) if config.critic_minutes else None
     learning = program(
         "agents.train",
         world="dream",
@@ -154,6 +160,7 @@ def _round(
         bundle=bundle,
         steps=config.agent_steps,
         starts=merged,
+        critic=critic,
         config=config.agent_config,
         horizon=config.horizon,
         out=trained,
@@ -166,6 +173,24 @@ def _round(
     stage(out, f"agent-{r}", partial(run_command, learning))
     agent = trained / "agent"
     return row | stage(out, f"judge-{r}", partial(_evaluate, config, bundle, agent)), bundle, agent
+
+
+def _model(config: LoopConfig, r: int, data: Path, bundle: Path) -> Path:
+    """The bundle, trained on with all that was collected so far."""
+    out = config.out / f"round-{r}" / "model"
+    options: dict[str, Any] = {"minutes": config.minutes or None, "steps": config.model_steps, "seed": config.seed}
+    options |= {"bundle": bundle, "game": config.game, "latents": config.out / "latents"}
+    stage(config.out, f"model-{r}", partial(run_command, program("trainers.finetune", data=data, out=out, **options)))
+    return out / "bundle"
+
+
+def _critic(config: LoopConfig, r: int, data: Path) -> Path:
+    """What the play of this round was worth: the newest agent's, so that the next one improves on it."""
+    out = config.out / f"round-{r}" / "critic"
+    options = {"data": data, "out": out, "minutes": config.critic_minutes, "seed": config.seed}
+    options["discount"] = load_resumable(config.agent_config).settings.get("gamma", 0.99)
+    stage(config.out, f"critic-{r}", partial(run_command, program("agents.critic", **options)))
+    return out / "agent"
 
 
 def _measure(config: LoopConfig, bundle: Path, folder: Path) -> dict[str, Any]:

@@ -6,11 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
+import agents.rounds
 from agents.rounds import SHOWN, LoopConfig, collection_policy, loop
 from dreamenv.artifacts import read_json, write_json
 from dreamenv.bundle import GameFacts, Limits, Starts, load_bundle, save_bundle
@@ -21,6 +23,7 @@ from dreamenv.models.codecs.tiles import TileAutoencoder, TileAutoencoderConfig
 from dreamenv.models.dynamics.tiles import TileFlow, TileFlowConfig
 from dreamenv.models.heads.player import PlayerHeadConfig, PlayerOutcomeHead
 from dreamenv.models.interface import LatentSpec
+from dreamenv.policies.agent import load_agent
 from dreamenv.policies.simple import make_policy, parse_mix
 from dreamenv.stages import run_command, stage
 from dreamenv.world_model import WorldModel
@@ -192,3 +195,30 @@ def test_rounds_end_to_end_and_resumed(two: list[Path], tmp_path: Path, request:
         assert len(Dataset(out / "round-2" / "merged").facts["merged"]) == 3
     with pytest.raises(DreamenvError, match="begun with"):
         loop(LoopConfig(rounds=2, out=out, **options | {"episodes": 9}))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.timeout(300)
+def test_rounds_may_leave_the_model_and_train_a_critic(
+    two: list[Path], tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agents.rounds, "_measure", lambda *_: {})
+    toy = tmp_path / "ppo.yaml"
+    toy.write_text(
+        "algorithm: PPO\nnum_envs: 8\nnetwork: {channels: [4, 4, 4], features: 8}\n"
+        "settings: {n_steps: 16, batch_size: 64, n_epochs: 1, gamma: 0.9}\n"
+    )
+    bundle = small_bundle(tmp_path / "small", two[0])
+    options: dict[str, Any] = {"collect_steps": 4000, "collect_limit": 40, "minutes": 0, "critic_minutes": 0.01}
+    options |= {"agent_steps": 128, "agent_config": toy, "episodes": 4, "clips": 4, "horizon": 4, "bundle": bundle}
+    _, row = loop(LoopConfig(rounds=1, out=tmp_path / "loop", **options))
+    here = tmp_path / "loop" / "round-1"
+    assert set(row) == {"round", "real_return", "real_return_ci"} and not (here / "model").exists()
+    assert Dataset(here / "data").facts["limit"] == 40
+    assert load_agent(here / "critic" / "agent").facts["critic"]["discount"] == 0.9
+    learnt = load_agent(here / "agent" / "agent").facts
+    assert learnt["critic"]["discount"] == 0.9 and 0 < learnt["critic"]["pictures"] <= 4000
+    for name in ("minutes", "critic_minutes"):
+        with pytest.raises(ConfigError, match=f"{name} -1: must be >= 0"):
+            LoopConfig(**cast(Any, {name: -1}))
+    with pytest.raises(ConfigError, match="collect_limit 0"):
+        LoopConfig(collect_limit=0)
