@@ -188,8 +188,7 @@ def _fit(
             optimiser.step()
             step += 1
             done = step / config.steps if config.steps else (time.perf_counter() - began) / (60 * config.minutes)
-            bar.n = round(1000 * min(done, 1.0))
-            bar.refresh()
+            bar.update(round(1000 * min(done, 1.0)) - bar.n)
     return step
 
 

@@ -99,6 +99,9 @@ def dream_world(
     if critic is None:
         return NativeVecEnv(paying)
     judge = load_agent(critic).to(bundle.world_model.device)
+    facts = judge.facts.get("critic")
+    told = facts.get("discount", discount) if isinstance(facts, dict) else discount
+    check(told == discount, f"critic {critic}: discounts by {told}, the agent by {discount}; train one that does too")
     return NativeVecEnv(TerminalValue(paying, judge.values, discount))
 
 

@@ -194,7 +194,7 @@ class TerminalValue(VectorWrapper):
         self.values, self.discount = values, discount
 
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """See the environment's own; `paid` in the infos is what that paid.
+        """See the environment's own; `paid` in the infos is what the dream paid.
 
         Raises:
             ConfigError: an episode was cut off and the environment does not show its last observation.
@@ -202,20 +202,20 @@ class TerminalValue(VectorWrapper):
         observations, rewards, terminated, truncated, infos = self.env.step(actions)
         terminated, truncated = np.asarray(terminated), np.asarray(truncated)
         told, cut = _paid(rewards, infos), truncated & ~terminated
+        rewards = np.array(rewards, np.float64)
         if cut.any():
             last = observations
             if self.env.metadata.get("autoreset_mode") is AutoresetMode.SAME_STEP:
-                check(
-                    "final_obs" in infos, "env: shows no final_obs, the last observation of an episode that is cut off"
-                )
+                check("final_obs" in infos, "env: shows no final_obs, the last observation of what is cut off")
                 last = infos["final_obs"]
-            rewards = np.array(rewards, np.float64)
             rewards[cut] += self.discount * self.values(np.stack([last[i] for i in np.flatnonzero(cut)]))
         return observations, rewards, terminated | cut, truncated & ~cut, infos | told
 
 
 def _paid(rewards: np.ndarray, infos: dict[str, Any]) -> dict[str, Any]:
-    """Infos that keep what an environment paid before a wrapper changes it, those of ended episodes too."""
+    """Infos that keep what an environment paid before wrappers change it, those of ended episodes too."""
+    if "paid" in infos:
+        return {}
     told: dict[str, Any] = {"paid": rewards, "_paid": np.ones(len(rewards), bool)}
     if "final_info" in infos:
         over = infos["_final_info"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +14,7 @@ from agents.worlds import dream_world
 from dreamenv.bundle import load_bundle
 from dreamenv.data import Dataset, DatasetWriter
 from dreamenv.data.reader import Shard
-from dreamenv.errors import ConfigError, DatasetError, PolicyError
+from dreamenv.errors import ConfigError, DatasetError
 from dreamenv.policies.agent import load_agent
 from dreamenv.policies.simple import make_policy
 from dreamenv.vector import DreamVectorEnv
@@ -127,7 +126,7 @@ def test_what_is_cut_off_pays_what_it_was_still_worth(toy_bundle: Path, mode: st
 def test_an_agent_learns_from_dreams_that_end_by_a_critic(toy_bundle: Path, tmp_path: Path) -> None:
     critic = Path(train_critic(tiny(write(tmp_path / "data"), tmp_path / "critic", steps=2))["agent"])
     bundle = load_bundle(toy_bundle, "cpu")
-    world = dream_world(bundle, 3, horizon=2, critic=critic, discount=0.9)
+    world = dream_world(bundle, 3, horizon=2, critic=critic)
     calm = dream_world(bundle, 3, horizon=2)
     for each in (world, calm):
         each.seed(4)
@@ -138,9 +137,19 @@ def test_an_agent_learns_from_dreams_that_end_by_a_critic(toy_bundle: Path, tmp_
         _, plain, _, ended = calm.step(np.zeros(3, int))
         for i in range(3):
             cut = ended[i]["TimeLimit.truncated"]
-            worth = 0.9 * values(ended[i]["terminal_observation"][None])[0] if cut else 0.0
+            worth = 0.99 * values(ended[i]["terminal_observation"][None])[0] if cut else 0.0
             assert rewards[i] == pytest.approx(plain[i] + worth, abs=1e-6) and not infos[i]["TimeLimit.truncated"]
         assert dones.all() == (t == 1)
+    with pytest.raises(ConfigError, match=r"critic .*: discounts by 0.99, the agent by 0.9;"):
+        dream_world(bundle, 3, horizon=2, critic=critic, discount=0.9)
+    both = dream_world(bundle, 3, horizon=1, critic=critic, penalty=0.5)
+    both.seed(4)
+    both.reset()
+    _, _, _, infos = both.step(np.zeros(3, int))
+    calm.seed(4)
+    calm.reset()
+    plain = calm.step(np.zeros(3, int))[1]
+    assert [info["paid"] for info in infos] == list(plain), "what the dream paid, without either"
     whole = train(config(tmp_path, toy_bundle, out=tmp_path / "whole", critic=critic, horizon=4))
     train(config(tmp_path, toy_bundle, out=tmp_path / "parts", critic=critic, horizon=4, steps=128))
     parts = train(config(tmp_path, toy_bundle, out=tmp_path / "parts", critic=critic, horizon=4, resume=True))
@@ -148,10 +157,6 @@ def test_an_agent_learns_from_dreams_that_end_by_a_critic(toy_bundle: Path, tmp_
     assert one.read_bytes() == two.read_bytes()
     with pytest.raises(ConfigError, match="critic .*: is for dreams"):
         config(tmp_path, toy_bundle, world="real", horizon=None, critic=critic)
-    small = load_agent(critic)
-    small.config = replace(small.config, frame=(32, 32, 3))
-    with pytest.raises(PolicyError, match="looks at"):
-        small.values(np.zeros((1, 64, 64, 3), np.uint8))
 
 
 def test_it_is_a_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
