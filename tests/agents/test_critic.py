@@ -69,6 +69,7 @@ def test_a_return_is_what_follows_in_the_same_episode() -> None:
     assert np.isnan(returns_to_go(cut, 0.5)[0]) and returns_to_go(cut, 0.5)[1:].tolist() == [1.5, 1]
 
 
+@pytest.mark.slow
 def test_it_learns_what_pictures_are_worth(tmp_path: Path, precision: str) -> None:
     found = train_critic(tiny(write(tmp_path / "data"), tmp_path / "run", precision=precision))
     critic = load_agent(found["agent"], "fp32")
@@ -123,6 +124,7 @@ def test_what_is_cut_off_pays_what_it_was_still_worth(toy_bundle: Path, mode: st
             TerminalValue(plain, len, wrong)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.slow
 def test_an_agent_learns_from_dreams_that_end_by_a_critic(toy_bundle: Path, tmp_path: Path) -> None:
     critic = Path(train_critic(tiny(write(tmp_path / "data"), tmp_path / "critic", steps=2))["agent"])
     bundle = load_bundle(toy_bundle, "cpu")

@@ -197,6 +197,7 @@ def test_rounds_end_to_end_and_resumed(two: list[Path], tmp_path: Path, request:
         loop(LoopConfig(rounds=2, out=out, **options | {"episodes": 9}))  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_rounds_may_leave_the_model_and_train_a_critic(
     two: list[Path], tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
