@@ -20,14 +20,14 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
+from agents.worlds import training_shards
 from dreamenv.artifacts import only_writer
 from dreamenv.config import check, whole
 from dreamenv.console import errors_in_one_line
 from dreamenv.contract.noise import philox
-from dreamenv.data import HELD_OUT_FROM, Dataset
-from dreamenv.data.reader import Shard
+from dreamenv.data import Dataset, Shard
 from dreamenv.data.windows import split_levels
-from dreamenv.device import keep_freed_memory, pick_device
+from dreamenv.device import keep_freed_memory, pick_device, pick_precision
 from dreamenv.errors import DatasetError
 from dreamenv.models.interface import to_images
 from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, save_agent
@@ -76,15 +76,17 @@ class CriticConfig:
         check(0 <= self.discount < 1, f"discount {self.discount}: must be in 0..1, below 1")
         check(0 < self.lr < math.inf, f"lr {self.lr}: must be > 0 and finite")
         check(0 < self.val_ratio < 1, f"val_ratio {self.val_ratio}: must be between 0 and 1")
-        known = self.precision in ("auto", "fp32", "bf16")
-        check(known, f"precision {self.precision!r}: must be 'auto', 'fp32' or 'bf16'")
         check(0 <= self.seed < 2**31, f"seed {self.seed}: must be in 0..2^31-1")
         ImpalaConfig(self.channels, self.features)  # raises
-        pick_device(self.device)
+        pick_precision(self.precision, pick_device(self.device))  # raises
 
 
 def returns_to_go(shard: Shard, discount: float) -> np.ndarray:
     """What each step of a shard was still worth: its reward and the discounted ones after it in the same episode.
+
+    Args:
+        shard: of S steps.
+        discount: what a step's wait leaves of a reward, in 0..1.
 
     Returns:
         float64 (S,) in the game's rewards; NaN in episodes that the shard's end cuts off. What comes after a step limit
@@ -109,14 +111,9 @@ class _Pictures:
     def __init__(self, config: CriticConfig) -> None:
         data = Dataset(config.data)
         game = config.game or data.games[0]
-        several = not config.game and len(data.games) > 1
-        if several or game not in data.games:
+        if not config.game and len(data.games) > 1:
             raise DatasetError(f"{config.data}: is of {', '.join(data.games)}; say which by --game")
-        self.shards = [shard for shard in data.shards if shard.game == game]
-        if (highest := max(int(s.level_seeds.max()) for s in self.shards)) >= HELD_OUT_FROM:
-            raise DatasetError(
-                f"{config.data}: holds level {highest}; from {HELD_OUT_FROM} on they are held out, use others to train"
-            )
+        self.shards = training_shards(data, game)
         self.returns = [returns_to_go(shard, config.discount) for shard in self.shards]
         parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
         for k, shard in enumerate(self.shards):

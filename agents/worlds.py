@@ -17,7 +17,7 @@ from dreamenv.bundle import Bundle, Starts, check_mode, load_bundle, resolve_bun
 from dreamenv.config import check
 from dreamenv.contract.frames import NATIVE, observe
 from dreamenv.contract.games import get_game
-from dreamenv.data import HELD_OUT_FROM, Dataset, Windows
+from dreamenv.data import HELD_OUT_FROM, Dataset, Shard, Windows
 from dreamenv.errors import ConfigError, DatasetError
 from dreamenv.evaluation.clips import real_envs
 from dreamenv.policies.agent import load_agent
@@ -105,6 +105,22 @@ def dream_world(
     return NativeVecEnv(TerminalValue(paying, judge.values, discount))
 
 
+def training_shards(dataset: Dataset, game: str) -> list[Shard]:
+    """The shards of a dataset that are of one game.
+
+    Raises:
+        DatasetError: there are none, or they hold held-out levels.
+    """
+    shards = [shard for shard in dataset.shards if shard.game == game]
+    if not shards:
+        raise DatasetError(f"{dataset.folder}: is of {', '.join(dataset.games)}, not of {game}; collect that")
+    if (highest := max(int(s.level_seeds.max()) for s in shards)) >= HELD_OUT_FROM:
+        raise DatasetError(
+            f"{dataset.folder}: holds level {highest}; levels from {HELD_OUT_FROM} on are held out, use others to train"
+        )
+    return shards
+
+
 def dataset_starts(
     folder: Path,
     game: str,
@@ -124,13 +140,7 @@ def dataset_starts(
         raise DatasetError(
             f"{folder}: is of {game} in {dataset.modes[game]}, the dream in {distribution_mode}; collect that"
         )
-    shards = [shard for shard in dataset.shards if shard.game == game]
-    if not shards:
-        raise DatasetError(f"{folder}: is of {', '.join(dataset.games)}, not of {game}; collect that")
-    if (highest := max(int(s.level_seeds.max()) for s in shards)) >= HELD_OUT_FROM:
-        raise DatasetError(
-            f"{folder}: holds level {highest}; levels from {HELD_OUT_FROM} on are held out, use others to train"
-        )
+    shards = training_shards(dataset, game)
     windows = Windows([s.first for s in shards], context)
     if not len(windows):
         raise DatasetError(f"{folder}: no episode has {context} consecutive frames; collect more")

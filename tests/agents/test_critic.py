@@ -85,14 +85,21 @@ def test_it_learns_what_pictures_are_worth(tmp_path: Path, precision: str) -> No
 
 def test_play_it_cannot_learn_from_is_refused(tmp_path: Path) -> None:
     for name, options, words in (
-        ("held", {"highest": 10_000}, "level 10000; from 10000 on they are held out"),
+        ("held", {"highest": 10_000}, "level 10000; levels from 10000 on are held out"),
         ("poor", {"paying": False}, "nobody earned anything"),
     ):
         with pytest.raises(DatasetError, match=words):
             train_critic(tiny(write(tmp_path / name, **cast(Any, options)), tmp_path / "run"))
     good = write(tmp_path / "good")
-    with pytest.raises(DatasetError, match="is of coinrun; say which by --game"):
+    with pytest.raises(DatasetError, match="is of coinrun, not of maze"):
         train_critic(tiny(good, tmp_path / "run", game="maze"))
+    games: dict[str, Any] = {"games": {game: {"max_steps": 9} for game in ("coinrun", "maze")}, "num_shards": 2}
+    writer = DatasetWriter(tmp_path / "both", {"game": "coinrun", "distribution_mode": "easy"} | games)
+    for k, game in enumerate(games["games"]):
+        writer.commit(writer.write_shard(k, columns(np.random.default_rng(k), 999)) | {"game": game})
+    with pytest.raises(DatasetError, match="is of coinrun, maze; say which by --game"):
+        train_critic(tiny(tmp_path / "both", tmp_path / "run"))
+    assert train_critic(tiny(tmp_path / "both", tmp_path / "maze", game="maze", steps=1))["steps"] == 1
     with pytest.raises(DatasetError, match="too few whole episodes"):
         train_critic(tiny(good, tmp_path / "run", val_ratio=1e-9))
     assert not (tmp_path / "run" / "agent").exists()
