@@ -13,6 +13,7 @@ from dreamenv.models.interface import OutcomeHead
 from dreamenv.models.io import load_model
 from trainers.latent_data import LatentDataset
 
+_RARE = 1e-4  # share of steps from which an outcome is one of its own
 JointOutcome = tuple[int, float, bool]
 """Which game, the reward, and whether it ends the episode."""
 
@@ -22,25 +23,51 @@ def outcome_labels(
 ) -> tuple[list[JointOutcome], np.ndarray]:
     """The outcomes of a dataset, `joint_outcomes` of each of its games, and each step's label int64 (N,).
 
-    Where there is a trained head, its outcomes in its order, and no more of a game than it has; else `limit`.
+    Where there is a trained head they are its own, in its order. What it does not know counts as the nearest reward
+    that it knows of those that end an episode too, or of those that do not, if it is rare.
+
+    Args:
+        data: whose outcomes.
+        head: a trained head of the same games.
+        limit: most outcomes of each game where there is no head.
 
     Raises:
-        ConfigError: the data holds an outcome that the head does not know.
+        ConfigError: one step of ten thousand or more of a game has an outcome that the head does not know.
     """
-    owners = () if head is None else head.config.owners or (0,) * len(head.config.rewards)
     outcomes: list[JointOutcome] = []
     labels = np.zeros(len(data.rewards), np.int64)
+    if head is not None:
+        owners = head.config.owners or (0,) * len(head.config.rewards)
+        outcomes = list(zip(owners, head.config.rewards, head.config.terminated, strict=True))
     for game in range(len(data.games)):
         own = data.game == game
-        found, places = joint_outcomes(data.rewards[own], data.terminated[own], owners.count(game) or limit)
+        rewards, terminated = data.rewards[own], data.terminated[own]
+        if head is not None:
+            labels[own] = _known_labels(outcomes, game, rewards, terminated)
+            continue
+        found, places = joint_outcomes(rewards, terminated, limit)
         labels[own] = places + len(outcomes)
         outcomes += [(game, *outcome) for outcome in found]
-    if head is None:
-        return outcomes, labels
-    known = list(zip(owners, head.config.rewards, head.config.terminated, strict=True))
-    unknown = [o for o in outcomes if o not in known]
-    check(not unknown, f"head: does not know the outcomes {unknown} of this data; train a new one")
-    return known, np.array([known.index(o) for o in outcomes])[labels]
+    return outcomes, labels
+
+
+def _known_labels(known: list[JointOutcome], game: int, rewards: np.ndarray, terminated: np.ndarray) -> np.ndarray:
+    """Which of the known outcomes each step (N,) of a game has, int64 (N,)."""
+    places, labels = np.arange(len(known)), np.zeros(len(rewards), np.int64)
+    owner, worth, ends = (np.array(column) for column in zip(*known, strict=True))
+    unknown = {}
+    for end in (False, True):
+        mine, steps = places[(owner == game) & (ends == end)], terminated == end
+        for reward in np.unique(np.round(rewards[steps].astype(np.float64), 4)):
+            same = steps & (np.abs(rewards - reward) < 1e-4)
+            off = np.abs(worth[mine] - reward)
+            if not len(mine) or (off.min() >= 1e-4 and same.mean() >= _RARE):
+                unknown[float(reward), end] = int(same.sum())
+            else:
+                labels[same] = mine[off.argmin()]
+    told = ", ".join(f"reward {r}, terminated {t} ({n} of {len(rewards)} steps)" for (r, t), n in unknown.items())
+    check(not unknown, f"head: does not know the outcomes {told} of the data's game {game}; train a new one")
+    return labels
 
 
 def uneventful(outcomes: list[JointOutcome]) -> np.ndarray:
