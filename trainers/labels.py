@@ -24,7 +24,8 @@ def outcome_labels(
     """The outcomes of a dataset, `joint_outcomes` of each of its games, and each step's label int64 (N,).
 
     Where there is a trained head they are its own, in its order. What it does not know counts as the nearest reward
-    that it knows of those that end an episode too, or of those that do not, if it is rare.
+    that it knows of those that end an episode too, or of those that do not, if it is rare: of fewer than one step in
+    ten thousand of its game, or of fewer than any that the head knows (which may have been made for the commonest).
 
     Args:
         data: whose outcomes.
@@ -32,7 +33,7 @@ def outcome_labels(
         limit: most outcomes of each game where there is no head.
 
     Raises:
-        ConfigError: one step of ten thousand or more of a game has an outcome that the head does not know.
+        ConfigError: the data holds an outcome that the head does not know, and it is not rare.
     """
     outcomes: list[JointOutcome] = []
     labels = np.zeros(len(data.rewards), np.int64)
@@ -55,18 +56,25 @@ def _known_labels(known: list[JointOutcome], game: int, rewards: np.ndarray, ter
     """Which of the known outcomes each step (N,) of a game has, int64 (N,)."""
     places, labels = np.arange(len(known)), np.zeros(len(rewards), np.int64)
     owner, worth, ends = (np.array(column) for column in zip(*known, strict=True))
-    unknown = {}
+    seen = dict.fromkeys(places[owner == game].tolist(), 0)
+    unknown: dict[tuple[float, bool], int] = {}
+    alone = set()
     for end in (False, True):
         mine, steps = places[(owner == game) & (ends == end)], terminated == end
-        for reward in np.unique(np.round(rewards[steps].astype(np.float64), 4)):
+        for reward in np.unique(np.round(rewards[steps].astype(np.float64), 4)).tolist():
             same = steps & (np.abs(rewards - reward) < 1e-4)
             off = np.abs(worth[mine] - reward)
-            if not len(mine) or (off.min() >= 1e-4 and same.mean() >= _RARE):
-                unknown[float(reward), end] = int(same.sum())
-            else:
+            if len(mine):
                 labels[same] = mine[off.argmin()]
-    told = ", ".join(f"reward {r}, terminated {t} ({n} of {len(rewards)} steps)" for (r, t), n in unknown.items())
-    check(not unknown, f"head: does not know the outcomes {told} of the data's game {game}; train a new one")
+            if len(mine) and off.min() < 1e-4:
+                seen[int(mine[off.argmin()])] += int(same.sum())
+            else:
+                unknown[reward, end] = int(same.sum())
+                alone |= set() if len(mine) else {(reward, end)}
+    most = max(_RARE * len(rewards), min(seen.values(), default=0))
+    refused = {outcome: n for outcome, n in unknown.items() if outcome in alone or n >= most}
+    told = ", ".join(f"reward {r}, terminated {t} ({n} of {len(rewards)} steps)" for (r, t), n in refused.items())
+    check(not refused, f"head: does not know the outcomes {told} of the data's game {game}; train a new one")
     return labels
 
 

@@ -47,6 +47,18 @@ def test_a_rare_outcome_that_the_head_does_not_know_counts_as_the_nearest_one() 
     assert labels[-3:].tolist() == [1, 0, 2]
 
 
+def test_a_head_of_the_commonest_outcomes_takes_the_data_that_it_was_made_from() -> None:
+    """Of three outcomes a head may have been given the two that are common."""
+    data = _data((900, 0, 0.0, False), (60, 0, 5.0, True), (40, 0, 9.0, True))
+    data.games = ["maze"]
+    found, first = outcome_labels(data, None, 2)
+    rewards, terminated = zip(*(outcome[1:] for outcome in found), strict=True)
+    head = PictureOutcomeHead(OutcomeHeadConfig(width=8, rewards=rewards, terminated=terminated))
+    again, second = outcome_labels(data, head)
+    assert found == again == [(0, 0.0, False), (0, 5.0, True)]
+    assert np.array_equal(first, second) and second[-1] == 1
+
+
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
