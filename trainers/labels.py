@@ -58,7 +58,6 @@ def _known_labels(known: list[JointOutcome], game: int, rewards: np.ndarray, ter
     owner, worth, ends = (np.array(column) for column in zip(*known, strict=True))
     seen = dict.fromkeys(places[owner == game].tolist(), 0)
     unknown: dict[tuple[float, bool], int] = {}
-    alone = set()
     for end in (False, True):
         mine, steps = places[(owner == game) & (ends == end)], terminated == end
         for reward in np.unique(np.round(rewards[steps].astype(np.float64), 4)).tolist():
@@ -70,9 +69,8 @@ def _known_labels(known: list[JointOutcome], game: int, rewards: np.ndarray, ter
                 seen[int(mine[off.argmin()])] += int(same.sum())
             else:
                 unknown[reward, end] = int(same.sum())
-                alone |= set() if len(mine) else {(reward, end)}
     most = max(_RARE * len(rewards), min(seen.values(), default=0))
-    refused = {outcome: n for outcome, n in unknown.items() if outcome in alone or n >= most}
+    refused = {outcome: n for outcome, n in unknown.items() if n >= most or outcome[1] not in ends[owner == game]}
     told = ", ".join(f"reward {r}, terminated {t} ({n} of {len(rewards)} steps)" for (r, t), n in refused.items())
     check(not refused, f"head: does not know the outcomes {told} of the data's game {game}; train a new one")
     return labels
