@@ -8,6 +8,7 @@ judged in the real game, on held-out levels. Run the same line again after a kil
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,8 +21,8 @@ from agents.evaluate import evaluate
 from agents.train import CONFIGS, TrainConfig, load_algorithm, load_resumable
 from agents.worlds import TRAIN_LEVELS, check_lengths
 from dreamenv.artifacts import atomic_file
-from dreamenv.bundle import load_bundle, resolve_bundle
-from dreamenv.config import each_once, to_dict, whole
+from dreamenv.bundle import bundle_mode, load_bundle, resolve_bundle
+from dreamenv.config import check, each_once, to_dict, whole
 from dreamenv.console import errors_in_one_line
 from dreamenv.contract.actions import NAMES
 from dreamenv.contract.games import GAMES, Game, get_game
@@ -30,6 +31,7 @@ from dreamenv.evaluation.clips import HELD_OUT
 from dreamenv.evaluation.controllability import distinct_actions
 from dreamenv.evaluation.metrics import interval
 from dreamenv.evaluation.pages import markdown, rooms, write_tables
+from dreamenv.policies.simple import parse_mix
 from dreamenv.stages import begun, program, run_command, stage, together
 
 TABLE = "agents-games"
@@ -62,10 +64,13 @@ class BenchmarkConfig:
     """Network function evaluations of the dreams' steps."""
     penalty: float = 0.0
     """Take so much of the dream's uncertainty from each reward, see `agents.train`."""
-    critic: Path | None = None
-    """Saved agent whose values say what a dream that is cut off was still worth, see `agents.train`."""
-    starts: Path | None = None
-    """Dataset folder whose real contexts dreams start from, instead of the bundle's bank."""
+    critic_minutes: float = 0.0
+    """Minutes of training for each game's critic, which says what a dream that is cut off was still worth, see
+    `agents.critic`; 0 for none. Dreams then start in the play that it learnt from, not in the bundle's bank."""
+    critic_steps: int = 393_216
+    """Steps of that play, in training levels of the real game. The run folder keeps it: 12 KB a step."""
+    critic_policy: str = "biased=0.8,sticky=0.1,random=0.1"
+    """Who plays it, see `envs.collect`; none of them learns."""
     learnable: bool = False
     """Train in dreams only of games in which PPO in the game surely beats a random player: where it does not, so many
     steps teach nothing that a dream could be compared with."""
@@ -92,9 +97,12 @@ class BenchmarkConfig:
             object.__setattr__(self, "games", tuple(GAMES))
         each_once(self.games, "games")
         each_once(self.seeds, "seeds")
-        for name in ("steps", "episodes", "tried", "jobs"):
+        for name in ("steps", "critic_steps", "episodes", "tried", "jobs"):
             whole(getattr(self, name), name, 1)
         whole(self.choose, "choose", 0)
+        minutes = self.critic_minutes
+        check(0 <= minutes < math.inf, f"critic_minutes {minutes}: must be >= 0 and finite")
+        parse_mix(self.critic_policy)  # raises
         load_resumable(self.config)
         pick_device(self.device)
         for game in self.games:
@@ -112,7 +120,9 @@ class BenchmarkConfig:
         shared |= {"steps": self.steps, "config": self.config, "eval_episodes": 0, "device": self.device}
         shared |= {"bundle": self.bundle}
         if world == "dream":
-            shared |= {name: getattr(self, name) for name in ("horizon", "nfe", "penalty", "critic", "starts")}
+            shared |= {name: getattr(self, name) for name in ("horizon", "nfe", "penalty")}
+        if world == "dream" and self.critic_minutes:
+            shared |= {"critic": self.out / game / "critic" / "agent", "starts": self.out / game / "play"}
         if world == "dream" and self.choose:
             shared |= {"judge": "dream", "eval_every": self.choose, "eval_episodes": 64}
             shared |= {"eval_nfe": self.choose_nfe, "eval_limit": self.choose_limit}
@@ -137,6 +147,8 @@ def run_benchmark(config: BenchmarkConfig) -> dict[str, dict[str, Any]]:
         rows: dict[str, dict[str, Any]] = {game: {} for game in config.games}
         for world in _WORLDS:
             asked = [game for game in config.games if world == "real" or rows[game]["learnt"] or not config.learnable]
+            if world == "dream" and config.critic_minutes:
+                together(config.jobs, [partial(_critic, config, game) for game in asked])
             agents = [(game, world, seed) for game in asked for seed in config.seeds]
             together(config.jobs, [partial(_train, config, *agent) for agent in agents])
             for game in asked:
@@ -149,6 +161,30 @@ def run_benchmark(config: BenchmarkConfig) -> dict[str, dict[str, Any]]:
     if config.docs is not None:
         write_tables(config.docs, {TABLE: table})
     return rows
+
+
+def _critic(config: BenchmarkConfig, game: str) -> None:
+    """Record play of a game by players that learn nothing, and train a critic on it."""
+    play, mode = config.out / game / "play", bundle_mode(resolve_bundle(config.bundle, game), game)
+    recorded = {"steps": config.critic_steps, "policy": config.critic_policy, "limit": _PLAYED}
+    commands = {
+        "play": program("envs.collect", game=game, out=play, seed=_PLAY_SEED, distribution_mode=mode, **recorded),
+        "critic": program(
+            "agents.critic",
+            data=play,
+            out=config.out / game / "critic",
+            minutes=config.critic_minutes,
+            discount=load_resumable(config.config).discount,
+            device=config.device,
+        ),
+    }
+    for name, command in commands.items():
+        stage(config.out, f"{game}-{name}", partial(run_command, command))
+
+
+_PLAYED = 256
+"""Steps after which a recorded episode ends: many levels rather than long waits."""
+_PLAY_SEED = 81
 
 
 def _train(config: BenchmarkConfig, game: str, world: str, seed: int) -> None:

@@ -168,6 +168,7 @@ def _round(
         agent=agent if r > 1 else None,
         nfe=config.nfe,
         eval_every=config.eval_every,
+        eval_episodes=None if config.eval_every else 0,  # it is judged below, once it has learnt
         resume=True,
     )
     stage(out, f"agent-{r}", partial(run_command, learning))
@@ -188,7 +189,7 @@ def _critic(config: LoopConfig, r: int, data: Path) -> Path:
     """What the play of this round was worth: the newest agent's, so that the next one improves on it."""
     out = config.out / f"round-{r}" / "critic"
     options = {"data": data, "out": out, "minutes": config.critic_minutes, "seed": config.seed}
-    options["discount"] = load_resumable(config.agent_config).settings.get("gamma", 0.99)
+    options["discount"] = load_resumable(config.agent_config).discount
     stage(config.out, f"critic-{r}", partial(run_command, program("agents.critic", **options)))
     return out / "agent"
 

@@ -60,6 +60,11 @@ class AlgorithmConfig:
         known = self.algorithm in ALGORITHMS
         check(known, f"algorithm {self.algorithm!r}: there are {', '.join(ALGORITHMS)}")
 
+    @property
+    def discount(self) -> float:
+        """What a step's wait leaves of a reward."""
+        return self.settings.get("gamma", 0.99)
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -159,7 +164,7 @@ def _made(config: TrainConfig, algorithm: AlgorithmConfig) -> tuple[Any, TimedVe
         "penalty": config.penalty,
         "vote": config.vote,
         "critic": config.critic,
-        "discount": algorithm.settings.get("gamma", 0.99),
+        "discount": algorithm.discount,
     }
     options: dict[str, Any] = {} if config.world == "real" else dreaming
     options |= {"observations": config.observations, "distribution_mode": config.distribution_mode}
@@ -168,7 +173,7 @@ def _made(config: TrainConfig, algorithm: AlgorithmConfig) -> tuple[Any, TimedVe
     timed = TimedVecEnv(inner)
     envs: VecEnv = timed
     if algorithm.normalize_reward:
-        envs = VecNormalize(timed, norm_obs=False, norm_reward=True, gamma=algorithm.settings.get("gamma", 0.99))
+        envs = VecNormalize(timed, norm_obs=False, norm_reward=True, gamma=algorithm.discount)
     how = (algorithm.settings, algorithm.network, config.seed, config.precision)
     return inner, timed, make_algorithm(algorithm.algorithm, envs, *how, device=config.device)
 
