@@ -31,7 +31,7 @@ from dreamenv.evaluation.clips import HELD_OUT
 from dreamenv.evaluation.controllability import distinct_actions
 from dreamenv.evaluation.metrics import interval
 from dreamenv.evaluation.pages import markdown, rooms, write_tables
-from dreamenv.policies.simple import parse_mix
+from dreamenv.policies.simple import make_policy
 from dreamenv.stages import begun, program, run_command, stage, together
 
 TABLE = "agents-games"
@@ -92,7 +92,7 @@ class BenchmarkConfig:
     """Where they are trained: auto, cpu, cuda ..."""
 
     def __post_init__(self) -> None:
-        """Validate all before any of it is trained; raises `ConfigError`, or `BundleError` for a missing bundle."""
+        """Validate all before any of it is trained; raises `ConfigError`, `PolicyError` or `BundleError`."""
         if self.games == ("all",):
             object.__setattr__(self, "games", tuple(GAMES))
         each_once(self.games, "games")
@@ -102,11 +102,11 @@ class BenchmarkConfig:
         whole(self.choose, "choose", 0)
         minutes = self.critic_minutes
         check(0 <= minutes < math.inf, f"critic_minutes {minutes}: must be >= 0 and finite")
-        parse_mix(self.critic_policy)  # raises
         load_resumable(self.config)
         pick_device(self.device)
         for game in self.games:
             check_lengths(game, horizon=self.horizon, limit=self.limit)
+            make_policy(self.critic_policy, np.asarray(get_game(game).bias))  # raises
             load_bundle(resolve_bundle(self.bundle, game), "cpu", game=game)
             for seed in self.seeds:
                 self.run(game, "dream", seed)
@@ -179,7 +179,7 @@ def _critic(config: BenchmarkConfig, game: str) -> None:
         ),
     }
     for name, command in commands.items():
-        stage(config.out, f"{game}-{name}", partial(run_command, command))
+        stage(config.out, f"{game}-{name}", lambda command=command: run_command(command))
 
 
 _PLAYED = 256

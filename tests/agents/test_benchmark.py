@@ -63,14 +63,18 @@ def test_agents_of_both_worlds_are_trained_and_judged_once(
     page.write_text("before\n<!-- agents-games -->\n<!-- /agents-games -->\nafter\n")
     shared: dict[str, Any] = {"steps": 16, "config": tmp_path / "small.yaml", "bundle": toy_bundle, "horizon": 9}
     shared |= {"episodes": 5, "tried": 2, "limit": 30, "out": tmp_path / "out", "docs": page}
+    shared |= {"critic_minutes": 0.01, "critic_steps": 8000}
     row = run_benchmark(BenchmarkConfig(**shared))["coinrun"]
     alone = evaluate("random", episodes=5, limit=30).figures
     assert row["random"] == alone["mean_return"] and row["random_scaled"] == pytest.approx((row["random"] - 5) / 5)
-    for world in ("real", "dream"):
-        folder = tmp_path / "out" / "coinrun" / f"{world}-0" / "agent"
+    folders = {world: tmp_path / "out" / "coinrun" / f"{world}-0" / "agent" for world in ("real", "dream")}
+    for world, folder in folders.items():
         judged = evaluate(str(folder), episodes=5, limit=30).figures
         assert row[world] == judged["mean_return"] and row[f"{world}_low"] <= row[world] <= row[f"{world}_high"]
     assert "| coinrun |" in page.read_text() and page.read_text().endswith("after\n")
+    critic, (real, dream) = tmp_path / "out" / "coinrun" / "critic", (agent_facts(folders[w]) for w in folders)
+    assert dream["critic"] == agent_facts(critic / "agent")["critic"] and "critic" not in real
+    assert 0 < dream["critic"]["pictures"] <= len(Dataset(tmp_path / "out" / "coinrun" / "play")) < 8200
     home = shutil.copytree(toy_bundle, tmp_path / "home")
     written = tmp_path / "out" / "benchmark.json"
     for random, ships in ((row["dream_low"], False), (row["dream_low"] - 0.1, True)):
@@ -105,6 +109,8 @@ def test_agents_of_both_worlds_are_trained_and_judged_once(
         {"seeds": ()},
         {"episodes": 0},
         {"choose": -1},
+        {"critic_minutes": -1},
+        {"critic_steps": 0},
         {"horizon": 10**6},
         {"games": ("x",)},
         {"device": "y"},
@@ -114,6 +120,8 @@ def test_agents_of_both_worlds_are_trained_and_judged_once(
     asked = {world: chosen.run("coinrun", world, 0) for world in ("real", "dream")}
     assert (asked["dream"].judge, asked["dream"].eval_every) == ("dream", 8) and asked["real"].eval_every == 0
     assert (asked["dream"].eval_nfe, asked["dream"].eval_limit) == (4, 7) and asked["real"].eval_nfe is None
+    with pytest.raises(PolicyError, match="nobody"):
+        BenchmarkConfig(critic_policy="biased=0.5,nobody=0.5")
     with pytest.raises(BundleError):
         BenchmarkConfig(bundle=tmp_path / "nowhere")
     for wrong in wrongs:
