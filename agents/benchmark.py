@@ -232,7 +232,7 @@ def _trained(config: BenchmarkConfig, game: str, world: str, row: dict[str, Any]
     judged = [_judged(config, get_game(game), f"{world}-{seed}", folder) for seed, folder in runs.items()]
     figures = _figures(world, judged, row["range"])
     if world == "real":  # not learnt: the way is no longer than what these levels can tell
-        return figures | {"learnt": bool(figures["real_low"] > row["random"]), "share": None}
+        return figures | {"learnt": beats(figures | row, "real", "random"), "share": None}
     share = share_of_the_way(row["random"], row["real"], figures["dream"]) if row["learnt"] else None
     return figures | {"seeds": list(config.seeds), "kept": kept, "share": share}
 
@@ -255,6 +255,11 @@ def bootstrap(returns: np.ndarray, draws: int = 10_000) -> np.ndarray:
             for _ in range(draws)
         ]
     )
+
+
+def beats(row: dict[str, Any], player: str, other: str) -> bool:
+    """Whether a player surely earns more than another one: the whole of its 95 % interval lies above the other's."""
+    return row[f"{player}_low"] > row[f"{other}_high"]
 
 
 def share_of_the_way(random: float, real: float, dream: float) -> float | None:

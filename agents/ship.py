@@ -1,7 +1,7 @@
 """Puts agents that learnt in dreams into the bundles that dreamt for them: `python -m agents.ship runs/benchmark`.
 
 Of each game that `agents.benchmark` has judged, the best agent of a dream ships if it beats a random player of the real
-game: if the lower end of its 95 % interval lies above that player's mean. It then plays in `dreamenv play`, and every
+game: if its 95 % interval lies above that player's. It then plays in `dreamenv play`, and every
 program knows it as `bundled`.
 """
 
@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import tyro
 
+from agents.benchmark import beats
 from dreamenv.artifacts import read_json
 from dreamenv.bundle import agent_folder, resolve_bundle
 from dreamenv.config import check, whole
@@ -63,8 +64,9 @@ def ship(
         if "dream" not in row:
             found[game] = "none: not learnable in so many steps, so none learnt in dreams"
             continue
-        if row["dream_low"] <= row["random"]:
-            found[game] = f"none: from {row['dream_low']:.2f} on, where a random player earns {row['random']:.2f}"
+        if not beats(row, "dream", "random"):
+            low, high = row["dream_low"], row["random_high"]
+            found[game] = f"none: from {low:.2f} on, where a random player earns up to {high:.2f}"
             continue
         best = int(np.argmax(row["dream_seeds"]))
         agents[game] = load_agent(runs / game / f"dream-{row['seeds'][best]}" / row["kept"], "fp32")

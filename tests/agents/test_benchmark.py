@@ -12,16 +12,18 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import stats
 
 import agents.benchmark
 import agents.real_steps
-from agents.benchmark import BenchmarkConfig, bootstrap, run_benchmark, share_of_the_way, table_of
+from agents.benchmark import BenchmarkConfig, beats, bootstrap, run_benchmark, share_of_the_way, table_of
 from agents.evaluate import evaluate
 from agents.real_steps import RealStepsConfig, run_real_steps
 from agents.saved import agent_facts
 from agents.ship import ship
 from dreamenv.data import Dataset
 from dreamenv.errors import BundleError, ConfigError, PolicyError
+from dreamenv.evaluation.metrics import interval
 from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, load_agent, save_agent
 from dreamenv.vector import DreamVectorEnv
 from tests.here import brief
@@ -53,6 +55,19 @@ def test_intervals_count_the_agents_and_the_levels_that_all_of_them_play() -> No
     assert bootstrap(apart).std() == pytest.approx(5 / 2**0.5, rel=0.05)
 
 
+def test_one_lucky_episode_does_not_beat_a_player() -> None:
+    """A t-test of the two means is not significant either."""
+    returns = np.zeros((2, 500))
+    returns[0, :3], returns[1, :8], returns[1, 8] = 1, 1, 11
+    row: dict[str, float] = {}
+    for who, each in zip("ab", returns, strict=True):
+        row[f"{who}_low"], row[f"{who}_high"] = interval(bootstrap(each[None]))
+    assert row["b_low"] > returns[0].mean() and not beats(row, "b", "a") and not beats(row, "a", "b")
+    assert stats.ttest_ind(*returns).pvalue > 0.05
+    surely = row | {"b_low": row["a_high"] + 0.01}
+    assert beats(surely, "b", "a") and not beats(surely, "a", "b")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_agents_of_both_worlds_are_trained_and_judged_once(
@@ -77,8 +92,8 @@ def test_agents_of_both_worlds_are_trained_and_judged_once(
     assert 0 < dream["critic"]["pictures"] <= len(Dataset(tmp_path / "out" / "coinrun" / "play")) < 8200
     home = shutil.copytree(toy_bundle, tmp_path / "home")
     written = tmp_path / "out" / "benchmark.json"
-    for random, ships in ((row["dream_low"], False), (row["dream_low"] - 0.1, True)):
-        written.write_text(json.dumps({"coinrun": row | {"random": random}}))
+    for high, ships in ((row["dream_low"], False), (row["dream_low"] - 0.1, True)):
+        written.write_text(json.dumps({"coinrun": row | {"random_high": high}}))
         told = ship(tmp_path / "out", bundle=home)["coinrun"]
         assert told.startswith("none: from ") == (not ships) and (home / "agent").exists() == ships
     shipped = load_agent(home / "agent")
