@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dreamenv.artifacts import write_json
-from dreamenv.bundle import bundled_agent, embedded_games, load_bundle, resolve_bundle
+from dreamenv.bundle import Bundle, bundled_agent, embedded_games, load_bundle, resolve_bundle
 from dreamenv.config import check
 from dreamenv.contract.games import get_game
 from dreamenv.errors import BundleError, ConfigError
@@ -20,9 +20,8 @@ from dreamenv.evaluation.metrics import colour_frequencies
 from dreamenv.evaluation.open_loop import compare_open_loop
 from dreamenv.evaluation.outcomes import outcome_figures, outcome_scores
 from dreamenv.flow import SamplerConfig
-from dreamenv.types import Clips
+from dreamenv.types import Clips, Segment
 from dreamenv.video import save_video
-from dreamenv.world_model import WorldModel
 
 
 def demo(
@@ -49,22 +48,16 @@ def demo(
     facts = loaded.game
     envs = 32
     print(f"playing {play_steps} steps of the real {facts.name} on held-out levels ...", flush=True)
-    model, mode, frame = loaded.world_model, facts.distribution_mode, loaded.world_model.frame_shape
-    play = play_real(facts.name, -(-play_steps // envs), envs, distribution_mode=mode, seed=seed, frame=frame)
+    model = loaded.world_model
+    play = _play(loaded, -(-play_steps // envs), envs, "mix", seed)
     print(f"dreaming {clips} clips of {horizon} steps and scoring the heads ...", flush=True)
     frequencies = colour_frequencies(play.frames[:, :: max(play.frames.shape[1] // 128, 1)])
     cut = cut_clips(play, clips, model.context, horizon, seed)
     result = compare_open_loop(model, cut, frequencies, sampler, seed, samples=1)
     scores = outcome_scores(model, play, sampler, negatives=4000, seed=seed)
     scored = outcome_figures(model, scores, death=get_game(facts.name).death)
-    shipped = bundled_agent(loaded.folder, facts.name)
-    shown = (
-        play
-        if shipped is None
-        else play_real(
-            facts.name, 8 * film_steps, 16, f"agent:{shipped}", distribution_mode=mode, seed=seed, frame=frame
-        )
-    )
+    agent = _agent(loaded)
+    shown = play if agent is None else _play(loaded, 8 * film_steps, 16, agent, seed)
     film = _liveliest(cut_clips(shown, 64, model.context, film_steps, seed + 1), 3)
     began = time.perf_counter()
     dreams, _ = open_loop(model, film, sampler, seed)
@@ -101,6 +94,7 @@ def mosaic(
 ) -> dict[str, Any]:
     """Film several embedded games at once, each beside its dream, from the same held-out start under the same actions.
 
+    The real game is played by the agent that ships with its bundle, or else by the players of `compare`'s clips.
     Writes `mosaic.mp4` and `.gif`, and `mosaic.png`: each game's real pictures above the dream's.
 
     Args:
@@ -127,7 +121,7 @@ def mosaic(
     for game in games:
         print(f"dreaming of {game} ...", flush=True)
         loaded = load_bundle(resolve_bundle(None, game), device, game=game)
-        film = _one_clip(loaded.game.name, loaded.game.distribution_mode, loaded.world_model, steps, seed)
+        film = _one_clip(loaded, steps, seed)
         dream, _ = open_loop(loaded.world_model, film, sampler or SamplerConfig(), seed)
         start, real = film.frames[0, film.context - 1 : film.context], film.frames[0, film.context :]
         start = start.repeat(_LEAD, 0)
@@ -148,12 +142,24 @@ def mosaic(
     return {"games": list(filmed), "steps": filmed}
 
 
-def _one_clip(game: str, mode: str, model: WorldModel, steps: int, seed: int) -> Clips:
+def _agent(bundle: Bundle) -> str | None:
+    """The policy that the agent which ships with a bundle is; None if none ships."""
+    shipped = bundled_agent(bundle.folder, bundle.game.name)
+    return None if shipped is None else f"agent:{shipped}"
+
+
+def _play(bundle: Bundle, steps: int, num_envs: int, policy: str, seed: int) -> Segment:
+    """Play the real game of a bundle, in its difficulty and as large as it shows it."""
+    shown = {"distribution_mode": bundle.game.distribution_mode, "frame": bundle.world_model.frame_shape}
+    return play_real(bundle.game.name, steps, num_envs, policy, seed=seed, **shown)
+
+
+def _one_clip(bundle: Bundle, steps: int, seed: int) -> Clips:
     """A clip of the real game in which much moves, shorter than `steps` where no episode is as long."""
-    play = play_real(game, 300, 32, distribution_mode=mode, seed=seed, frame=model.frame_shape)
+    play = _play(bundle, 300, 32, _agent(bundle) or "mix", seed)
     for horizon in (steps, steps // 2, steps // 4):
         try:
-            return _liveliest(cut_clips(play, 32, model.context, horizon, seed), 1)
+            return _liveliest(cut_clips(play, 32, bundle.world_model.context, horizon, seed), 1)
         except ConfigError:
             if horizon == steps // 4:
                 raise

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreamenv.bundle import embedded_games, load_bundle
+from dreamenv.bundle import bundled_agent, embedded_games, load_bundle, resolve_bundle
 from dreamenv.commands import demo
 from dreamenv.errors import BundleError, ConfigError
+from dreamenv.evaluation.clips import play_real
 from dreamenv.evaluation.demo import mosaic
 from dreamenv.evaluation.games import PICTURES, SETTINGS, SHORT, games_table, measure_all
 from dreamenv.evaluation.metrics import still_pixels
@@ -31,9 +32,15 @@ def test_easy_asked_for_is_the_mosaic_too(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert asked == ["all", "all", "coinrun"]
 
 
-def test_a_mosaic_shows_every_game_beside_its_dream(tmp_path: Path) -> None:
-    games = tuple(embedded_games())[:2]
+def test_a_mosaic_shows_every_game_beside_its_dream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the agent that ships plays, where there is one."""
+    games, players = ("dodgeball", "maze"), []
+    monkeypatch.setattr(
+        "dreamenv.evaluation.demo.play_real", lambda *a, **more: players.append(a[3]) or play_real(*a, **more)
+    )
     filmed = mosaic(tmp_path, games, steps=8, device="cpu")
+    shipped = bundled_agent(resolve_bundle(None, "dodgeball"), "dodgeball")
+    assert shipped is not None and players == [f"agent:{shipped}", "mix"]
     assert filmed["games"] == list(games) and set(filmed["steps"].values()) == {8}
     assert {path.name for path in tmp_path.iterdir()} == {"mosaic.mp4", "mosaic.gif", "mosaic.png"}
     picture = np.asarray(Image.open(tmp_path / "mosaic.png"))
