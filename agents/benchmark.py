@@ -277,7 +277,7 @@ _COLUMNS = {
     "dream": ("PPO in the dream", ".2f"),
     "dream_low": ("from", ".2f"),
     "dream_high": ("to", ".2f"),
-    "dream_scaled": ("dream, in Procgen's range", ".2f"),
+    "dream_scaled": ("dream, in Procgen's range", ".3f"),
     "share": ("share of the way", ".2f"),
 }
 
