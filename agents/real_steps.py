@@ -8,6 +8,7 @@ kill: what is done is skipped.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,9 @@ class RealStepsConfig:
     """The algorithm, of both worlds."""
     horizon: int = 64
     """Length of the dreams, which begin at moments of the real steps."""
+    critic_minutes: float = 0.0
+    """Minutes of training for each model's critic, which says what a dream that is cut off was still worth, see
+    `agents.critic`; 0 for none. It learns from the same real steps as the model."""
     recipe: str = ""
     """Of the world models, see `trainers.pipeline`; each game's own by default."""
     set: tuple[str, ...] = ()
@@ -74,6 +78,8 @@ class RealStepsConfig:
         for name in ("imagined", "episodes"):
             whole(getattr(self, name), name, 1)
         check(self.minutes > 0, f"minutes {self.minutes}: must be > 0")
+        minutes = self.critic_minutes
+        check(0 <= minutes < math.inf, f"critic_minutes {minutes}: must be >= 0 and finite")
         load_resumable(self.config)
         pick_device(self.device)
         for game in self.games:
@@ -113,8 +119,13 @@ def _row(config: RealStepsConfig, game: str, steps: int) -> dict[str, Any]:
     model: dict[str, Any] = {"game": game, "steps": steps, "events": 0, "minutes": config.minutes, "seed": config.seed}
     model |= {"recipe": config.recipe or None, "stage_steps": config.stage_steps, "set": list(config.set) or None}
     dream = {"steps": config.imagined, "bundle": here / "model" / "bundle", "starts": here / "model" / "data"}
-    commands = {
-        "model": program("trainers.pipeline", out=here / "model", **model),
+    commands = {"model": program("trainers.pipeline", out=here / "model", **model)}
+    if config.critic_minutes:
+        critic = {"minutes": config.critic_minutes, "discount": load_resumable(config.config).discount}
+        critic |= {"device": config.device, "seed": config.seed}
+        commands["critic"] = program("agents.critic", data=here / "model" / "data", out=here / "critic", **critic)
+        dream |= {"critic": here / "critic" / "agent"}
+    commands |= {
         "dream": program("agents.train", world="dream", out=here / "dream", horizon=config.horizon, **dream, **shared),
         "real": program("agents.train", world="real", out=here / "real", steps=steps, **shared),
     }

@@ -152,7 +152,8 @@ def test_how_many_real_steps_it_takes_is_one_command_that_resumes(
     (tmp_path / "small.yaml").write_text(ALGORITHM)
     page = tmp_path / "page.md"
     page.write_text("<!-- agents-steps -->\n<!-- /agents-steps -->\n")
-    shared: dict[str, Any] = {"games": ("maze",), "steps": (2000,), "imagined": 16, "stage_steps": 2, "limit": 20}
+    shared: dict[str, Any] = {"games": ("dodgeball",), "steps": (4000,), "imagined": 16, "stage_steps": 2, "limit": 20}
+    shared |= {"critic_minutes": 0.01}
     shared |= {
         "config": tmp_path / "small.yaml",
         "recipe": "predictor_patches",
@@ -162,15 +163,17 @@ def test_how_many_real_steps_it_takes_is_one_command_that_resumes(
     }
     shared |= {"set": ("loop.batch_size=4", "task.val_ratio=0.2", *brief("predictor_patches")), "out": tmp_path / "out"}
     rows = run_real_steps(RealStepsConfig(**shared))
-    assert [row["steps"] for row in rows] == [2000]
+    assert [row["steps"] for row in rows] == [4000]
     for row in rows:
-        here = tmp_path / "out" / "maze" / str(row["steps"])
+        here = tmp_path / "out" / "dodgeball" / str(row["steps"])
         assert row["steps"] <= len(Dataset(here / "model" / "data")) < row["steps"] + 200
-        assert agent_facts(here / "dream" / "agent")["world"] == "dream"
+        dream, critic = (agent_facts(here / name / "agent") for name in ("dream", "critic"))
+        assert dream["world"] == "dream" and dream["critic"] == critic["critic"]
+        assert 0 < critic["critic"]["pictures"] <= len(Dataset(here / "model" / "data"))
         for world in ("real", "dream"):
-            judged = evaluate(str(here / world / "agent"), game="maze", episodes=5, limit=20).figures
+            judged = evaluate(str(here / world / "agent"), game="dodgeball", episodes=5, limit=20).figures
             assert row[world] == judged["mean_return"] and row[f"{world}_low"] <= row[world] <= row[f"{world}_high"]
-    assert "| maze, 2,000 |" in page.read_text()
+    assert "| dodgeball, 4,000 |" in page.read_text()
     with Image.open(tmp_path / "out" / "real_steps.png") as plot:
         assert plot.width > 500
     monkeypatch.setattr(agents.real_steps, "run_command", None)  # a second run trains nothing
