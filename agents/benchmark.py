@@ -8,7 +8,6 @@ judged in the real game, on held-out levels. Run the same line again after a kil
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,12 +16,13 @@ from typing import Any
 import numpy as np
 import tyro
 
+from agents.critic import check_minutes, critic_command
 from agents.evaluate import evaluate
 from agents.train import CONFIGS, TrainConfig, load_algorithm, load_resumable
 from agents.worlds import TRAIN_LEVELS, check_lengths
 from dreamenv.artifacts import atomic_file
 from dreamenv.bundle import bundle_mode, load_bundle, resolve_bundle
-from dreamenv.config import check, each_once, to_dict, whole
+from dreamenv.config import each_once, to_dict, whole
 from dreamenv.console import errors_in_one_line
 from dreamenv.contract.actions import NAMES
 from dreamenv.contract.games import GAMES, Game, get_game
@@ -100,8 +100,7 @@ class BenchmarkConfig:
         for name in ("steps", "critic_steps", "episodes", "tried", "jobs"):
             whole(getattr(self, name), name, 1)
         whole(self.choose, "choose", 0)
-        minutes = self.critic_minutes
-        check(0 <= minutes < math.inf, f"critic_minutes {minutes}: must be >= 0 and finite")
+        check_minutes(self.critic_minutes)
         load_resumable(self.config)
         pick_device(self.device)
         for game in self.games:
@@ -169,13 +168,8 @@ def _critic(config: BenchmarkConfig, game: str) -> None:
     recorded = {"steps": config.critic_steps, "policy": config.critic_policy, "limit": _PLAYED}
     commands = {
         "play": program("envs.collect", game=game, out=play, seed=_PLAY_SEED, distribution_mode=mode, **recorded),
-        "critic": program(
-            "agents.critic",
-            data=play,
-            out=config.out / game / "critic",
-            minutes=config.critic_minutes,
-            discount=load_resumable(config.config).discount,
-            device=config.device,
+        "critic": critic_command(
+            play, config.out / game / "critic", config.critic_minutes, config.config, device=config.device
         ),
     }
     for name, command in commands.items():

@@ -20,6 +20,7 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
+from agents.train import load_resumable
 from agents.worlds import training_shards
 from dreamenv.artifacts import only_writer
 from dreamenv.config import check, whole
@@ -31,6 +32,7 @@ from dreamenv.device import keep_freed_memory, pick_device, pick_precision
 from dreamenv.errors import DatasetError
 from dreamenv.models.interface import to_images
 from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, save_agent
+from dreamenv.stages import program
 
 _CHECKED = 4096
 
@@ -79,6 +81,31 @@ class CriticConfig:
         check(0 <= self.seed < 2**31, f"seed {self.seed}: must be in 0..2^31-1")
         ImpalaConfig(self.channels, self.features)  # raises
         pick_precision(self.precision, pick_device(self.device))  # raises
+
+
+def check_minutes(minutes: float) -> None:
+    """Raise `ConfigError` for minutes of a critic's training that are no length of time; 0 is no critic."""
+    check(0 <= minutes < math.inf, f"critic_minutes {minutes}: must be >= 0 and finite")
+
+
+def critic_command(
+    data: Path, out: Path, minutes: float, algorithm: Path, seed: int = 0, device: str = "auto"
+) -> list[str]:
+    """The command that trains a critic for the dreams in which an algorithm is to learn.
+
+    Args:
+        data: dataset folder of the recorded play.
+        out: run folder; the critic is `<out>/agent`.
+        minutes: of training.
+        algorithm: YAML file of the algorithm, whose discount is the critic's.
+        seed: decides everything but the wall clock.
+        device: where it is trained: auto, cpu, cuda ...
+
+    Raises:
+        ConfigError: no such algorithm.
+    """
+    discount = load_resumable(algorithm).discount
+    return program("agents.critic", data=data, out=out, minutes=minutes, discount=discount, seed=seed, device=device)
 
 
 def returns_to_go(shard: Shard, discount: float) -> np.ndarray:

@@ -8,13 +8,13 @@ kill: what is done is skipped.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
 
+from agents.critic import check_minutes, critic_command
 from agents.evaluate import evaluate
 from agents.train import CONFIGS, load_algorithm, load_resumable
 from agents.worlds import check_lengths
@@ -78,8 +78,7 @@ class RealStepsConfig:
         for name in ("imagined", "episodes"):
             whole(getattr(self, name), name, 1)
         check(self.minutes > 0, f"minutes {self.minutes}: must be > 0")
-        minutes = self.critic_minutes
-        check(0 <= minutes < math.inf, f"critic_minutes {minutes}: must be >= 0 and finite")
+        check_minutes(self.critic_minutes)
         load_resumable(self.config)
         pick_device(self.device)
         for game in self.games:
@@ -121,9 +120,10 @@ def _row(config: RealStepsConfig, game: str, steps: int) -> dict[str, Any]:
     dream = {"steps": config.imagined, "bundle": here / "model" / "bundle", "starts": here / "model" / "data"}
     commands = {"model": program("trainers.pipeline", out=here / "model", **model)}
     if config.critic_minutes:
-        critic = {"minutes": config.critic_minutes, "discount": load_resumable(config.config).discount}
-        critic |= {"device": config.device, "seed": config.seed}
-        commands["critic"] = program("agents.critic", data=here / "model" / "data", out=here / "critic", **critic)
+        play = here / "model" / "data"
+        commands["critic"] = critic_command(
+            play, here / "critic", config.critic_minutes, config.config, config.seed, config.device
+        )
         dream |= {"critic": here / "critic" / "agent"}
     commands |= {
         "dream": program("agents.train", world="dream", out=here / "dream", horizon=config.horizon, **dream, **shared),

@@ -15,6 +15,7 @@ from typing import Any
 
 import tyro
 
+from agents.critic import check_minutes, critic_command
 from agents.train import CONFIGS, load_resumable
 from agents.worlds import check_lengths
 from dreamenv.bundle import bundle_mode, resolve_bundle
@@ -82,8 +83,8 @@ class LoopConfig:
             check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
         check_lengths(self.game, horizon=self.horizon, collect_limit=self.collect_limit)
         load_resumable(self.agent_config)
-        for name in ("minutes", "critic_minutes"):
-            check(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: must be >= 0")
+        check_minutes(self.critic_minutes)
+        check(self.minutes >= 0, f"minutes {self.minutes}: must be >= 0")
         check(self.eval_every >= 0, f"eval_every {self.eval_every}: must be >= 0")
         check(
             self.expert >= 0 and self.explorer >= 0 and self.expert + self.explorer <= 1,
@@ -188,9 +189,8 @@ def _model(config: LoopConfig, r: int, data: Path, bundle: Path) -> Path:
 def _critic(config: LoopConfig, r: int, data: Path) -> Path:
     """What the play of this round was worth: the newest agent's, so that the next one improves on it."""
     out = config.out / f"round-{r}" / "critic"
-    options = {"data": data, "out": out, "minutes": config.critic_minutes, "seed": config.seed}
-    options["discount"] = load_resumable(config.agent_config).discount
-    stage(config.out, f"critic-{r}", partial(run_command, program("agents.critic", **options)))
+    command = critic_command(data, out, config.critic_minutes, config.agent_config, config.seed)
+    stage(config.out, f"critic-{r}", partial(run_command, command))
     return out / "agent"
 
 

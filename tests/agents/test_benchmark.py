@@ -181,6 +181,7 @@ def test_how_many_real_steps_it_takes_is_one_command_that_resumes(
     assert run_real_steps(RealStepsConfig(**shared)) == rows
     wrongs: list[dict[str, Any]]
     wrongs = [{"steps": (5, 5)}, {"steps": ()}, {"steps": (0,)}, {"minutes": 0}, {"games": ("x",)}, {"horizon": 10**6}]
+    wrongs += [{"critic_minutes": minutes} for minutes in (-1, float("inf"), float("nan"))]
     for wrong in wrongs:
         with pytest.raises(ConfigError):
             RealStepsConfig(**wrong)
