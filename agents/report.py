@@ -2,14 +2,15 @@
 
 `python -m agents.report --agent bundled --out out/agent` plays the same held-out levels in both worlds several times
 and writes `report.html`: by how much the dream overestimates the agent, and a scatter plot of levels. Then the keys
-that the agent pressed in the dream are pressed in the game: film strips show where the two part.
+that the agent pressed in the dream are pressed in the game: a table says in which situations the two part, and film
+strips show it. `--before AGENT` holds another agent beside it.
 """
 
 from __future__ import annotations
 
 import html
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ from dreamenv.policies.simple import VectorPolicy
 
 _GRACE = 5
 """Steps for which the last key is held on in the game, which may get there a little later than the dream."""
+FATES = ("earns", "ends", "goes on")
+"""How an episode fares: it earns something; it ends and has earned nothing; it does neither in the time it has."""
+_BESIDE = {"real_return": "return in the game", "dream_return": "in the dream", "same_keys_optimism": "more, same keys"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class ReportConfig:
 
     agent: str = "bundled"
     """random, bundled, an agent's folder, or a policy specification."""
+    before: str | None = None
+    """Another agent, such as one trained without what this one was trained with; its own report goes to out/before."""
     out: Path = Path("out/agent")
     """Folder for report.html, metrics.json and pictures."""
     game: str = "coinrun"
@@ -106,6 +112,7 @@ class Replays:
     Attributes:
         levels: int64 (N,); lengths: int64 (N,), steps of each dream.
         dream, game: float64 (N,), returns in either world.
+        dream_ended, game_ended: bool (N,), whether it terminated there.
         dream_films, game_films: of each, frames uint8 (steps, h, w, c) before each of the dream's steps.
     """
 
@@ -113,6 +120,8 @@ class Replays:
     lengths: np.ndarray
     dream: np.ndarray
     game: np.ndarray
+    dream_ended: np.ndarray
+    game_ended: np.ndarray
     dream_films: list[np.ndarray]
     game_films: list[np.ndarray]
 
@@ -121,12 +130,21 @@ class Replays:
 
         Returns:
             How many dreams earned something, `dreams_paid`; of how many of these the game paid nothing,
-            `dreams_paid_alone`; by how much more dreams pay, `same_keys_optimism` and its `_ci` (95 %).
+            `dreams_paid_alone`; by how much more dreams pay, `same_keys_optimism` and its `_ci` (95 %); and
+            `situations`: of `FATES`, how many dreams had the first and the game the second.
         """
         gap = optimism(self.game[:, None], self.dream[:, None], seed=seed)
-        paid = self.dream > 0
-        counts = {"dreams_paid": int(paid.sum()), "dreams_paid_alone": int((paid & (self.game <= 0)).sum())}
-        return counts | {f"same_keys_{name}": gap[name] for name in ("optimism", "optimism_ci")}
+        dream, game = _fates(self.dream, self.dream_ended), _fates(self.game, self.game_ended)
+        kinds = list(enumerate(FATES))
+        counts = {a: {b: int(((dream == i) & (game == j)).sum()) for j, b in kinds} for i, a in kinds}
+        paid = counts[FATES[0]]
+        alone = {"dreams_paid": sum(paid.values()), "dreams_paid_alone": sum(paid.values()) - paid[FATES[0]]}
+        return alone | {f"same_keys_{name}": gap[name] for name in ("optimism", "optimism_ci")} | {"situations": counts}
+
+
+def _fates(returns: np.ndarray, ended: np.ndarray) -> np.ndarray:
+    """Which of `FATES` each episode had, int64 (N,)."""
+    return np.where(returns > 0, 0, np.where(ended, 1, 2))
 
 
 def replay(config: ReportConfig) -> Replays:
@@ -146,17 +164,19 @@ def replay(config: ReportConfig) -> Replays:
     mode, frame = facts.game.distribution_mode, facts.world_model.frame_shape
     envs = real_envs(game, n, (first, n), mode, frame)
     frames, _ = envs.reset(seed=config.seed, options={"level": dreamt.levels})
-    returns, going, film = np.zeros(n), np.ones(n, bool), []
+    returns, going, ended, film = np.zeros(n), np.ones(n, bool), np.zeros(n, bool), []
     for t in range(int(lengths.max()) + _GRACE):
         film.append(frames.copy())
         actions = keys[np.minimum(t, lengths - 1), np.arange(n)]
         frames, rewards, terminated, truncated, _ = envs.step(actions)
         going &= t < lengths + _GRACE
         returns += np.where(going, rewards, 0)
+        ended |= going & terminated
         going &= ~(terminated | truncated)
     envs.close()
     films = [film_of[:length] for film_of, length in zip(np.stack(film, 1), lengths, strict=True)]
-    return Replays(dreamt.levels, lengths, dreamt.episodes.returns, returns, dreamt.frames, films)
+    played = dreamt.episodes
+    return Replays(dreamt.levels, lengths, played.returns, returns, played.ended, ended, dreamt.frames, films)
 
 
 def optimism(real: np.ndarray, dream: np.ndarray, replicates: int = 10000, seed: int = 0) -> dict[str, Any]:
@@ -191,7 +211,8 @@ def learnt_from(facts: dict[str, Any]) -> tuple[int, int] | tuple[None, None]:
     """How many imagined and how many real steps an agent learnt from, with those of the agents it went on from.
 
     Args:
-        facts: see `agents.saved.agent_facts`; where they do not say, the answer is (None, None).
+        facts: see `agents.saved.agent_facts`; where they do not say, the answer is (None, None). What a critic learnt
+            from is real.
     """
     imagined, real = 0, 0
     before: dict[str, Any] | None = facts
@@ -200,7 +221,8 @@ def learnt_from(facts: dict[str, Any]) -> tuple[int, int] | tuple[None, None]:
         if share is None or "steps" not in before:
             return None, None
         dreamt = round(share * before["steps"])
-        imagined, real, before = imagined + dreamt, real + before["steps"] - dreamt, before.get("from")
+        told = (before.get("critic") or {}).get("pictures", 0)
+        imagined, real, before = imagined + dreamt, real + before["steps"] - dreamt + told, before.get("from")
     return imagined, real
 
 
@@ -210,6 +232,9 @@ def report(config: ReportConfig) -> dict[str, Any]:
     Raises:
         ConfigError, PolicyError: a bad setting, or no such agent.
     """
+    before = None
+    if config.before is not None:
+        before = report(replace(config, agent=config.before, before=None, out=config.out / "before"))
     real, dream = play(config)
     replays = replay(config)
     figures = (
@@ -242,6 +267,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
         save_grid(out / "films.png", [np.concatenate([s, blank[len(s) :]]) for s in strips])
     else:
         (out / "films.png").unlink(missing_ok=True)  # of an earlier report
+    figures |= {} if before is None else {"before": before}
     write_json(out / "metrics.json", {"figures": figures, "levels": rows})
     parts = _page(config, figures, rows)
     with atomic_file(out / "report.html") as temporary:
@@ -280,6 +306,7 @@ def _page(config: ReportConfig, figures: dict[str, Any], rows: list[dict[str, An
         learnt = (
             f"<p>It learnt from {figures['imagined_steps']:,} imagined and {figures['real_steps']:,} real steps.</p>"
         )
+    shown = [figures["before"], figures] if "before" in figures else [figures]
     return [
         f"<h1>{html.escape(config.agent)}: dream return against real return</h1>",
         f"<p>{config.levels} levels that nobody trained on, {config.repeats} episodes each in both worlds from the "
@@ -292,6 +319,9 @@ def _page(config: ReportConfig, figures: dict[str, Any], rows: list[dict[str, An
         f"<p>The agent played one dream of each level, and its keys were pressed in the game. "
         f"{figures['dreams_paid']} dreams earned something; for {figures['dreams_paid_alone']} of them the game paid "
         f"nothing. Dreams paid {figures['same_keys_optimism']:+.2f} more ({alone_low:+.2f} to {alone_high:+.2f}).</p>",
+        table(_situations(shown), {"agent": "agent", "dream": "dreams that", **{f: f"the game {f}" for f in FATES}}),
+        table(shown, {"agent": "agent", **_BESIDE}) if len(shown) > 1 else "",
+        "<h2>Where they part</h2>",
         table(
             rows,
             {"level": "level", "kind": "", "game": "return in the game", "dream": "in the dream", "steps": "steps"},
@@ -301,6 +331,12 @@ def _page(config: ReportConfig, figures: dict[str, Any], rows: list[dict[str, An
         "<p>Start to end of each dream: upper row the game, lower row the dream.</p>" if rows else "",
         embed(config.out / "films.png", "films"),
     ]
+
+
+def _situations(shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each agent and fate of a dream: how many there are with each fate of the game."""
+    rows = [(f["agent"], *row) for f in shown for row in f["situations"].items()]
+    return [{"agent": agent, "dream": fate, **counts} for agent, fate, counts in rows]
 
 
 def main(arguments: list[str] | None = None) -> None:

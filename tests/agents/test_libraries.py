@@ -66,7 +66,8 @@ def test_a_dream_that_overestimates_is_caught(
     monkeypatch.setattr(agents.report, "play", lambda _: (real, real + np.array([[0.0], [10], [10], [10]])))
     films = [np.zeros((3, 64, 64, 3), np.uint8)] * 4
     dream, game = np.array([10.0, 10, 0, 10]), np.array([10.0, 0, 0, 10])
-    found = Replays(np.arange(10000, 10004), np.full(4, 3), dream, game, films, films)
+    ended = np.array([True, True, False, True]), np.array([True, True, True, True])
+    found = Replays(np.arange(10000, 10004), np.full(4, 3), dream, game, *ended, films, films)
     monkeypatch.setattr(agents.report, "replay", lambda _: found)
     figures = report(config)
     assert figures["optimism"] == 7.5 and figures["imagined_steps"] == 1234 and figures["real_steps"] == 0
@@ -75,12 +76,19 @@ def test_a_dream_that_overestimates_is_caught(
         "The dream overestimates this agent." in page and "1,234 imagined" in page and page.count("data:image/png") == 2
     )
     assert (figures["dreams_paid"], figures["dreams_paid_alone"], figures["same_keys_optimism"]) == (3, 1, 2.5)
+    none = {"earns": 0, "ends": 0, "goes on": 0}
+    earning, going = {"earns": 2, "ends": 1, "goes on": 0}, {"earns": 0, "ends": 1, "goes on": 0}
+    assert figures["situations"] == {"earns": earning, "ends": none, "goes on": going}
     rows = read_json(tmp_path / "out" / "metrics.json", PolicyError, "")["levels"]
     assert rows == [{"level": 10001, "kind": "overestimated", "game": 0.0, "dream": 10.0, "steps": 3}]
     monkeypatch.setattr(agents.report, "replay", lambda _: replace(found, dream=game))
     report(config)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "They part nowhere." in page and page.count("data:image/png") == 1, "no films of an earlier report"
+    both = report(replace(config, before="random"))
+    assert both["before"]["agent"] == "random" and both["before"]["situations"]["ends"] == none | {"ends": 1}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<td>random</td>") == 4 and (tmp_path / "out" / "before" / "report.html").exists()
 
 
 def test_both_worlds_are_played_on_the_same_levels(toy_bundle: Path) -> None:
@@ -97,9 +105,9 @@ def test_the_keys_of_a_dream_are_pressed_in_the_game(tmp_path: Path) -> None:
     bundle = write_toy_bundle(tmp_path / "bundle", calm=30.0, limits=Limits(1e6, 1e6))  # dreams that last
     found = replay(ReportConfig(agent="hold:right+up", bundle=bundle, levels=8, limit=80))
     assert sorted(found.levels) == list(range(10000, 10008)) and (found.lengths == 80).all()
-    returns, env = [], gym.make("envs:RealProcgen-v0", game="coinrun")
+    returns, ended, env = [], [], gym.make("envs:RealProcgen-v0", game="coinrun")
     for level, steps, film in zip(found.levels, found.lengths, found.game_films, strict=True):
-        frames, earned = [env.reset(seed=0, options={"level": int(level)})[0]], 0.0
+        frames, earned, terminated = [env.reset(seed=0, options={"level": int(level)})[0]], 0.0, False
         for _ in range(steps + 5):
             frame, reward, terminated, _, _ = env.step(8)
             frames.append(frame)
@@ -107,10 +115,12 @@ def test_the_keys_of_a_dream_are_pressed_in_the_game(tmp_path: Path) -> None:
             if terminated:
                 break
         returns.append(earned)
+        ended.append(terminated)
         seen = min(len(frames) - 1, steps)
         assert film.shape == (steps, 64, 64, 3) and np.array_equal(film[:seen], frames[:seen])
     env.close()
     assert found.game.tolist() == returns and sum(returns) > 0
+    assert found.game_ended.tolist() == ended and any(ended) and not found.dream_ended.any()
 
 
 def test_a_foreign_zip_needs_trust(toy_bundle: Path, tmp_path: Path) -> None:
