@@ -14,7 +14,7 @@ from dreamenv.bundle import EMBEDDED, Bundle, bundle_games, embedded_games, load
 from dreamenv.contract.games import get_game
 from dreamenv.evaluation.card import fidelity_table
 from dreamenv.evaluation.clips import cut_clips, play_real
-from dreamenv.evaluation.games import PICTURES, PLAYING, SHORT, Columns, games_table
+from dreamenv.evaluation.games import PICTURES, PLAYING, SHORT, Columns, games_table, goals_table
 from dreamenv.evaluation.imagine import open_loop
 from dreamenv.evaluation.metrics import psnr, squared_error, still_pixels
 from dreamenv.flow import SamplerConfig
@@ -92,6 +92,7 @@ def test_the_pages_show_what_was_measured(page: str, columns: Columns) -> None:
     assert all(cards.values())
     text = (Path(__file__).parents[1] / page).read_text(encoding="utf-8")
     assert games_table(cards, columns) in text, f"python -m dreamenv.evaluation.games {page}"
+    assert (goals_table(cards) in text) == (page == "docs/games.md")
 
 
 def test_the_pages_show_hard_mode_s_card() -> None:

@@ -7,8 +7,10 @@ tables between a Markdown file's markers are written anew from the cards.
 from __future__ import annotations
 
 import multiprocessing
+from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import tyro
 from dreamenv.bundle import embedded_games, load_bundle
 from dreamenv.config import check
 from dreamenv.console import run_command_line
+from dreamenv.contract.games import GAMES
 from dreamenv.evaluation.compare import CompareConfig, compare
 from dreamenv.evaluation.pages import markdown, rooms, write_tables
 from dreamenv.evaluation.report import save_comparison
@@ -50,10 +53,14 @@ PICTURES: Columns = {
     "copy_psnr_moving_1": ("copying", ".1f"),
     "psnr_moving_10": ("moving pixels, 10 steps", ".1f"),
     "copy_psnr_moving_10": ("copying", ".1f"),
+    "psnr_moving_30": ("moving pixels, 30 steps", ".1f"),
+    "copy_psnr_moving_30": ("copying", ".1f"),
     "psnr_still_30": ("still pixels, 30 steps", ".1f"),
     "autoencoder_psnr": ("codec alone", ".1f"),
     "ssim_10": ("SSIM, 10 steps", ".2f"),
+    "copy_ssim_10": ("copying", ".2f"),
     "perceptual_10": ("perceptual distance, 10 steps", ".3f"),
+    "copy_perceptual_10": ("copying", ".3f"),
 }
 PLAYING: Columns = {
     "delta_psnr_4": ("delta-PSNR, 4 steps", ".2f"),
@@ -80,7 +87,75 @@ SHORT: Columns = {
     "end_ap": ("end AP", ".2f"),
     "closed_loop_pearson": ("values: Pearson", ".2f"),
 }
+_GOALS = "games-goals"
 _TABLES = {"games-pictures": PICTURES, "games-playing": PLAYING, "games-short": SHORT}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a figure of each game's card should reach.
+
+    Attributes:
+        title: what is meant, in words.
+        figure: its name in a card.
+        least: what it should be at least.
+        over: the figure from which that is counted; empty counts from 0.
+        standing: whether only games whose camera stands still are meant.
+        style: how it is formatted.
+    """
+
+    title: str
+    figure: str
+    least: float
+    over: str = ""
+    standing: bool = False
+    style: str = ".2f"
+
+    def values(self, cards: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+        """Of each game that is meant and has the figure."""
+        meant = {game: card for game, card in cards.items() if not (self.standing and any(GAMES[game].view.scrolls))}
+        return {
+            game: card[self.figure] - (card[self.over] if self.over else 0)
+            for game, card in meant.items()
+            if _known(card.get(self.figure)) and (not self.over or _known(card.get(self.over)))
+        }
+
+
+GOALS = (
+    Goal("PSNR over copying, 1 step, dB", "psnr_1", 3, "copy_psnr_1", style=".1f"),
+    Goal("PSNR over copying, 10 steps, dB", "psnr_10", 3, "copy_psnr_10", style=".1f"),
+    Goal("moving pixels over copying, 10 steps, dB", "psnr_moving_10", 0, "copy_psnr_moving_10", style=".1f"),
+    Goal("SSIM over copying, 10 steps", "ssim_10", 0, "copy_ssim_10"),
+    Goal("perceptual distance under copying's, 10 steps", "copy_perceptual_10", 0, "perceptual_10"),
+    Goal("still pixels where the camera stands, 30 steps, dB", "psnr_still_30", 45, standing=True, style=".1f"),
+    Goal("average precision of rewards", "reward_ap", 0.8),
+    Goal("average precision of rewards after 10 dreamt steps", "drifted_reward_ap", 0.8),
+    Goal("average precision of ends", "end_ap", 0.8),
+    Goal("average precision of ends after 10 dreamt steps", "drifted_end_ap", 0.8),
+    Goal("Pearson of policies' values", "closed_loop_pearson", 0.95),
+)
+"""What we want of every game."""
+_GOAL_COLUMNS: Columns = {
+    "least": ("at least", ""),
+    "median": ("median", ""),
+    "reached": ("games that reach it", ""),
+    "missed": ("the others", ""),
+}
+
+
+def goals_table(cards: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown, a line a goal: the median, how many games reach it, and what the others have, the worst first."""
+    rows = {}
+    for goal in GOALS:
+        found = sorted(goal.values(cards).items(), key=lambda item: item[1])
+        missed = [f"{game} {value:{goal.style}}" for game, value in found if value < goal.least]
+        rows[goal.title] = {
+            "least": f"{goal.least:g}",
+            "median": format(np.median([value for _, value in found]), goal.style) if found else "",
+            "reached": f"{len(found) - len(missed)} of {len(found)}",
+            "missed": ", ".join(missed),
+        }
+    return markdown("goal", rows, _GOAL_COLUMNS)
 
 
 def games_table(cards: dict[str, dict[str, Any]], columns: Columns) -> str:
@@ -150,12 +225,12 @@ def main(
     """Measure embedded games that are not measured yet, and write the tables.
 
     Args:
-        files: Markdown files with markers: games-pictures, games-playing, games-short.
+        files: Markdown files with markers: games-pictures, games-playing, games-short, games-goals.
         games: which are measured anew; by default those without a card. The tables show all that have one.
         out: folder for reports.
         clips: held-out clips.
         nfe: network function evaluations per step.
-        again: measure all of them anew.
+        again: measure anew all games that share a bundle; a bundle of one game has a card of more clips.
         jobs: games that are measured at a time, each in a process.
     """
     check(1 <= jobs <= 256, f"jobs {jobs}: must be 1..256")
@@ -164,12 +239,17 @@ def main(
         check(name in embedded, f"games {name}: not embedded; {', '.join(embedded)} are")
     config = replace(SETTINGS, clips=clips)
     for file in files:
-        rooms(file, _TABLES)
-    chosen = [n for n in games or embedded if again or games or not load_bundle(embedded[n], "cpu", game=n).card]
+        rooms(file, [*_TABLES, _GOALS])
+    held = Counter(embedded.values())
+    chosen = games or tuple(
+        name
+        for name, folder in embedded.items()
+        if (again and held[folder] > 1) or not load_bundle(folder, "cpu", game=name).card
+    )
     measure_all({name: embedded[name] for name in chosen}, config, SamplerConfig(nfe=nfe), out, jobs)
     cards = {name: load_bundle(folder, "cpu", game=name).card for name, folder in embedded.items()}
     cards = {name: card for name, card in cards.items() if card}
-    tables = {name: games_table(cards, columns) for name, columns in _TABLES.items()}
+    tables = {name: games_table(cards, columns) for name, columns in _TABLES.items()} | {_GOALS: goals_table(cards)}
     for file in files:
         write_tables(file, tables)
 

@@ -15,7 +15,7 @@ from dreamenv.commands import demo
 from dreamenv.errors import BundleError, ConfigError
 from dreamenv.evaluation.clips import play_real
 from dreamenv.evaluation.demo import mosaic
-from dreamenv.evaluation.games import PICTURES, SETTINGS, SHORT, games_table, measure_all
+from dreamenv.evaluation.games import PICTURES, SETTINGS, SHORT, Goal, games_table, goals_table, measure_all
 from dreamenv.evaluation.metrics import still_pixels
 from dreamenv.evaluation.pages import write_tables
 from dreamenv.flow import SamplerConfig
@@ -81,6 +81,22 @@ def test_a_table_has_a_line_a_game_and_the_medians(tmp_path: Path) -> None:
         write_tables(page, {"games-short": "new"})
     with pytest.raises(ConfigError, match="cannot be read"):
         write_tables(tmp_path / "none.md", {"games-short": "new"})
+
+
+def test_goals_name_the_games_that_miss_them_the_worst_first() -> None:
+    cards = {
+        "maze": {"psnr_1": 30.0, "copy_psnr_1": 29.0, "psnr_still_30": 45.0, "reward_ap": 0.8},
+        "ninja": {"psnr_1": 30.0, "copy_psnr_1": 27.0, "psnr_still_30": 20.0, "reward_ap": None},
+        "heist": {"psnr_1": 30.0, "copy_psnr_1": 30.5, "psnr_still_30": 41.26, "reward_ap": 0.1},
+    }
+    assert Goal("x", "psnr_1", 3, "copy_psnr_1").values(cards) == {"maze": 1.0, "ninja": 3.0, "heist": -0.5}
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in goals_table(cards).splitlines()]
+    found = {line[0]: line[1:] for line in lines[2:]}
+    assert found["PSNR over copying, 1 step, dB"] == ["3", "1.0", "1 of 3", "heist -0.5, maze 1.0"]
+    still = found["still pixels where the camera stands, 30 steps, dB"]
+    assert still[2:] == ["1 of 2", "heist 41.3"], "ninja's camera moves"
+    assert found["average precision of rewards"] == ["0.8", "0.45", "1 of 2", "heist 0.10"]
+    assert found["Pearson of policies' values"] == ["0.95", "", "0 of 0", ""]
 
 
 @pytest.mark.slow
