@@ -38,6 +38,7 @@ def _folder(bundle: Path | None, game: str, distribution_mode: str | None) -> Pa
 def demo(
     out: Path = Path("out/demo"),
     game: str = "",
+    games: tuple[str, ...] = (),
     bundle: Path | None = None,
     distribution_mode: str | None = None,
     clips: int = 256,
@@ -52,6 +53,7 @@ def demo(
         out: folder for mosaic.mp4, .gif and .png; of one game for side_by_side.mp4 and .gif, film_strip.png,
             horizon.png and metrics.json.
         game: which embedded game, or which game of a bundle of several; by default all, or the only one.
+        games: several embedded games, in easy mode, which are filmed and not measured.
         bundle: a bundle folder instead.
         distribution_mode: Procgen's difficulty, which decides the embedded bundle; easy by default.
         clips: how many real clips of one game, each of which the model continues.
@@ -61,11 +63,14 @@ def demo(
         seed: decides levels, actions and noise.
     """
     from dreamenv.bundle import bundle_games, embedded_games
+    from dreamenv.config import check
     from dreamenv.evaluation.demo import demo as run
     from dreamenv.evaluation.demo import mosaic
 
-    if not game and bundle is None and distribution_mode in (None, "easy") and len(embedded_games()) > 1:
-        filmed = mosaic(out, sampler=_sampler(nfe), device=device, seed=seed)
+    several = not game and bundle is None and distribution_mode in (None, "easy")
+    check(several or not games, f"games {', '.join(games)}: goes with no game, bundle or distribution_mode; drop it")
+    if games or (several and len(embedded_games()) > 1):
+        filmed = mosaic(out, games, sampler=_sampler(nfe), device=device, seed=seed)
         print(f"{len(filmed['games'])} games, each beside its dream; one alone, measured: dreamenv demo --game NAME")
         print(f"written to {out}/: mosaic.mp4, mosaic.gif, mosaic.png")
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,13 +24,23 @@ from dreamenv.flow import SamplerConfig
 
 def test_easy_asked_for_is_the_mosaic_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[str] = []
-    monkeypatch.setattr("dreamenv.evaluation.demo.mosaic", lambda *_, **__: asked.append("all") or {"games": []})
+
+    def filmed(out: Path, games: tuple[str, ...], **_: object) -> dict[str, list[str]]:
+        asked.append(" ".join(games) or "all")
+        return {"games": []}
+
+    monkeypatch.setattr("dreamenv.evaluation.demo.mosaic", filmed)
     monkeypatch.setattr("dreamenv.evaluation.demo.demo", lambda out, game, *_, **__: asked.append(game) or 1 / 0)
     for mode in (None, "easy"):
         demo(out=tmp_path, distribution_mode=mode)
     with pytest.raises(ZeroDivisionError):
         demo(out=tmp_path, distribution_mode="hard")
-    assert asked == ["all", "all", "coinrun"]
+    demo(out=tmp_path, games=("maze", "ninja"))
+    assert asked == ["all", "all", "coinrun", "maze ninja"]
+    wrongs: list[dict[str, Any]] = [{"game": "maze"}, {"bundle": tmp_path}, {"distribution_mode": "hard"}]
+    for wrong in wrongs:
+        with pytest.raises(ConfigError, match="games ninja: goes with no game"):
+            demo(out=tmp_path, games=("ninja",), **wrong)
 
 
 def test_a_mosaic_shows_every_game_beside_its_dream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
