@@ -164,15 +164,15 @@ def replay(config: ReportConfig) -> Replays:
     mode, frame = facts.game.distribution_mode, facts.world_model.frame_shape
     envs = real_envs(game, n, (first, n), mode, frame)
     frames, _ = envs.reset(seed=config.seed, options={"level": dreamt.levels})
-    returns, going, ended, film = np.zeros(n), np.ones(n, bool), np.zeros(n, bool), []
+    returns, going, ended, film = np.zeros(n), np.ones(n, bool), np.zeros(n, bool), [frames.copy()]
     for t in range(int(lengths.max()) + _GRACE):
-        film.append(frames.copy())
         actions = keys[np.minimum(t, lengths - 1), np.arange(n)]
         frames, rewards, terminated, truncated, _ = envs.step(actions)
         going &= t < lengths + _GRACE
         returns += np.where(going, rewards, 0)
         ended |= going & terminated
         going &= ~(terminated | truncated)
+        film.append(np.where(going[:, None, None, None], frames, film[-1]))  # an end keeps the last picture
     envs.close()
     films = [film_of[:length] for film_of, length in zip(np.stack(film, 1), lengths, strict=True)]
     played = dreamt.episodes

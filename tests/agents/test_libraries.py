@@ -118,6 +118,7 @@ def test_the_keys_of_a_dream_are_pressed_in_the_game(tmp_path: Path) -> None:
         ended.append(terminated)
         seen = min(len(frames) - 1, steps)
         assert film.shape == (steps, 64, 64, 3) and np.array_equal(film[:seen], frames[:seen])
+        assert (film[seen:] == film[seen - 1]).all(), "what comes after an end is another episode"
     env.close()
     assert found.game.tolist() == returns and sum(returns) > 0
     assert found.game_ended.tolist() == ended and any(ended) and not found.dream_ended.any()
