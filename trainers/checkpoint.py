@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 3
 _FREE = ("log_every", "wandb", "workers", "cuda_graphs", "best", "keep_every")  # settings that change no weight
-_LATER = {"schedule": "cosine"}  # settings that came later, and what older trainings had
+_LATER = {"schedule": "cosine", "optimizer": "adamw"}  # settings that came later, and what older trainings had
 _MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # what AdamW keeps of a parameter
+_MOMENTUM = {"momentum_buffer"}  # what Muon does
 
 
 def identity_of(settings: dict[str, Any]) -> str:
@@ -62,8 +63,11 @@ def load_checkpoint(loop: Loop) -> None:
         networks["auxiliary"] = loop.auxiliary
     for name, network in networks.items():
         _check_fits(f"{folder}/{name}", tensors[name], network.state_dict())
+    turned = {id(p) for group in loop.optimizer.param_groups if group.get("muon") for p in group["params"]}
     expected = {
-        f"{i}.{n}": torch.zeros(()) if n == "step" else p for i, p in enumerate(loop.parameters) for n in _MOMENTS
+        f"{i}.{n}": torch.zeros(()) if n == "step" else p
+        for i, p in enumerate(loop.parameters)
+        for n in (_MOMENTUM if id(p) in turned else _MOMENTS)
     }
     known = {k: v for k, v in expected.items() if k in tensors["optimizer"]}
     _check_fits(f"{folder}/optimizer", tensors["optimizer"], known)

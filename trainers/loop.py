@@ -28,6 +28,7 @@ from trainers.batch import Batch
 from trainers.checkpoint import load_checkpoint, save_checkpoint
 from trainers.graphs import Recorded
 from trainers.log import Log, write_run
+from trainers.muon import Muon
 from trainers.prefetch import pick_workers, prefetch
 from trainers.tasks.interface import Renewing, Task
 
@@ -43,8 +44,10 @@ class LoopConfig:
     top); it wins over `steps`. The schedules follow the fraction done."""
     batch_size: int = 64
     """Samples a step, per process."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw (Loshchilov & Hutter 2019) for all weights, or muon for convolutions' kernels, see `trainers.muon`."""
     lr: float = 1e-3
-    """Peak learning rate (AdamW, Loshchilov & Hutter 2019)."""
+    """Peak learning rate."""
     schedule: Literal["cosine", "one_cycle"] = "cosine"
     """cosine: a linear warm-up, then a cosine to `final_lr` * lr. one_cycle: PyTorch's OneCycleLR with its defaults
     (Smith & Topin 2019), which cycles the momentum too."""
@@ -94,6 +97,8 @@ class LoopConfig:
         check(self.keep_every >= 0, f"keep_every {self.keep_every}: must be >= 0")
         known = ("cosine", "one_cycle")
         check(self.schedule in known, f"schedule {self.schedule!r}: must be one of {', '.join(known)}")
+        known = ("adamw", "muon")
+        check(self.optimizer in known, f"optimizer {self.optimizer!r}: must be one of {', '.join(known)}")
         check(0 < self.lr <= 1, f"lr {self.lr}: must be in (0, 1]")
         check(0 <= self.warmup < 1, f"warmup {self.warmup}: must be in [0, 1)")
         check(0 <= self.final_lr <= 1, f"final_lr {self.final_lr}: must be in [0, 1]")
@@ -160,21 +165,25 @@ class Loop:
     def _placed(self, network: nn.Module) -> nn.Module:
         return network.to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
-    def _optimiser(self) -> torch.optim.AdamW:
-        """AdamW over the model's matrices, its vectors, those that learn faster, and the auxiliary networks."""
+    def _optimiser(self) -> Muon:
+        """Of the model's kernels, its matrices, its vectors, those that learn faster, and the auxiliary networks."""
         config, named = self.config, dict(self.model.named_parameters())
         own, rates = list(named.values()), getattr(self.model, "learning_rates", {})
         others = [] if self.auxiliary is None else list(self.auxiliary.parameters())
         self.groups, self.parameters = [own, others], own + others
-        slow = [(n, p) for n, p in named.items() if n not in rates]
+        slow = [p for n, p in named.items() if n not in rates]
+        turned = [p for p in slow if p.ndim > 2 and config.optimizer == "muon"]
+        kernels = {id(p) for p in turned}
         groups: list[dict[str, Any]] = [
-            {"params": [p for _, p in slow if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for _, p in slow if p.ndim < 2], "weight_decay": 0.0},
+            {"params": turned, "weight_decay": config.weight_decay, "muon": True, "cycles": False},
+            {"params": [p for p in slow if p.ndim >= 2 and id(p) not in kernels], "weight_decay": config.weight_decay},
+            {"params": [p for p in slow if p.ndim < 2], "weight_decay": 0.0},
             *({"params": [named[n]], "weight_decay": 0.0, "rate": rate} for n, rate in rates.items()),
         ]
         if others:
             groups.append({"params": others, "weight_decay": 0.0, "betas": (0.5, 0.99), "cycles": False})
-        return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        return Muon(groups, dtype, lr=config.lr, betas=(0.9, 0.99), fused=True)
 
     @property
     def progress(self) -> float:

@@ -100,11 +100,17 @@ def test_an_error_estimate_is_best_at_the_mean_error_and_no_cell_outweighs_all()
     )
 
 
-@pytest.mark.parametrize("terms", [ADVERSARIAL, ENERGY], ids=["adversarial", "energy"])
+@pytest.mark.parametrize(
+    ("terms", "optimizer"),
+    [(ADVERSARIAL, "adamw"), (ENERGY, "adamw"), (ADVERSARIAL, "muon")],
+    ids=["adversarial", "energy", "muon"],
+)
 def test_a_sharpening_run_resumes_to_the_same_bytes(
-    terms: dict[str, Any], latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    terms: dict[str, Any], optimizer: str, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    figures = train(settings(latents, terms), tmp_path / "whole")
+    values = settings(latents, terms)
+    values["loop"] |= {"optimizer": optimizer}
+    figures = train(values, tmp_path / "whole")
     assert {"psnr_10", "sampled_psnr_10", "sampled_detail_10"} <= set(figures)
     update = Loop.update
 
@@ -115,18 +121,20 @@ def test_a_sharpening_run_resumes_to_the_same_bytes(
 
     monkeypatch.setattr(Loop, "update", killed)
     with pytest.raises(KeyboardInterrupt):
-        train(settings(latents, terms), tmp_path / "killed")
+        train(values, tmp_path / "killed")
     monkeypatch.undo()
-    train(settings(latents, terms), tmp_path / "killed", resume=True)
+    train(values, tmp_path / "killed", resume=True)
     own = ["checkpoint/auxiliary"] if "adversarial" in terms else []
     parts = ["checkpoint/optimizer", "model/model", *own]
     for name in (f"{part}.safetensors" for part in parts):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    kept = (tmp_path / "whole" / "checkpoint" / "optimizer.safetensors").read_bytes()
+    assert (b"momentum_buffer" in kept) == (optimizer == "muon") and b"exp_avg_sq" in kept
     victim = own[0] if own else "checkpoint/optimizer"
     (tmp_path / "killed" / f"{victim}.safetensors").unlink()
     shutil.rmtree(tmp_path / "killed" / "checkpoint-before")
     with pytest.raises(CheckpointError, match=victim.split("/")[1]):
-        train(settings(latents, terms), tmp_path / "killed", resume=True)
+        train(values, tmp_path / "killed", resume=True)
 
 
 def test_two_draws_of_one_sample_part_and_both_are_trained(latents: Path) -> None:
