@@ -80,6 +80,12 @@ def demo(
     game = game or next(iter(named), "")
     folder = _folder(bundle, game, distribution_mode)
     figures = run(out, game, folder, clips, horizon, sampler=_sampler(nfe), device=device, seed=seed)["figures"]
+    _print_figures(figures)
+    print(f"written to {out}/: side_by_side.mp4, side_by_side.gif, film_strip.png, horizon.png, metrics.json")
+
+
+def _print_figures(figures: dict[str, Any]) -> None:
+    """What was measured of one game, in lines."""
     print(f"\n{'steps dreamt':>14} {'PSNR dB':>9} {'copy last':>9}")
     for h in (1, 5, 10, 30, 50, 100):
         if f"psnr_{h}" in figures:
@@ -97,7 +103,6 @@ def demo(
         f"end calibration error {figures['end_calibration_error']:.4f}; "
         f"dreaming at {figures['film_frames_per_s']:.0f} frames/s, three at a time"
     )
-    print(f"written to {out}/: side_by_side.mp4, side_by_side.gif, film_strip.png, horizon.png, metrics.json")
 
 
 def play(settings: Annotated[PlayConfig, tyro.conf.arg(name="")] = _PLAY) -> None:
