@@ -63,11 +63,11 @@ def load_checkpoint(loop: Loop) -> None:
         networks["auxiliary"] = loop.auxiliary
     for name, network in networks.items():
         _check_fits(f"{folder}/{name}", tensors[name], network.state_dict())
-    turned = {id(p) for group in loop.optimizer.param_groups if group.get("muon") for p in group["params"]}
+    kernels = {id(p) for group in loop.optimizer.param_groups if group.get("muon") for p in group["params"]}
     expected = {
         f"{i}.{n}": torch.zeros(()) if n == "step" else p
         for i, p in enumerate(loop.parameters)
-        for n in (_MOMENTUM if id(p) in turned else _MOMENTS)
+        for n in (_MOMENTUM if id(p) in kernels else _MOMENTS)
     }
     known = {k: v for k, v in expected.items() if k in tensors["optimizer"]}
     _check_fits(f"{folder}/optimizer", tensors["optimizer"], known)

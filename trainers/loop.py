@@ -28,7 +28,7 @@ from trainers.batch import Batch
 from trainers.checkpoint import load_checkpoint, save_checkpoint
 from trainers.graphs import Recorded
 from trainers.log import Log, write_run
-from trainers.muon import Muon
+from trainers.optimizer import make_optimizer
 from trainers.prefetch import pick_workers, prefetch
 from trainers.tasks.interface import Renewing, Task
 
@@ -45,12 +45,13 @@ class LoopConfig:
     batch_size: int = 64
     """Samples a step, per process."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw (Loshchilov & Hutter 2019) for all weights, or muon for convolutions' kernels, see `trainers.muon`."""
+    """adamw (Loshchilov & Hutter 2019) for all weights, or muon for convolutions' kernels and AdamW for the rest, see
+    `trainers.optimizer`. Auxiliary networks have AdamW."""
     lr: float = 1e-3
     """Peak learning rate."""
     schedule: Literal["cosine", "one_cycle"] = "cosine"
     """cosine: a linear warm-up, then a cosine to `final_lr` * lr. one_cycle: PyTorch's OneCycleLR with its defaults
-    (Smith & Topin 2019), which cycles the momentum too."""
+    (Smith & Topin 2019), which cycles AdamW's momentum too."""
     warmup: float = 0.02
     """Fraction of the budget that warms up, of the cosine."""
     final_lr: float = 0.01
@@ -155,7 +156,11 @@ class Loop:
         self.model = self._placed(task.model)
         self.trained = nn.parallel.DistributedDataParallel(self.model) if self.world > 1 else self.model
         self.auxiliary = None if task.auxiliary is None else self._placed(task.auxiliary)
-        self.optimizer = self._optimiser()
+        own, others = (list(n.parameters()) if n is not None else [] for n in (self.model, self.auxiliary))
+        self.groups, self.parameters = [own, others], own + others
+        self.optimizer = make_optimizer(
+            self.model, self.auxiliary, config.optimizer, config.lr, config.weight_decay, self.bf16
+        )
         self.ema = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.step, self.elapsed = 0, 0.0
         self.recorded: Recorded | None = None
@@ -164,26 +169,6 @@ class Loop:
 
     def _placed(self, network: nn.Module) -> nn.Module:
         return network.to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-
-    def _optimiser(self) -> Muon:
-        """Of the model's kernels, its matrices, its vectors, those that learn faster, and the auxiliary networks."""
-        config, named = self.config, dict(self.model.named_parameters())
-        own, rates = list(named.values()), getattr(self.model, "learning_rates", {})
-        others = [] if self.auxiliary is None else list(self.auxiliary.parameters())
-        self.groups, self.parameters = [own, others], own + others
-        slow = [p for n, p in named.items() if n not in rates]
-        turned = [p for p in slow if p.ndim > 2 and config.optimizer == "muon"]
-        kernels = {id(p) for p in turned}
-        groups: list[dict[str, Any]] = [
-            {"params": turned, "weight_decay": config.weight_decay, "muon": True, "cycles": False},
-            {"params": [p for p in slow if p.ndim >= 2 and id(p) not in kernels], "weight_decay": config.weight_decay},
-            {"params": [p for p in slow if p.ndim < 2], "weight_decay": 0.0},
-            *({"params": [named[n]], "weight_decay": 0.0, "rate": rate} for n, rate in rates.items()),
-        ]
-        if others:
-            groups.append({"params": others, "weight_decay": 0.0, "betas": (0.5, 0.99), "cycles": False})
-        dtype = torch.bfloat16 if self.bf16 else torch.float32
-        return Muon(groups, dtype, lr=config.lr, betas=(0.9, 0.99), fused=True)
 
     @property
     def progress(self) -> float:
