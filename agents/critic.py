@@ -133,6 +133,7 @@ class _Pictures:
 
     Attributes:
         train, val: int64 (N, 2), shard and row of each step.
+        steps: of the game that were recorded, those too whose return is not known.
     """
 
     def __init__(self, config: CriticConfig) -> None:
@@ -142,6 +143,7 @@ class _Pictures:
             raise DatasetError(f"{config.data}: is of {', '.join(data.games)}; say which by --game")
         self.shards = training_shards(data, game)
         self.returns = [returns_to_go(shard, config.discount) for shard in self.shards]
+        self.steps = sum(len(returns) for returns in self.returns)
         parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
         for k, shard in enumerate(self.shards):
             left_out = split_levels(shard.level_seeds, config.val_ratio, config.seed)
@@ -188,7 +190,8 @@ def train_critic(config: CriticConfig, progress: bool = False) -> dict[str, Any]
         network.to(device)
         steps = _fit(config, network, pictures, scale, device, progress)
         figures = _judged(network, pictures, scale, device)
-        told = {"discount": config.discount, "steps": steps, "pictures": len(pictures.train) + len(pictures.val)}
+        known = {"pictures": len(pictures.train) + len(pictures.val), "real_steps": pictures.steps}
+        told = {"discount": config.discount, "steps": steps, **known}
         facts = {"reward_scale": scale, "critic": figures | told}
         return {"agent": str(save_agent(config.out / "agent", network, facts)), "steps": steps, **figures}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import html
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,24 +18,23 @@ from typing import Any
 import numpy as np
 import tyro
 
-from agents.evaluate import evaluate, policy_of
+from agents.evaluate import evaluate
+from agents.replay import FATES, GRACE, Replays, optimism, replay
 from agents.saved import agent_facts
 from dreamenv.artifacts import atomic_file, present, write_json
-from dreamenv.bundle import bundled_agent, load_bundle, resolve_bundle
+from dreamenv.bundle import bundled_agent, resolve_bundle
 from dreamenv.config import check
 from dreamenv.console import errors_in_one_line
-from dreamenv.evaluation.clips import HELD_OUT, real_envs
+from dreamenv.evaluation.clips import HELD_OUT
 from dreamenv.evaluation.figures import save_grid, save_plot
-from dreamenv.evaluation.metrics import interval, pearson
 from dreamenv.evaluation.report import document, embed, table
 from dreamenv.flow import SamplerConfig
-from dreamenv.policies.simple import VectorPolicy
 
-_GRACE = 5
-"""Steps for which the last key is held on in the game, which may get there a little later than the dream."""
-FATES = ("earns", "ends", "goes on")
-"""How an episode fares: it earns something; it ends and has earned nothing; it does neither in the time it has."""
-_BESIDE = {"real_return": "return in the game", "dream_return": "in the dream", "same_keys_optimism": "more, same keys"}
+_BESIDE = {
+    "real_return": "return in the game",
+    "dream_return": "in the dream",
+    "same_keys_optimism": "dream minus game, same keys",
+}
 
 
 @dataclass(frozen=True)
@@ -92,137 +92,24 @@ def play(config: ReportConfig) -> tuple[np.ndarray, np.ndarray]:
     return returns[0], returns[1]
 
 
-class _Recorded:
-    """A player whose keys are written down."""
-
-    def __init__(self, player: VectorPolicy) -> None:
-        self._player, self.pressed = player, list[np.ndarray]()
-        self.remembers, self.looks = player.remembers, player.looks
-
-    def act(self, observations: np.ndarray, first: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """See `VectorPolicy.act`."""
-        self.pressed.append(self._player.act(observations, first, rng))
-        return self.pressed[-1]
-
-
-@dataclass(frozen=True)
-class Replays:
-    """Dreams that the agent played, and what their keys do in the game.
-
-    Attributes:
-        levels: int64 (N,); lengths: int64 (N,), steps of each dream.
-        dream, game: float64 (N,), returns in either world.
-        dream_ended, game_ended: bool (N,), whether it terminated there.
-        dream_films, game_films: of each, frames uint8 (steps, h, w, c) before each of the dream's steps.
-    """
-
-    levels: np.ndarray
-    lengths: np.ndarray
-    dream: np.ndarray
-    game: np.ndarray
-    dream_ended: np.ndarray
-    game_ended: np.ndarray
-    dream_films: list[np.ndarray]
-    game_films: list[np.ndarray]
-
-    def figures(self, seed: int = 0) -> dict[str, Any]:
-        """What is paid for the same keys.
-
-        Returns:
-            How many dreams earned something, `dreams_paid`; of how many of these the game paid nothing,
-            `dreams_paid_alone`; by how much more dreams pay, `same_keys_optimism` and its `_ci` (95 %); and
-            `situations`: of `FATES`, how many dreams had the first and the game the second.
-        """
-        gap = optimism(self.game[:, None], self.dream[:, None], seed=seed)
-        dream, game = _fates(self.dream, self.dream_ended), _fates(self.game, self.game_ended)
-        kinds = list(enumerate(FATES))
-        counts = {a: {b: int(((dream == i) & (game == j)).sum()) for j, b in kinds} for i, a in kinds}
-        paid = counts[FATES[0]]
-        alone = {"dreams_paid": sum(paid.values()), "dreams_paid_alone": sum(paid.values()) - paid[FATES[0]]}
-        return alone | {f"same_keys_{name}": gap[name] for name in ("optimism", "optimism_ci")} | {"situations": counts}
-
-
-def _fates(returns: np.ndarray, ended: np.ndarray) -> np.ndarray:
-    """Which of `FATES` each episode had, int64 (N,)."""
-    return np.where(returns > 0, 0, np.where(ended, 1, 2))
-
-
-def replay(config: ReportConfig) -> Replays:
-    """Let the agent play one dream of each level, at most 100, and press the same keys in the game.
-
-    Rewards count until five steps after the dream's last one, for which its last key is held.
-
-    Raises:
-        ConfigError, PolicyError: a bad setting, or no such agent.
-    """
-    n, game, first = min(config.levels, 100), config.game, HELD_OUT[0]
-    player = _Recorded(policy_of(config.agent, config.bundle, game))
-    where = (game, (first, first + n), n, config.bundle, config.nfe, config.seed)
-    dreamt = evaluate(player, "dream", *where, films=n, limit=config.limit)
-    lengths, keys = dreamt.episodes.lengths, np.stack(player.pressed)
-    facts = load_bundle(resolve_bundle(config.bundle, game), "cpu", game=game)
-    mode, frame = facts.game.distribution_mode, facts.world_model.frame_shape
-    envs = real_envs(game, n, (first, n), mode, frame)
-    frames, _ = envs.reset(seed=config.seed, options={"level": dreamt.levels})
-    returns, going, ended, film = np.zeros(n), np.ones(n, bool), np.zeros(n, bool), [frames.copy()]
-    for t in range(int(lengths.max()) + _GRACE):
-        actions = keys[np.minimum(t, lengths - 1), np.arange(n)]
-        frames, rewards, terminated, truncated, _ = envs.step(actions)
-        going &= t < lengths + _GRACE
-        returns += np.where(going, rewards, 0)
-        ended |= going & terminated
-        going &= ~(terminated | truncated)
-        film.append(np.where(going[:, None, None, None], frames, film[-1]))  # an end keeps the last picture
-    envs.close()
-    films = [film_of[:length] for film_of, length in zip(np.stack(film, 1), lengths, strict=True)]
-    played = dreamt.episodes
-    return Replays(dreamt.levels, lengths, played.returns, returns, played.ended, ended, dreamt.frames, films)
-
-
-def optimism(real: np.ndarray, dream: np.ndarray, replicates: int = 10000, seed: int = 0) -> dict[str, Any]:
-    """By how much the dream overestimates.
-
-    Args:
-        real: float64 (L, R), returns of R episodes on each of L levels.
-        dream: the same in the dream.
-        replicates: of the bootstrap, which draws levels anew.
-        seed: decides them.
-
-    Returns:
-        Mean returns `real_return` and `dream_return`, their difference `optimism`, each with `_ci` (95 %), and the
-        Pearson correlation `level_pearson` of the levels' mean returns (None if one world's do not differ).
-    """
-    value = np.stack([real.mean(1), dream.mean(1)])
-    draws = np.random.default_rng(seed).integers(value.shape[1], size=(replicates, value.shape[1]))
-    means = value[:, draws].mean(-1)
-    rows = {
-        "real_return": (value[0].mean(), means[0]),
-        "dream_return": (value[1].mean(), means[1]),
-        "optimism": ((value[1] - value[0]).mean(), means[1] - means[0]),
-    }
-    out: dict[str, Any] = {}
-    for name, (mean, spread) in rows.items():
-        out[name], out[f"{name}_ci"] = float(mean), list(interval(spread))
-    out["level_pearson"] = float(pearson(value[0], value[1])) if value.std(1).min() > 0 else None
-    return out
-
-
 def learnt_from(facts: dict[str, Any]) -> tuple[int, int] | tuple[None, None]:
     """How many imagined and how many real steps an agent learnt from, with those of the agents it went on from.
 
     Args:
         facts: see `agents.saved.agent_facts`; where they do not say, the answer is (None, None). What a critic learnt
-            from is real.
+            from is real, and counts once.
     """
-    imagined, real = 0, 0
+    imagined, real, critics = 0, 0, list[dict[str, Any]]()
     before: dict[str, Any] | None = facts
     while before is not None:
         share = {"dream": 1.0, "mix": float(before.get("share", 0.5)), "real": 0.0}.get(str(before.get("world")))
-        if share is None or "steps" not in before:
+        critic = before.get("critic") or {"real_steps": 0}
+        if share is None or "steps" not in before or "real_steps" not in critic:
             return None, None
         dreamt = round(share * before["steps"])
-        told = (before.get("critic") or {}).get("pictures", 0)
-        imagined, real, before = imagined + dreamt, real + before["steps"] - dreamt + told, before.get("from")
+        real += before["steps"] - dreamt + (0 if critic in critics else critic["real_steps"])
+        critics.append(critic)
+        imagined, before = imagined + dreamt, before.get("from")
     return imagined, real
 
 
@@ -233,10 +120,11 @@ def report(config: ReportConfig) -> dict[str, Any]:
         ConfigError, PolicyError: a bad setting, or no such agent.
     """
     before = None
+    shutil.rmtree(config.out / "before", ignore_errors=True)  # of an earlier report
     if config.before is not None:
         before = report(replace(config, agent=config.before, before=None, out=config.out / "before"))
     real, dream = play(config)
-    replays = replay(config)
+    replays = replay(config.agent, config.game, config.bundle, config.levels, config.limit, config.nfe, config.seed)
     figures = (
         optimism(real, dream, seed=config.seed)
         | replays.figures(config.seed)
@@ -316,6 +204,8 @@ def _page(config: ReportConfig, figures: dict[str, Any], rows: list[dict[str, An
         f"{figures['optimism']:+.2f} ({low:+.2f} to {high:+.2f}, 95 % bootstrap over levels). <b>{verdict}</b></p>",
         embed(config.out / "scatter.png", "scatter", "plot"),
         "<h2>The same keys in both worlds</h2>",
+        f"<p>The game has {GRACE} steps more than the dream took. It goes on where it has neither earned nor ended by "
+        "then.</p>",
         f"<p>The agent played one dream of each level, and its keys were pressed in the game. "
         f"{figures['dreams_paid']} dreams earned something; for {figures['dreams_paid_alone']} of them the game paid "
         f"nothing. Dreams paid {figures['same_keys_optimism']:+.2f} more ({alone_low:+.2f} to {alone_high:+.2f}).</p>",

@@ -21,7 +21,8 @@ from stable_baselines3 import DQN, PPO
 import agents.report
 from agents.adapter import NativeVecEnv
 from agents.evaluate import evaluate
-from agents.report import Replays, ReportConfig, optimism, replay, report
+from agents.replay import Replays, optimism, replay
+from agents.report import ReportConfig, report
 from agents.saved import ForeignPolicy, agent_facts
 from agents.train import TrainConfig, train
 from dreamenv.artifacts import read_json
@@ -63,12 +64,13 @@ def test_a_dream_that_overestimates_is_caught(
         agent=str(tmp_path / "agent"), out=tmp_path / "out", bundle=toy_bundle, levels=4, repeats=2, limit=12, films=1
     )
     real = np.zeros((4, 2))
-    monkeypatch.setattr(agents.report, "play", lambda _: (real, real + np.array([[0.0], [10], [10], [10]])))
+    dreamt = real + np.array([[0.0], [10], [10], [10]])
+    monkeypatch.setattr(agents.report, "play", lambda c: (real, dreamt if c.agent != "random" else real))
     films = [np.zeros((3, 64, 64, 3), np.uint8)] * 4
     dream, game = np.array([10.0, 10, 0, 10]), np.array([10.0, 0, 0, 10])
     ended = np.array([True, True, False, True]), np.array([True, True, True, True])
     found = Replays(np.arange(10000, 10004), np.full(4, 3), dream, game, *ended, films, films)
-    monkeypatch.setattr(agents.report, "replay", lambda _: found)
+    monkeypatch.setattr(agents.report, "replay", lambda *_: found)
     figures = report(config)
     assert figures["optimism"] == 7.5 and figures["imagined_steps"] == 1234 and figures["real_steps"] == 0
     page = (tmp_path / "out" / "report.html").read_text()
@@ -81,12 +83,16 @@ def test_a_dream_that_overestimates_is_caught(
     assert figures["situations"] == {"earns": earning, "ends": none, "goes on": going}
     rows = read_json(tmp_path / "out" / "metrics.json", PolicyError, "")["levels"]
     assert rows == [{"level": 10001, "kind": "overestimated", "game": 0.0, "dream": 10.0, "steps": 3}]
-    monkeypatch.setattr(agents.report, "replay", lambda _: replace(found, dream=game))
+    monkeypatch.setattr(agents.report, "replay", lambda *_: replace(found, dream=game))
     report(config)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "They part nowhere." in page and page.count("data:image/png") == 1, "no films of an earlier report"
     both = report(replace(config, before="random"))
-    assert both["before"]["agent"] == "random" and both["before"]["situations"]["ends"] == none | {"ends": 1}
+    assert (
+        both["before"]["agent"] == "random"
+        and (both["before"]["optimism"], both["optimism"]) == (0, 7.5)
+        and both["before"]["situations"]["ends"] == none | {"ends": 1}
+    )
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<td>random</td>") == 4 and (tmp_path / "out" / "before" / "report.html").exists()
 
@@ -103,7 +109,7 @@ def test_both_worlds_are_played_on_the_same_levels(toy_bundle: Path) -> None:
 
 def test_the_keys_of_a_dream_are_pressed_in_the_game(tmp_path: Path) -> None:
     bundle = write_toy_bundle(tmp_path / "bundle", calm=30.0, limits=Limits(1e6, 1e6))  # dreams that last
-    found = replay(ReportConfig(agent="hold:right+up", bundle=bundle, levels=8, limit=80))
+    found = replay("hold:right+up", "coinrun", bundle, levels=8, limit=80)
     assert sorted(found.levels) == list(range(10000, 10008)) and (found.lengths == 80).all()
     returns, ended, env = [], [], gym.make("envs:RealProcgen-v0", game="coinrun")
     for level, steps, film in zip(found.levels, found.lengths, found.game_films, strict=True):
@@ -121,6 +127,7 @@ def test_the_keys_of_a_dream_are_pressed_in_the_game(tmp_path: Path) -> None:
         assert (film[seen:] == film[seen - 1]).all(), "what comes after an end is another episode"
     env.close()
     assert found.game.tolist() == returns and sum(returns) > 0
+    assert any((film[-1] == film[-2]).all() for film in found.game_films), "some end before their dream"
     assert found.game_ended.tolist() == ended and any(ended) and not found.dream_ended.any()
 
 

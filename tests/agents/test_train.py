@@ -197,7 +197,10 @@ def test_an_agent_goes_on_from_a_saved_one(toy_bundle: Path, tmp_path: Path) -> 
     assert same_bytes(weights[0], weights[1]) and not same_bytes(weights[0], weights[2])
     assert [learnt_from(agent_facts(Path(folder))) for folder in (first, two)] == [(64, 0), (128, 0)]
     assert learnt_from({"world": "real", "steps": 5, "from": {"world": "mix", "steps": 8}}) == (4, 9)
-    assert learnt_from({"world": "dream", "steps": 5, "critic": {"pictures": 70}}) == (5, 70)
+    told = {"world": "dream", "steps": 5, "critic": {"real_steps": 70}}
+    assert learnt_from(told) == (5, 70) and learnt_from(told | {"from": told}) == (10, 70), "one critic"
+    assert learnt_from(told | {"from": told | {"critic": {"real_steps": 8}}}) == (10, 78)
+    assert learnt_from(told | {"critic": {"agent": "unknown"}}) == (None, None)
     assert learnt_from({}) == (None, None)
     other = make_algorithm("PPO", dreams(toy_bundle, 2), SETTINGS["PPO"], ImpalaConfig((4, 4), 16), 0)
     with pytest.raises(PolicyError, match="another shape"):
