@@ -68,7 +68,7 @@ def demo(
     from dreamenv.evaluation.demo import mosaic
 
     several = not game and bundle is None and distribution_mode in (None, "easy")
-    check(several or not games, f"games {', '.join(games)}: goes with no game, bundle or distribution_mode; drop it")
+    check(several or not games, "games: takes no --game, no --bundle and no --distribution-mode hard; drop those")
     if games or (several and len(embedded_games()) > 1):
         filmed = mosaic(out, games, sampler=_sampler(nfe), device=device, seed=seed)
         print(f"{len(filmed['games'])} games, each beside its dream; one alone, measured: dreamenv demo --game NAME")

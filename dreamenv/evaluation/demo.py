@@ -10,7 +10,7 @@ import numpy as np
 
 from dreamenv.artifacts import write_json
 from dreamenv.bundle import Bundle, bundled_agent, embedded_games, load_bundle, resolve_bundle
-from dreamenv.config import check
+from dreamenv.config import check, each_once
 from dreamenv.contract.games import get_game
 from dreamenv.errors import BundleError, ConfigError
 from dreamenv.evaluation.clips import cut_clips, play_real
@@ -111,16 +111,18 @@ def mosaic(
 
     Raises:
         BundleError: a game is not embedded.
-        ConfigError: `steps` < 4.
+        ConfigError: `steps` < 4, or a game named twice.
     """
     check(steps >= 4, f"steps {steps}: must be >= 4")
     games = games or tuple(embedded_games())
     if not games:
         raise BundleError("no bundle is embedded; train one, and film it with --bundle")
+    each_once(games, "games")
+    folders = {game: resolve_bundle(None, game) for game in games}
     panels, rows, filmed = [], [], {}
-    for game in games:
+    for game, folder in folders.items():
         print(f"dreaming of {game} ...", flush=True)
-        loaded = load_bundle(resolve_bundle(None, game), device, game=game)
+        loaded = load_bundle(folder, device, game=game)
         film = _one_clip(loaded, steps, seed)
         dream, _ = open_loop(loaded.world_model, film, sampler or SamplerConfig(), seed)
         start, real = film.frames[0, film.context - 1 : film.context], film.frames[0, film.context :]

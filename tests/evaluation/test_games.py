@@ -16,7 +16,7 @@ from dreamenv.commands import demo
 from dreamenv.errors import BundleError, ConfigError
 from dreamenv.evaluation.clips import play_real
 from dreamenv.evaluation.demo import mosaic
-from dreamenv.evaluation.games import PICTURES, SETTINGS, SHORT, Goal, games_table, goals_table, measure_all
+from dreamenv.evaluation.games import PICTURES, SETTINGS, SHORT, Goal, games_table, goals_table, main, measure_all
 from dreamenv.evaluation.metrics import still_pixels
 from dreamenv.evaluation.pages import write_tables
 from dreamenv.flow import SamplerConfig
@@ -39,7 +39,7 @@ def test_easy_asked_for_is_the_mosaic_too(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert asked == ["all", "all", "coinrun", "maze ninja"]
     wrongs: list[dict[str, Any]] = [{"game": "maze"}, {"bundle": tmp_path}, {"distribution_mode": "hard"}]
     for wrong in wrongs:
-        with pytest.raises(ConfigError, match="games ninja: goes with no game"):
+        with pytest.raises(ConfigError, match="games: takes no"):
             demo(out=tmp_path, games=("ninja",), **wrong)
 
 
@@ -58,8 +58,10 @@ def test_a_mosaic_shows_every_game_beside_its_dream(tmp_path: Path, monkeypatch:
     assert picture.shape == (2 * 64 * 2 * len(games), 2 * 64 * 8, 3)
     real, dream = picture[:128, :128].astype(int), picture[128:256, :128].astype(int)
     assert np.abs(real - dream).mean() < 8, "the first step is nearly right"
-    with pytest.raises(BundleError, match="tetris"):
-        mosaic(tmp_path, ("tetris",))
+    for games, message in ((("maze", "tetris"), "tetris"), (("maze", "maze"), "games: maze is named twice")):
+        with pytest.raises((BundleError, ConfigError), match=message):
+            mosaic(tmp_path / "none", games)
+    assert not (tmp_path / "none").exists()
     with pytest.raises(ConfigError, match="steps 3"):
         mosaic(tmp_path, games, steps=3)
 
@@ -94,6 +96,18 @@ def test_a_table_has_a_line_a_game_and_the_medians(tmp_path: Path) -> None:
         write_tables(tmp_path / "none.md", {"games-short": "new"})
 
 
+def test_again_measures_the_games_that_share_a_bundle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr("dreamenv.evaluation.games.measure_all", lambda wanted, *_: asked.append(list(wanted)))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- games-goals -->\n<!-- /games-goals -->\n")
+    main([page])
+    main([page], again=True)
+    main([page], games=("coinrun",))
+    assert asked == [[], [game for game in embedded_games() if game != "coinrun"], ["coinrun"]]
+    assert "| reached |" not in page.read_text() and "of 16 |" in page.read_text()
+
+
 def test_goals_name_the_games_that_miss_them_the_worst_first() -> None:
     cards = {
         "maze": {"psnr_1": 30.0, "copy_psnr_1": 29.0, "psnr_still_30": 45.0, "reward_ap": 0.8},
@@ -103,7 +117,7 @@ def test_goals_name_the_games_that_miss_them_the_worst_first() -> None:
     assert Goal("x", "psnr_1", 3, "copy_psnr_1").values(cards) == {"maze": 1.0, "ninja": 3.0, "heist": -0.5}
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in goals_table(cards).splitlines()]
     found = {line[0]: line[1:] for line in lines[2:]}
-    assert found["PSNR over copying, 1 step, dB"] == ["3", "1.0", "1 of 3", "heist -0.5, maze 1.0"]
+    assert found["PSNR over copying, 1 step, dB"] == ["3", "1.00", "1 of 3", "heist -0.50, maze 1.00"]
     still = found["still pixels where the camera stands, 30 steps, dB"]
     assert still[2:] == ["1 of 2", "heist 41.3"], "ninja's camera moves"
     assert found["average precision of rewards"] == ["0.8", "0.45", "1 of 2", "heist 0.10"]
