@@ -1,7 +1,7 @@
 """Puts agents that learnt in dreams into the bundles that dreamt for them: `python -m agents.ship runs/benchmark`.
 
-Of each game that `agents.benchmark` has judged, the best agent of a dream ships if it surely beats a random player of the
-real game: if its 95 % interval lies above the whole of that player's. It then plays in `dreamenv play`, and every
+Of each game that `agents.benchmark` has judged, the best agent of a dream ships if it surely beats a random player of
+the real game: if its 95 % interval lies above the whole of that player's. It then plays in `dreamenv play`, and every
 program knows it as `bundled`.
 """
 
