@@ -140,7 +140,7 @@ GOALS = (
     Goal("average precision of ends after 10 dreamt steps", "drifted_end_ap", 0.8),
     Goal("Pearson of policies' values", "closed_loop_pearson", 0.95),
 )
-"""What we want of every game; the numbers are ours, chosen before it was measured."""
+"""What we want of every game. The numbers are ours."""
 _GOAL_COLUMNS: Columns = {
     "least": ("at least", ""),
     "median": ("median", ""),
