@@ -19,16 +19,16 @@ from trainers.latent_data import LatentDataset
 from trainers.models import check_told, of_game
 
 _STEPS = 20
-_TOLERANCE = 0.1 * np.log(10) / 10  # a tenth of a decibel
+_TOLERANCE = 0.25 * np.log(10) / 10  # a quarter of a decibel
 
 
 def choose(model: Path, latents: Path, out: Path, clips: int = 48, device: str = "auto") -> dict[str, list[float]]:
     """Choose the settings that dynamics leave open (`Dynamics.choices`), a value for each game.
 
     Each value is tried on dreams of means from real contexts of validation levels. What counts is the mean over the
-    steps of the logarithm of the squared error: what decibels measure. The best is taken; the first, which sets none,
-    must be better by 0.1 dB, for what is set keeps pictures as they are. A game without an episode that is long enough
-    gets the first.
+    steps of the logarithm of the squared error: what decibels measure. The last value within 0.25 dB of the best is
+    taken, for the later ones keep more of a picture as it is, which one error for a whole picture hardly shows. A game
+    without an episode that is long enough gets the first.
 
     Args:
         model: model folder of trained dynamics.
@@ -63,8 +63,9 @@ def choose(model: Path, latents: Path, out: Path, clips: int = 48, device: str =
             begin = np.sort(rng.permutation(own)[:clips])
             for i, value in enumerate(values):
                 tried = _with(dynamics, {name: (value,) * len(data.games)}).to(target)
-                scores[game, i] = _score(tried, data, begin) + _TOLERANCE * (i == 0) if len(begin) else 0.0
-        found[name] = [values[i] for i in scores.argmin(1)]
+                scores[game, i] = _score(tried, data, begin) if len(begin) else float(i)
+        near = scores <= scores.min(1, keepdims=True) + _TOLERANCE
+        found[name] = [values[np.flatnonzero(row)[-1]] for row in near]
     save_model(out, _with(dynamics, {name: tuple(chosen) for name, chosen in found.items()}), facts | {"chosen": found})
     return found
 
