@@ -13,13 +13,14 @@ from dreamenv.artifacts import read_json
 from dreamenv.config import check, from_dict
 from dreamenv.contract.games import get_game
 from dreamenv.errors import BundleError, ConfigError
-from dreamenv.models.migrations import bundle_from_1, bundle_from_2, bundle_from_3
+from dreamenv.models.migrations import bundle_from_1, bundle_from_2, bundle_from_3, bundle_from_4
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: bundle_from_1,
     2: bundle_from_2,
     3: bundle_from_3,
+    4: bundle_from_4,
 }
 """Version -> function that turns that version's description into the next one's, in memory."""
 NETWORKS = ("codec", "dynamics", "head")

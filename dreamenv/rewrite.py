@@ -47,8 +47,8 @@ def rewrite_bundle(folder: str | Path, out: str | Path, bits: int = 16, rounded:
     Args:
         folder: the old one.
         out: the new one.
-        bits: of each weight, the agents' too. With 16 a bundle of 16 bits dreams the same; 8 halve its size and round
-            its weights, see `dreamenv.models.io.packed`.
+        bits: of each weight, the agents' too. With 16 a bundle of 16 bits dreams the same; fewer make it smaller and
+            round its weights, see `dreamenv.models.io.packed`.
         rounded: which of the networks codec, dynamics and head the bits count for; all by default.
 
     Raises:

@@ -136,28 +136,30 @@ def test_round_trip_keeps_the_weights_to_half_precision(toy_bundle: Path) -> Non
     assert loaded.world_model.head.config == original.head.config
 
 
-def test_weights_of_eight_bits_are_within_half_a_step(toy_bundle: Path, tmp_path: Path) -> None:
-    small = rewrite_bundle(toy_bundle, tmp_path / "small", 8)
+@pytest.mark.parametrize("bits", [6, 8, 11])
+def test_weights_of_few_bits_are_within_half_a_step(toy_bundle: Path, tmp_path: Path, bits: int) -> None:
+    small = rewrite_bundle(toy_bundle, tmp_path / "small", bits)
     old, new = load_bundle(toy_bundle, "cpu", "fp32"), load_bundle(small, "cpu", "fp32")
     for name in NETWORKS:
         a, b = (getattr(each.world_model, name).state_dict() for each in (old, new))
         for key, value in a.items():
             rows, found = (x.flatten(1) if x.ndim > 1 else x for x in (value, b[key]))
-            step = rows.abs().amax(1, keepdim=True) / 127 if value.ndim > 1 else torch.zeros(1)
-            assert ((rows - found).abs() <= 0.51 * step + 1e-6).all(), key
+            step = rows.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1) if value.ndim > 1 else torch.zeros(1)
+            assert ((rows - found).abs() <= 0.52 * step + 1e-6).all(), key
             assert value.ndim < 2 or not torch.equal(value, b[key]) or not value.any() or value.numel() < 64, key
     sizes = [sum(f.stat().st_size for f in path.glob("[cdh]*.safetensors")) for path in (toy_bundle, small)]
-    assert 0.45 < sizes[1] / sizes[0] < 0.75
+    assert bits / 16 - 0.05 < sizes[1] / sizes[0] < bits / 16 + 0.25
     frames = []
     for folder in (toy_bundle, small):
         envs = DreamVectorEnv(2, bundle=folder, precision="fp32", sampler={"temperature": 0.0})
         envs.reset(seed=1)
         frames.append(np.stack([envs.step(np.array([7, 2]))[0] for _ in range(4)]).astype(float))
-    assert 0 < np.abs(frames[0] - frames[1]).mean() < 4
-    again = load_bundle(rewrite_bundle(small, tmp_path / "again", 8), "cpu", "fp32")
+    assert 0 < np.abs(frames[0] - frames[1]).mean() < 8
+    again = load_bundle(rewrite_bundle(small, tmp_path / "again", bits), "cpu", "fp32")
     assert torch.allclose(again.world_model.head.out.weight, new.world_model.head.out.weight, atol=1e-4)  # pyright: ignore
-    with pytest.raises(ConfigError, match="bits 4"):
-        rewrite_bundle(toy_bundle, tmp_path / "tiny", 4)
+    for wrong in (4, 13):
+        with pytest.raises(ConfigError, match=f"bits {wrong}"):
+            rewrite_bundle(toy_bundle, tmp_path / "tiny", wrong)
 
 
 def test_only_the_networks_asked_for_are_rounded_and_not_what_adds_up(

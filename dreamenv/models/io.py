@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -28,7 +30,8 @@ from dreamenv.models.registry import build, locate, spec_of
 
 FORMAT_VERSION = 2
 _REMEDY = "re-download or retrain"
-_SCALE = ":scale"
+_SCALE, _SHAPE = ":scale", ":shape"
+_BITS = range(5, 13)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -94,7 +97,9 @@ def build_for(kind: str, spec: Any, data: bytes, where: str) -> Any:
         with contextlib.suppress(NotImplementedError, RuntimeError):  # not every network can be built without memory
             with torch.device("meta"):
                 size = sum(p.numel() for p in build(kind, spec, where=where).parameters())
-            check(size <= len(data), f"{where}: describes {size} weights, its file has {len(data)} bytes")
+            check(
+                size * _BITS[0] <= len(data) * 8, f"{where}: describes {size} weights, its file has {len(data)} bytes"
+            )
         return build(kind, spec, where=where)
 
 
@@ -133,7 +138,7 @@ def fill(model: nn.Module, data: bytes, path: Path, version: int = FORMAT_VERSIO
                 f"{tuple(expected[name].shape)}; {_REMEDY}"
             )
         if tensor.dtype not in _DTYPES:
-            known = "float16, bfloat16, float32, or int8 with a scale"
+            known = "float16, bfloat16, float32, or whole numbers with a scale"
             raise BundleError(f"{path}: tensor {name} is {tensor.dtype}, expected {known}")
         if not torch.isfinite(tensor).all():
             raise BundleError(f"{path}: tensor {name} is not finite; {_REMEDY}")
@@ -143,40 +148,69 @@ def fill(model: nn.Module, data: bytes, path: Path, version: int = FORMAT_VERSIO
 def packed(weights: Mapping[str, Tensor], bits: int, precise: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """Weights as a bundle stores them, on the CPU.
 
+    With fewer than 16 bits each row of a matrix or kernel (an output's weights) is stored as whole multiples of a
+    scale, its largest weight by 2^(bits - 1) - 1, which stands beside it as `<name>:scale`, float16. Eight bits are
+    int8 of the tensor's shape. Others are stored as uint8, the bits of one after the other, 2^(bits - 1) more than they
+    are; `<name>:shape`, int32, says how many bits, and then the shape.
+
     Args:
         weights: by name.
-        bits: 16: as float16; 8: matrices and kernels as int8, each row (an output's weights) a multiple of its largest
-            by 127ths, which stands beside it as `<name>:scale`, float16.
+        bits: 5..12, or 16: as float16.
         precise: beginnings of names of those that are stored as float16 all the same.
 
     Raises:
         ConfigError: other bits.
     """
-    check(bits in (8, 16), f"bits {bits}: must be 8 or 16")
+    check(bits in (*_BITS, 16), f"bits {bits}: must be 5..12 or 16")
     out: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         tensor = tensor.detach().cpu().float()
         if bits == 16 or tensor.ndim < 2 or name.startswith(precise):
             out[name] = tensor.half().contiguous()
             continue
-        scale = (tensor.flatten(1).abs().amax(1) / 127).clamp_min(2**-24).half()  # the least above 0 that half has
-        rows = tensor.flatten(1) / scale.float()[:, None]
-        out[name] = rows.round().clamp(-127, 127).to(torch.int8).view_as(tensor).contiguous()
+        most = 2 ** (bits - 1) - 1
+        scale = (tensor.flatten(1).abs().amax(1) / most).clamp_min(2**-24).half()  # the least above 0 that half has
+        rows = (tensor.flatten(1) / scale.float()[:, None]).round().clamp(-most, most)
+        if bits == 8:
+            out[name] = rows.to(torch.int8).view_as(tensor).contiguous()
+        else:
+            places = (rows + most + 1).to(torch.int32).numpy().ravel()[:, None] >> np.arange(bits)[::-1]
+            out[name] = torch.from_numpy(np.packbits(places.astype(np.uint8) & 1))
+            out[f"{name}{_SHAPE}"] = torch.tensor([bits, *tensor.shape], dtype=torch.int32)
         out[f"{name}{_SCALE}"] = scale
     return out
 
 
 def _unpacked(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """What `packed` stored, int8 as float32; raises `BundleError` where a scale is missing or does not fit."""
+    """What `packed` stored, as float32; raises `BundleError` where a scale or a shape is missing or does not fit."""
     scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith(_SCALE)}
+    shapes = {name: tensors.pop(name) for name in list(tensors) if name.endswith(_SHAPE)}
     for name, scale in scales.items():
-        tensor = tensors.get(name.removesuffix(_SCALE))
-        fits = tensor is not None and tensor.dtype == torch.int8 and tensor.ndim > 1 and scale.shape == tensor.shape[:1]
+        inner = name.removesuffix(_SCALE)
+        tensor, shape = tensors.get(inner), shapes.pop(f"{inner}{_SHAPE}", None)
+        if tensor is not None and (shape is not None or tensor.dtype != torch.int8):
+            tensor = _counted(tensor, shape)
+        fits = tensor is not None and tensor.ndim > 1 and scale.shape == tensor.shape[:1]
         if tensor is None or not fits or not scale.is_floating_point():
-            raise BundleError(f"{path}: tensor {name} fits none of 8 bits; {_REMEDY}")
-        rows = tensor.float().flatten(1) * scale.float()[:, None]
-        tensors[name.removesuffix(_SCALE)] = rows.view(tensor.shape)
+            raise BundleError(f"{path}: tensor {inner} does not fit its scale; {_REMEDY}")
+        tensors[inner] = (tensor.float().flatten(1) * scale.float()[:, None]).view(tensor.shape)
+    if shapes:
+        raise BundleError(f"{path}: tensor {next(iter(shapes))} has no scale; {_REMEDY}")
     return tensors
+
+
+def _counted(tensor: Tensor, shape: Tensor | None) -> Tensor | None:
+    """The whole numbers int32 that `packed` stored as uint8 (B,); None where the two do not fit."""
+    if shape is None or shape.dtype != torch.int32 or shape.ndim != 1 or len(shape) < 2 or int(shape.min()) < 1:
+        return None
+    bits, *wanted = shape.tolist()
+    size = math.prod(wanted)
+    if bits not in _BITS or tensor.dtype != torch.uint8 or tensor.shape != ((bits * size + 7) // 8,):
+        return None
+    places = np.zeros((size, 16), np.uint8)
+    places[:, 16 - bits :] = np.unpackbits(tensor.numpy(), count=size * bits).reshape(size, bits)
+    numbers = np.packbits(places).view(">u2").astype(np.int32) - 2 ** (bits - 1)
+    return torch.from_numpy(numbers).view(wanted)
 
 
 def initialise(model: nn.Module, folder: str, option: str = "init_from") -> dict[str, Any]:

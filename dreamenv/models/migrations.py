@@ -82,3 +82,8 @@ def bundle_from_2(description: dict[str, Any]) -> dict[str, Any]:
 def bundle_from_3(description: dict[str, Any]) -> dict[str, Any]:
     """`bundle.json` of version 3 as one of version 4, whose weights may be of 8 bits: their files say so."""
     return {**description, "format_version": 4}
+
+
+def bundle_from_4(description: dict[str, Any]) -> dict[str, Any]:
+    """`bundle.json` of version 4 as one of version 5, whose weights may be of 5..12 bits: their files say so."""
+    return {**description, "format_version": 5}

@@ -159,7 +159,9 @@ class ImpalaAgent(nn.Module):
 
 
 def save_agent(folder: str | Path, agent: ImpalaAgent, facts: dict | None = None, bits: int = 16) -> Path:
-    """Write `agent.json` and `agent.safetensors`, atomically, in 16 or 8 bits a weight; returns the folder.
+    """Write `agent.json` and `agent.safetensors`, atomically; returns the folder.
+
+    `bits` are those of a weight, see `dreamenv.models.io.packed`.
 
     Raises:
         ConfigError: other bits.
