@@ -7,7 +7,6 @@ tables between a Markdown file's markers are written anew from the cards.
 from __future__ import annotations
 
 import multiprocessing
-from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -236,7 +235,7 @@ def main(
         out: folder for reports.
         clips: held-out clips.
         nfe: network function evaluations per step.
-        again: measure anew all games that share a bundle; a bundle of one game has a card of more clips.
+        again: measure anew all games but those whose card is of more real steps than would be played here.
         jobs: games that are measured at a time, each in a process.
     """
     check(1 <= jobs <= 256, f"jobs {jobs}: must be 1..256")
@@ -246,12 +245,8 @@ def main(
     config = replace(SETTINGS, clips=clips)
     for file in files:
         rooms(file, [*_TABLES, _GOALS])
-    held = Counter(embedded.values())
-    chosen = games or tuple(
-        name
-        for name, folder in embedded.items()
-        if (again and held[folder] > 1) or not load_bundle(folder, "cpu", game=name).card
-    )
+    before = {name: load_bundle(folder, "cpu", game=name).card for name, folder in embedded.items()}
+    chosen = games or tuple(n for n, card in before.items() if not card or (again and card["steps"] <= config.steps))
     measure_all({name: embedded[name] for name in chosen}, config, SamplerConfig(nfe=nfe), out, jobs)
     cards = {name: load_bundle(folder, "cpu", game=name).card for name, folder in embedded.items()}
     cards = {name: card for name, card in cards.items() if card}

@@ -96,7 +96,7 @@ def test_a_table_has_a_line_a_game_and_the_medians(tmp_path: Path) -> None:
         write_tables(tmp_path / "none.md", {"games-short": "new"})
 
 
-def test_again_measures_the_games_that_share_a_bundle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_again_leaves_cards_of_more_steps_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[list[str]] = []
     monkeypatch.setattr("dreamenv.evaluation.games.measure_all", lambda wanted, *_: asked.append(list(wanted)))
     page = tmp_path / "page.md"
@@ -134,9 +134,9 @@ def test_games_measured_at_a_time_have_the_figures_of_games_measured_alone(tmp_p
     cards = []
     for jobs in (1, 2):
         folder = tmp_path / f"jobs{jobs}"
-        shutil.copytree(embedded_games()["maze"], folder)
-        measure_all(dict.fromkeys(games, folder), config, SamplerConfig(nfe=1), tmp_path / "out", jobs)
-        cards.append({game: load_bundle(folder, "cpu", game=game).card for game in games})
+        wanted = {game: Path(shutil.copytree(embedded_games()[game], folder / game)) for game in games}
+        measure_all(wanted, config, SamplerConfig(nfe=1), tmp_path / "out", jobs)
+        cards.append({game: load_bundle(wanted[game], "cpu", game=game).card for game in games})
     for game in games:
         alone, together = (card[game] for card in cards)
         assert alone["psnr_1"] == pytest.approx(together["psnr_1"], abs=0.01) and alone["clips"] == 2

@@ -18,7 +18,7 @@ import pytest
 
 import dreamenv.play.events
 import dreamenv.play.window
-from dreamenv.bundle import Bundle, find_bundles
+from dreamenv.bundle import Bundle, embedded_games, find_bundles
 from dreamenv.contract.actions import NAMES, NOOP
 from dreamenv.data import Dataset
 from dreamenv.errors import ConfigError
@@ -337,6 +337,6 @@ def test_bundles_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy_
 
     monkeypatch.chdir(tmp_path)
     embedded = find_bundles()
-    assert [p.name for p in embedded] == ["coinrun", "coinrun-hard", "games"]
+    assert embedded == sorted({folder for mode in ("easy", "hard") for folder in embedded_games(mode).values()})
     shutil.copytree(toy_bundle, tmp_path / "runs" / "mine" / "bundle")
     assert find_bundles() == [*embedded, Path("runs/mine/bundle")]
