@@ -1,8 +1,8 @@
-"""From the real games to a bundle of all of them: `python -m trainers.games --minutes 90`.
+"""From the real games to a bundle of each, or one of all: `python -m trainers.games --minutes 90`.
 
 For each game a short agent is trained in the real game, which then plays for the data beside random, sticky and biased
-players; first frames of many levels become the places where dreams start. Then one model of all games is trained, or
-one a game. Run the same line again after a kill: finished stages are skipped.
+players; first frames of many levels become the places where dreams start. Then a model of each game is trained, or one
+of all. Run the same line again after a kill: finished stages are skipped.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class GamesConfig:
     """Which games."""
     minutes: float = 90.0
     """Training minutes of the models in all; agents, collecting and encoding come on top."""
-    apart: bool = False
-    """One model a game, each with its share of the minutes, in place of one of all."""
-    recipe: str = "canvas"
-    """By which the model of all is trained; one a game is trained by its game's own if this is empty."""
+    shared: bool = False
+    """One model of all the games, in place of one a game that gets its share of the minutes; needs a recipe."""
+    recipe: str = ""
+    """By which the models are trained; each game's own by default."""
     out: Path = Path("runs/games")
-    """Run folder; the bundle of all games is <out>/all/bundle, one of a single game <out>/<game>/model/bundle."""
+    """Run folder; the bundle of one game is <out>/<game>/model/bundle, that of all <out>/all/bundle."""
     steps: int = 49_152
     """Transitions of each game."""
     limit: int = 128
@@ -95,7 +95,7 @@ class GamesConfig:
     @property
     def together(self) -> bool:
         """Whether there is one model of several games."""
-        return len(self.games) > 1 and not self.apart
+        return len(self.games) > 1 and self.shared
 
     def run(self, game: str, data: Path | None = None, events: Path | None = None) -> PipelineConfig:
         """How a model that knows a game is trained; raises `ConfigError` for bad settings."""
@@ -120,7 +120,7 @@ def _check_told(name: str) -> None:
         kind = lookup("task", settings["task"].get("type"), stage_name)[0].kind
         shape = lookup(kind, settings["model"].get("type"), stage_name)[1]
         told = kind == "codec" or "games" in {f.name for f in fields(shape)}
-        check(told, f"recipe {name}: its {settings['model']['type']} cannot be told games; say --apart")
+        check(told, f"recipe {name}: its {settings['model']['type']} cannot be told games; leave out --shared")
 
 
 def run_games(config: GamesConfig) -> list[Path]:

@@ -223,7 +223,7 @@ def test_one_command_makes_one_bundle_of_several_games(
     )
     stages = ("predictor", "dynamics")
     small = [f"{s}:model.backbone.{v}" for s in stages for v in ("channels=[16, 16]", "blocks=[1, 1]")]
-    options = ["--games", *GAMES, "--out", str(tmp_path / "g")]
+    options = ["--games", *GAMES, "--shared", "--recipe", "canvas", "--out", str(tmp_path / "g")]
     options += ["--steps", "1600", "--agent-steps", "64", "--event-steps", "6400"]
     options += ["--agent-config", str(agent), "--starts", "6", "--stage-steps", "2"]
     options += ["--set", "loop.batch_size=4", "task.val_ratio=0.2", "head:model.width=16", *small, *brief("canvas")]
@@ -248,16 +248,16 @@ def test_one_command_makes_one_bundle_of_several_games(
 
 
 def test_a_model_a_game_shares_the_time(tmp_path: Path) -> None:
-    config = GamesConfig(games=GAMES, minutes=10.0, apart=True, out=tmp_path)
+    config = GamesConfig(games=GAMES, minutes=10.0, out=tmp_path)
     assert [config.run(game).minutes for game in GAMES] == [5.0, 5.0]
     assert config.run("maze").out == tmp_path / "maze" / "model"
-    assert GamesConfig(games=GAMES, minutes=10.0).run("maze").minutes == 10.0
+    assert GamesConfig(games=GAMES, minutes=10.0, shared=True, recipe="canvas").run("maze").minutes == 10.0
 
 
 def test_events_are_collected_as_the_recipe_says_if_it_does(tmp_path: Path) -> None:
-    apart = GamesConfig(games=("coinrun", "maze"), apart=True, recipe="", out=tmp_path)
-    assert (apart.events("coinrun")["events"], apart.events("maze")["events"]) == (16, 8)
-    assert GamesConfig(games=GAMES, apart=True, recipe="pixels_rgb", out=tmp_path).events("maze") == {}
+    each = GamesConfig(games=("coinrun", "maze"), out=tmp_path)
+    assert (each.events("coinrun")["events"], each.events("maze")["events"]) == (16, 8)
+    assert GamesConfig(games=GAMES, recipe="pixels_rgb", out=tmp_path).events("maze") == {}
     assert GamesConfig(games=GAMES, event_steps=0, out=tmp_path).events("maze") == {}
 
 
@@ -276,8 +276,8 @@ def test_the_mix_keeps_its_proportions() -> None:
         ({"event_steps": -1}, "event_steps -1"),
         ({"starts": 0}, "starts 0"),
         ({"recipe": "tiles"}, "needs a known camera"),
-        ({"recipe": "pixels_rgb"}, "cannot be told games"),
-        ({"recipe": ""}, "needs one, such as canvas"),
+        ({"shared": True, "recipe": "pixels_rgb"}, "cannot be told games"),
+        ({"shared": True}, "needs one, such as canvas"),
         ({"seed": 2**31 - 1}, "seed 2147483647"),
         ({"agent_config": Path("none.yaml")}, "no such file"),
         ({"set": ("predictor:loop.lrr=1",)}, "lrr"),
