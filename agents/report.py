@@ -141,7 +141,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
 
     def draw(axes: Any) -> None:
         points, counts = np.unique(np.stack([real.mean(1), dream.mean(1)], 1), axis=0, return_counts=True)
-        axes.plot([0, 10], [0, 10], color="grey", lw=1)
+        axes.axline((0, 0), slope=1, color="grey", lw=1)
         axes.scatter(*points.T, s=20 + 25 * counts, alpha=0.7)
         for (x, y), n in zip(points, counts, strict=True):
             axes.annotate(str(n), (x, y), ha="center", va="center", fontsize=7)

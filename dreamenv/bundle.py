@@ -222,7 +222,7 @@ def bundled_agent(folder: Path, game: str) -> Path | None:
 
 _loaded: OrderedDict[tuple[str, ...], Bundle] = OrderedDict()
 _loading = threading.Lock()
-_KEPT = 4  # bundles that stay loaded
+_KEPT = 20  # bundles that stay loaded: all in the package, and some
 
 
 def load_bundle(

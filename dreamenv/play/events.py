@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from dreamenv.bundle import bundle_games, find_bundles, short_name
-from dreamenv.contract.actions import NAMES, keys_to_action
+from dreamenv.contract.actions import keys_to_action
 from dreamenv.errors import BundleError, ConfigError
 from dreamenv.play.keys import Gamepads
 from dreamenv.play.recording import FilmRecorder
 from dreamenv.play.screen import Screen
 from dreamenv.play.session import Session
-from dreamenv.play.timeline import GRID
+from dreamenv.play.timeline import futures_grid
 
 _HURRY = 0.6
 """Share of a step's time after which a new key press brings the next step: an answer sooner, for a beat that gives a
@@ -199,7 +199,8 @@ class Input:
                 self._overlay = ""
             elif enter:
                 self._overlay, cell, session = "", self._chosen, self.session
-                self._ask(lambda: session.adopt(cell, HORIZON), lambda _: self._say(f"lived: {NAMES[GRID[cell]]}"))
+                name = list(futures_grid(session.action_meanings).values())[cell]
+                self._ask(lambda: session.adopt(cell, HORIZON), lambda _: self._say(f"lived: {name}"))
 
     def _say_modes(self, _: str) -> None:
         if not self.session.paired:

@@ -13,7 +13,7 @@ from dreamenv.contract.actions import NAMES
 from dreamenv.contract.frames import as_rgb
 from dreamenv.flow import SamplerConfig
 from dreamenv.play.moment import Moment
-from dreamenv.play.timeline import GRID
+from dreamenv.play.timeline import futures_grid
 
 BACK, PANEL, FAINT, TEXT, BRIGHT = (18, 18, 22), (30, 30, 38), (120, 120, 132), (190, 190, 200), (240, 240, 245)
 ACCENT, WARN = (120, 190, 255), (255, 180, 90)
@@ -264,12 +264,13 @@ class Screen:
 
     def _branches(self, surface: Any, view: View, box: Any) -> None:
         self._title(surface, "nine imagined futures: arrows and ENTER or a click to live one, B to close", box)
+        names = list(futures_grid(view.meanings).values())
         for i, cell in enumerate(self.cells(box)):
             label = self._pygame.Rect(cell.x, cell.bottom - self._label(), cell.width, self._label())
             frames = np.asarray(view.futures)[i]
             self._picture(surface, frames[view.tick % len(frames)], cell)
             self._pygame.draw.rect(surface, BACK, label)
-            self.lines.draw(surface, NAMES[GRID[i]], label, 12, BRIGHT if i == view.chosen else TEXT)
+            self.lines.draw(surface, names[i], label, 12, BRIGHT if i == view.chosen else TEXT)
             if i == view.chosen:
                 self._pygame.draw.rect(surface, ACCENT, cell.inflate(4, 4), 2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from gymnasium.vector import AutoresetMode
 
 from dreamenv.bundle import Bundle
 from dreamenv.config import check
-from dreamenv.contract.actions import COMBOS, NOOP
+from dreamenv.contract.actions import COMBOS, NAMES, NOOP
 from dreamenv.env import DreamEnv
 from dreamenv.errors import SnapshotError
 from dreamenv.play.moment import Moment, Past, load_moment, save_moment
@@ -31,7 +32,18 @@ GRID = tuple(
         ("RIGHT", "DOWN"),
     )
 )
-"""The actions of the 3 x 3 grid of futures, as the arrow keys lie."""
+"""The actions of a 3 x 3 grid of futures, as the arrow keys lie."""
+_FIRE = COMBOS.index(("D",))
+
+
+def futures_grid(meanings: Sequence[str]) -> dict[int, str]:
+    """The nine actions whose futures are shown, as the arrow keys lie, and their names, where actions mean that.
+
+    In the middle is fire, or nothing where fire does nothing.
+    """
+    fires = bool(meanings) and meanings[_FIRE] != meanings[NOOP]
+    actions = [_FIRE if action == NOOP and fires else action for action in GRID]
+    return {action: meanings[action] if action == _FIRE else NAMES[action] for action in actions}
 
 
 class Timeline:
@@ -141,7 +153,7 @@ class Timeline:
     # -- futures -------------------------------------------------------------------------------------------------------
 
     def branch(self, horizon: int = 15) -> np.ndarray:
-        """Imagine nine futures, each holding one action of `GRID`: uint8 (9, horizon + 1, 64, 64, 3), now first.
+        """Imagine nine futures, one for each action of `futures_grid`: uint8 (9, horizon + 1, 64, 64, 3), now first.
 
         Raises:
             ConfigError: the dream has ended, or there is none of this game.
@@ -149,12 +161,13 @@ class Timeline:
         self._take_real_in()
         check(self.real is None or self.paired, f"branch: there is no dream of {self.game}")
         check(not self.moment.ended["dream"], "branch: the dream has ended; synchronise it or start anew")
-        envs = self.dream.branch(self.dream.snapshot(), len(GRID))
+        grid = list(futures_grid(self.bundle.game.action_meanings))
+        envs = self.dream.branch(self.dream.snapshot(), len(grid))
         envs.autoreset_mode = AutoresetMode.SAME_STEP  # so that one that ends does not stop the others
-        frames = [np.repeat(self.moment.dream[None], len(GRID), 0)]
-        over = np.zeros(len(GRID), bool)
+        frames = [np.repeat(self.moment.dream[None], len(grid), 0)]
+        over = np.zeros(len(grid), bool)
         for _ in range(horizon):
-            dreamt, _, terminated, truncated, info = envs.step(np.array(GRID))
+            dreamt, _, terminated, truncated, info = envs.step(np.array(grid))
             ending = (terminated | truncated) & ~over
             frames.append(np.where(over[:, None, None, None], frames[-1], dreamt))
             for i in np.flatnonzero(ending):
@@ -166,6 +179,7 @@ class Timeline:
     def adopt(self, cell: int, horizon: int) -> Moment:
         """Live one of the nine futures as `branch` showed it: `horizon` steps of its action, in both worlds."""
         check(0 <= cell < len(GRID), f"cell {cell}: must be in 0..{len(GRID) - 1}")
+        action = list(futures_grid(self.bundle.game.action_meanings))[cell]
         fan = self.dream.branch(self.dream.snapshot(), len(GRID))
         chosen = fan.branch(fan.snapshot(), 1, index=cell)  # with that future's own noise
         self.dream.restore(chosen.snapshot())
@@ -175,7 +189,7 @@ class Timeline:
             for _ in range(horizon):
                 if self.moment.ended["dream"] or self.over:
                     break
-                self.step(GRID[cell])
+                self.step(action)
         finally:
             self.player, self.following = player, following
         return self.moment

@@ -36,7 +36,7 @@ from dreamenv.vector import DreamVectorEnv
 from tests.conftest import write_toy_bundle
 
 ANY = ("maze", "starpilot", "coinrun")
-"""Games of both embedded bundles, with and without a camera that moves."""
+"""Games of different kinds of dynamics, with and without a camera that moves."""
 
 
 def test_optimism_in_closed_form() -> None:

@@ -12,6 +12,7 @@ import pytest
 from gymnasium.vector import AutoresetMode
 
 from dreamenv.bundle import embedded_games
+from dreamenv.description import read_description
 from envs.procgen import RealProcgenVectorEnv
 from tests.battery.common import FULL, many, marks, record
 from tests.battery.endurance import resident
@@ -80,8 +81,11 @@ PROGRAM = """
 """
 
 
-EACH = {folder: game for game, folder in embedded_games().items()}
-"""One game of each bundle in the package."""
+EACH = {
+    read_description(folder / "bundle.json")["models"]["dynamics"]["type"]: game
+    for game, folder in embedded_games().items()
+}
+"""One game of each kind of dynamics in the package."""
 
 
 @pytest.mark.parametrize("game", list(embedded_games()) if FULL else list(EACH.values()))

@@ -15,6 +15,7 @@ import pytest
 
 from dreamenv.bundle import Bundle, Starts, load_bundle
 from dreamenv.contract.actions import COMBOS, NAMES, NOOP
+from dreamenv.contract.games import get_game
 from dreamenv.data import Dataset
 from dreamenv.errors import ConfigError, SnapshotError
 from dreamenv.flow import SamplerConfig
@@ -22,7 +23,7 @@ from dreamenv.play.headless import parse_script
 from dreamenv.play.keys import pressed_action
 from dreamenv.play.run import PlayConfig, run
 from dreamenv.play.session import Session
-from dreamenv.play.timeline import GRID
+from dreamenv.play.timeline import GRID, futures_grid
 from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, save_agent
 from tests.conftest import MEAN, same_bytes, write_toy_bundle
 from tests.play.common import RIGHT, UP, real_frames
@@ -143,6 +144,18 @@ def test_futures_are_what_then_happens(session: Session) -> None:
     assert lived.step == 5 and np.array_equal(lived.real, real_frames(5, [RIGHT] + [UP] * 4)[-1])
     with pytest.raises(ConfigError, match="cell"):
         session.adopt(9, 4)
+
+
+def test_fire_is_among_the_futures_of_games_that_have_it() -> None:
+    grids = {name: futures_grid(get_game(name).meanings) for name in ("maze", "dodgeball", "ninja")}
+    assert [grid.get(9) for grid in grids.values()] == [None, "throw a ball", "throw ahead"]
+    assert [len(grid) for grid in grids.values()] == [9, 9, 9] and [list(grid)[4] for grid in grids.values()] == [
+        4,
+        9,
+        9,
+    ]
+    assert list(grids["ninja"].values())[:2] == ["left+up", "up"]
+    assert tuple(futures_grid(())) == GRID
 
 
 def test_a_future_is_lived_with_its_own_noise(session: Session) -> None:

@@ -35,6 +35,8 @@ from trainers.tasks.dynamics import DynamicsTask, DynamicsTaskConfig
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 CANVAS = {"type": "canvas_flow", "backbone": {"type": "unet", "channels": [16, 16], "blocks": [1, 1]}}
 GAMES = ("fruitbot", "maze")  # all of one picture moves, hardly anything of the other
+_SHAPES = [f"{s}:model.backbone.{v}" for s in ("predictor", "dynamics") for v in ("channels=[16, 16]", "blocks=[1, 1]")]
+_SMALL = ["loop.batch_size=4", "task.val_ratio=0.2", "head:model.width=16", *_SHAPES, *brief("canvas")]
 
 
 @pytest.fixture(scope="module")
@@ -221,12 +223,10 @@ def test_one_command_makes_one_bundle_of_several_games(
         "algorithm: PPO\nnum_envs: 4\nnetwork: {channels: [4, 4, 4], features: 8}\n"
         "settings: {n_steps: 16, batch_size: 32, n_epochs: 1}\n"
     )
-    stages = ("predictor", "dynamics")
-    small = [f"{s}:model.backbone.{v}" for s in stages for v in ("channels=[16, 16]", "blocks=[1, 1]")]
     options = ["--games", *GAMES, "--shared", "--recipe", "canvas", "--out", str(tmp_path / "g")]
     options += ["--steps", "1600", "--agent-steps", "64", "--event-steps", "6400"]
     options += ["--agent-config", str(agent), "--starts", "6", "--stage-steps", "2"]
-    options += ["--set", "loop.batch_size=4", "task.val_ratio=0.2", "head:model.width=16", *small, *brief("canvas")]
+    options += ["--set", *_SMALL]
 
     def made() -> list[str]:
         main(options)
@@ -245,6 +245,21 @@ def test_one_command_makes_one_bundle_of_several_games(
     written = (tmp_path / "g" / "all" / "bundle" / "bundle.json").stat().st_mtime_ns
     assert made() == [folder], "all stages are done"
     assert (tmp_path / "g" / "all" / "bundle" / "bundle.json").stat().st_mtime_ns == written
+
+
+def test_one_command_makes_a_bundle_of_each_game(
+    tmp_path: Path, in_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(
+        ["--games", *GAMES, "--out", str(tmp_path), "--agent-steps", "0", "--event-steps", "0", "--steps", "1600"]
+        + ["--starts", "6", "--stage-steps", "2", "--set", *_SMALL]
+    )
+    made = json.loads(capsys.readouterr().out.splitlines()[-1])["bundles"]
+    assert made == [str(tmp_path / game / "model" / "bundle") for game in GAMES]
+    for game, folder in zip(GAMES, made, strict=True):
+        bundle = load_bundle(folder, "cpu")
+        assert bundle.games == (game,) and bundle.provenance["recipe"] == get_game(game).recipe
+        assert bundle.provenance["data"]["game"] == game and len(bundle.starts.frames) == 6
 
 
 def test_a_model_a_game_shares_the_time(tmp_path: Path) -> None:
