@@ -16,10 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dreamenv.bundle import Bundle, GameFacts, Limits, Starts, load_bundle, save_bundle
+from dreamenv.bundle import Bundle, GameFacts, Limits, Starts, load_bundle, save_bundle, save_bundle_of
 from dreamenv.flow import SamplerConfig
+from dreamenv.models.codecs.exact import ExactPatches, ExactPatchesConfig
 from dreamenv.models.codecs.patches import PatchAutoencoder, PatchAutoencoderConfig
+from dreamenv.models.dynamics.canvas import CanvasFlow, CanvasFlowConfig
 from dreamenv.models.dynamics.flow import LatentFlow, LatentFlowConfig
+from dreamenv.models.heads.features import FeatureHeadConfig, FeatureOutcomeHead
 from dreamenv.models.heads.picture import PictureOutcomeHead
 from dreamenv.models.interface import Dynamics, OutcomeHeadConfig, Prediction
 from dreamenv.play.session import Session
@@ -73,6 +76,22 @@ def write_toy_bundle(
     )
     game = GameFacts("coinrun", "easy", max_steps)
     return save_bundle(folder, toy_world_model(seed, calm), game, limits, starts, {"toy": True})
+
+
+def write_toy_bundle_of_games(folder: Path, games: tuple[str, ...]) -> Path:
+    """The same with one model that is told which of several games it dreams."""
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"type": "unet", "channels": (16, 16), "blocks": (1, 1)}
+    canvas = CanvasFlow(CanvasFlowConfig(backbone=shape, games=games))
+    outcomes = {"rewards": (0.0, 10.0) * len(games), "terminated": (False, True) * len(games)}
+    owners = tuple(i // 2 for i in range(2 * len(games)))
+    head = FeatureOutcomeHead(
+        FeatureHeadConfig(latent=canvas.spec, width=16, features=16, games=games, owners=owners, **outcomes)  # pyright: ignore
+    )
+    starts = Starts(np.zeros((2, 4, 64, 64, 3), np.uint8), np.full((2, 3), 4, np.uint8), np.arange(2, dtype=np.int32))
+    facts = [GameFacts(game, "easy", 500) for game in games]
+    model = WorldModel(ExactPatches(ExactPatchesConfig()), canvas, head)
+    return save_bundle_of(facts, folder, model, LIMITS, dict.fromkeys(games, starts), {"toy": True}, {})
 
 
 @pytest.fixture(scope="session")

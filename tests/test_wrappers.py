@@ -18,11 +18,11 @@ from gymnasium.spaces import Box
 from gymnasium.vector import VectorEnv
 from gymnasium.wrappers import vector as vector_wrappers
 
-from dreamenv.bundle import EMBEDDED, load_bundle, resolve_bundle
+from dreamenv.bundle import EMBEDDED, load_bundle
 from dreamenv.errors import ConfigError
 from dreamenv.flow import SamplerConfig
 from dreamenv.wrappers import FrameStackObservation
-from tests.conftest import write_toy_bundle
+from tests.conftest import write_toy_bundle, write_toy_bundle_of_games
 
 WORLDS = ("dream", "real")
 OLD = tuple(map(int, gym.__version__.split(".")[:2])) < (1, 4)
@@ -266,9 +266,10 @@ def test_a_spec_is_json_and_makes_the_same_environment(toy_bundle: Path, tmp_pat
         assert json.loads(spec.to_json())["kwargs"]["bundle"] == str(toy_bundle)
         assert np.array_equal(env.reset(seed=1)[0], again.reset(seed=1)[0])
         assert np.array_equal(env.step(7)[0], again.step(7)[0])
-    several = load_bundle(resolve_bundle(None, "maze"), "cpu", game="maze")
-    spec = gym.make("dreamenv:DreamProcgen-v0", bundle=several).spec
-    assert spec is not None and spec.make().unwrapped.bundle.game.name == "maze"  # pyright: ignore
+    several = write_toy_bundle_of_games(tmp_path / "games", ("maze", "heist"))
+    for game in ("maze", "heist"):
+        spec = gym.make("dreamenv:DreamProcgen-v0", bundle=load_bundle(several, "cpu", game=game)).spec
+        assert spec is not None and spec.make().unwrapped.bundle.game.name == game  # pyright: ignore
     envs = gym.make_vec("dreamenv:DreamProcgen-v0", num_envs=2, bundle=toy_bundle, autoreset_mode="SameStep")
     assert envs.spec is not None
     repeated: Any = gym.make_vec(EnvSpec.from_json(envs.spec.to_json()))
