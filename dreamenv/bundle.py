@@ -1,9 +1,9 @@
 """A trained world model as a folder: save, load, verify, migrate.
 
-`bundle.json` (format version, models, game, limits, provenance, sha256 of every part), the networks as
-safetensors of 16 or fewer bits a weight, `starts.safetensors` (real start contexts) and `card.json` (measured fidelity). No pickle anywhere. A
-bundle of several games has starts and a card for each, `starts-<game>.safetensors` and `card-<game>.json`. An agent may
-ship with it in the folder `agent`, or `agent-<game>`.
+`bundle.json` (format version, models, game, limits, provenance, sha256 of every part), the networks as safetensors of
+16 or fewer bits a weight, `starts.safetensors` (real start contexts) and `card.json` (measured fidelity). No pickle
+anywhere. A bundle of several games has starts and a card for each, `starts-<game>.safetensors` and `card-<game>.json`.
+An agent may ship with it in the folder `agent`, or `agent-<game>`.
 """
 
 from __future__ import annotations

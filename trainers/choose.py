@@ -19,16 +19,17 @@ from trainers.latent_data import LatentDataset
 from trainers.models import check_told, of_game
 
 _STEPS = 20
-_TOLERANCE = 0.25 * np.log(10) / 10  # a quarter of a decibel
+_STILL = 0.1  # what a decibel of what stands still counts beside one of the picture
+_UNSEEN = 0.01  # share of the picture's error below which that of what stands still no longer counts
 
 
 def choose(model: Path, latents: Path, out: Path, clips: int = 48, device: str = "auto") -> dict[str, list[float]]:
     """Choose the settings that dynamics leave open (`Dynamics.choices`), a value for each game.
 
     Each value is tried on dreams of means from real contexts of validation levels. What counts is the mean over the
-    steps of the logarithm of the squared error: what decibels measure. The last value within 0.25 dB of the best is
-    taken, for the later ones keep more of a picture as it is, which one error for a whole picture hardly shows. A game
-    without an episode that is long enough gets the first.
+    steps of the logarithm of the squared error: what decibels measure. That of what stands still, the entries that stay
+    as they are in the last real latent, counts a tenth on top: the eye sees it change, and it is hardly seen in the
+    error of a whole picture. A game without an episode that is long enough gets the first value.
 
     Args:
         model: model folder of trained dynamics.
@@ -63,9 +64,8 @@ def choose(model: Path, latents: Path, out: Path, clips: int = 48, device: str =
             begin = np.sort(rng.permutation(own)[:clips])
             for i, value in enumerate(values):
                 tried = _with(dynamics, {name: (value,) * len(data.games)}).to(target)
-                scores[game, i] = _score(tried, data, begin) if len(begin) else float(i)
-        near = scores <= scores.min(1, keepdims=True) + _TOLERANCE
-        found[name] = [values[np.flatnonzero(row)[-1]] for row in near]
+                scores[game, i] = _score(tried, data, begin) if len(begin) else 0.0
+        found[name] = [values[i] for i in scores.argmin(1)]
     save_model(out, _with(dynamics, {name: tuple(chosen) for name, chosen in found.items()}), facts | {"chosen": found})
     return found
 
@@ -80,19 +80,23 @@ def _with(dynamics: Dynamics, settings: dict[str, Any]) -> Dynamics:
 
 
 def _score(dynamics: Dynamics, data: LatentDataset, begin: np.ndarray) -> float:
-    """Mean logarithm of the squared error of dreams from windows that begin at steps (B,)."""
+    """Mean logarithm of the squared error of dreams from windows that begin at steps (B,), the lower the better."""
     k, device = dynamics.context, next(dynamics.parameters()).device
     indices = begin[:, None] + np.arange(k + _STEPS)
     actions = torch.from_numpy(data.actions[indices]).to(device)
     latents, game = data.gather(indices).float().to(device), data.game_of(begin)
-    errors = []
+    scores = []
     with torch.no_grad():
         state = of_game(dynamics.begin(latents[:, :k], actions[:, : k - 1]), None if game is None else game.to(device))
+        still = torch.ones_like(latents[:, 0], dtype=torch.bool)
         for step in range(k, k + _STEPS):
             predicted = dynamics.predict(state, actions[:, step - 1]).latent
-            errors.append(float((predicted - latents[:, step]).square().mean()))
+            error = (predicted - latents[:, step]).square()
+            whole, still = error.mean() + 1e-9, still & (latents[:, step] == latents[:, k - 1])
+            kept = error[still].mean() if still.any() else whole
+            scores.append(float(whole.log() + _STILL * (kept + _UNSEEN * whole).log()))
             state = dynamics.advance(state, actions[:, step - 1], predicted)
-    return float(np.log(np.array(errors) + 1e-9).mean())
+    return float(np.mean(scores))
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ class Dynamics(nn.Module, ABC):
         precise: names with which those weights begin that keep 16 bits where a bundle rounds the others to 8, for
             their errors add up from step to step.
         choices: settings of the configuration that are chosen after training, a number for each game, and which numbers
-            are tried, those last that keep the most as it was; see `trainers.choose`.
+            are tried; see `trainers.choose`.
     """
 
     config: Any
