@@ -1,4 +1,4 @@
-"""The embedded bundle dreams what it dreamt when `tests/golden` was written, by the release before format 2."""
+"""The embedded bundle dreams what it dreamt when its weights were stored in ten bits, and `tests/golden` written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from tests.test_bundle import GOLDEN, dreamt
 def test_the_embedded_bundle_dreams_what_it_dreamt(nfe: int) -> None:
     """Bytes hold on one machine; another may round otherwise, which twelve steps hardly show."""
     frames, infos = dreamt(resolve_bundle(None, "coinrun"), nfe)
-    golden = np.load(GOLDEN / "golden.npz")
-    off = np.abs(frames.astype(int) - golden[f"coinrun_nfe{nfe}_frames"])
+    with np.load(GOLDEN / "golden.npz") as golden:
+        wanted, told = golden[f"coinrun_nfe{nfe}_frames"], golden[f"coinrun_nfe{nfe}_infos"]
+    off = np.abs(frames.astype(int) - wanted)
     assert (off > 2).mean() < 1e-3 and off.mean() < 0.02
-    np.testing.assert_allclose(infos, golden[f"coinrun_nfe{nfe}_infos"], rtol=0.02, atol=1e-4)
+    np.testing.assert_allclose(infos, told, rtol=0.02, atol=1e-4)
