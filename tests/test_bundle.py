@@ -145,7 +145,7 @@ def test_weights_of_few_bits_are_within_half_a_step(toy_bundle: Path, tmp_path: 
         for key, value in a.items():
             rows, found = (x.flatten(1) if x.ndim > 1 else x for x in (value, b[key]))
             step = rows.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1) if value.ndim > 1 else torch.zeros(1)
-            assert ((rows - found).abs() <= 0.52 * step + 1e-6).all(), key
+            assert ((rows - found).abs() <= 0.51 * step + 1e-6).all(), key
             assert value.ndim < 2 or not torch.equal(value, b[key]) or not value.any() or value.numel() < 64, key
     sizes = [sum(f.stat().st_size for f in path.glob("[cdh]*.safetensors")) for path in (toy_bundle, small)]
     assert bits / 16 - 0.05 < sizes[1] / sizes[0] < bits / 16 + 0.25
@@ -154,7 +154,7 @@ def test_weights_of_few_bits_are_within_half_a_step(toy_bundle: Path, tmp_path: 
         envs = DreamVectorEnv(2, bundle=folder, precision="fp32", sampler={"temperature": 0.0})
         envs.reset(seed=1)
         frames.append(np.stack([envs.step(np.array([7, 2]))[0] for _ in range(4)]).astype(float))
-    assert 0 < np.abs(frames[0] - frames[1]).mean() < 8
+    assert 0 < np.abs(frames[0] - frames[1]).mean() < (4 if bits >= 8 else 8)
     again = load_bundle(rewrite_bundle(small, tmp_path / "again", bits), "cpu", "fp32")
     assert torch.allclose(again.world_model.head.out.weight, new.world_model.head.out.weight, atol=1e-4)  # pyright: ignore
     for wrong in (4, 13):
