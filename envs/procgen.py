@@ -13,12 +13,13 @@ from dreamenv.config import check, whole
 from dreamenv.contract.actions import NOOP
 from dreamenv.contract.frames import NATIVE, check_frame, observe
 from dreamenv.contract.games import GAMES, SEED_LIMIT, Game, check_levels, get_game
-from dreamenv.contract.resets import as_array, check_mask, check_options, check_seeds
+from dreamenv.contract.resets import check_level, check_mask, check_options, check_seeds
 from dreamenv.contract.single import SingleView
 from dreamenv.contract.snapshot import check_arrays, pack, unpack
 from dreamenv.contract.world import WorldVectorEnv
-from dreamenv.errors import ResetError, SnapshotError
+from dreamenv.errors import SnapshotError
 from envs.making import fresh_state, make_procgen, procgen_version
+from envs.states import camera_of, reseeded
 
 
 class RealProcgenVectorEnv(WorldVectorEnv):
@@ -105,7 +106,7 @@ class RealProcgenVectorEnv(WorldVectorEnv):
         options = check_options(options, ("reset_mask", "level"))
         seeds = check_seeds(seed, self.num_envs, 2**63)
         mask = check_mask(options, self.num_envs, self._started)
-        levels = self._check_level(options)
+        levels = check_level(options, self.num_envs, SEED_LIMIT)
         if np.isscalar(seed) or isinstance(seed, np.ndarray) and seed.ndim == 0:
             super().reset(seed=seeds[0])
         for i in np.flatnonzero(mask):
@@ -207,20 +208,31 @@ class RealProcgenVectorEnv(WorldVectorEnv):
         view, mode = self.game.view, self._options["distribution_mode"]
         if not view.camera(mode):
             return np.full((self.num_envs, 2), np.nan, np.float32)
-        columns, rows = view.level[mode]
-        behind = 4 + view.tail + 4 * columns * rows + 12 + 24  # a mark, the game's own, the tiles, their numbers, this
         out = np.empty((self.num_envs, 2), np.float32)
 
         def read(k: int) -> None:
             for i in range(k, self.num_envs, len(self._buffers)):
-                state = self._saved(i, self._buffers[k])
-                unit, extent, x, y = np.frombuffer(state, "<f4", 4, len(state) - behind)
-                out[i] = x / unit, -extent - y / unit
+                out[i] = camera_of(self._saved(i, self._buffers[k]), view, mode)
 
         if self._readers is None:
             self._readers = ThreadPoolExecutor(len(self._buffers))  # saving does not hold Python's lock
         list(self._readers.map(read, range(len(self._buffers))))
         return out
+
+    def reseed(self, seed: int) -> None:
+        """Give the games other random numbers from here on: only what chance is yet to decide becomes different.
+
+        Args:
+            seed: decides the numbers, others for each environment; in 0..2^63-1.
+
+        Raises:
+            ConfigError: another seed.
+            ResetError: before the first reset.
+        """
+        self._check_started("reseed")
+        seed = whole(seed, "seed", 0, 2**63 - 1)
+        for i in range(self.num_envs):
+            self._set(i, reseeded(self._get(i), (seed, i)))
 
     def snapshot(self) -> bytes:
         """Return the whole batch's state as bytes that `restore` accepts, in another process too.
@@ -286,18 +298,6 @@ class RealProcgenVectorEnv(WorldVectorEnv):
                 env.close()
         if self._readers is not None:
             self._readers.shutdown()
-
-    def _check_level(self, options: dict[str, Any]) -> np.ndarray | None:
-        level, n = options.get("level"), self.num_envs
-        if level is None:
-            return None
-        try:
-            levels = np.broadcast_to(as_array(level, "level"), (n,))
-        except ValueError:
-            raise ResetError(f"level {level!r}: expected one integer or {n} of them") from None
-        if levels.dtype.kind not in "iu" or levels.min() < 0 or levels.max() > SEED_LIMIT:
-            raise ResetError(f"level {levels.tolist()}: expected integers in 0..{SEED_LIMIT}")
-        return levels
 
     def _infos(self) -> dict[str, Any]:
         return self._batched({"level_seed": self._levels.copy(), "episode_step": self._steps.copy()})

@@ -67,6 +67,24 @@ def check_mask(options: dict[str, Any], n: int, started: bool) -> np.ndarray:
     return mask
 
 
+def check_level(options: dict[str, Any], n: int, limit: int) -> np.ndarray | None:
+    """Return `options["level"]`, one for all or one each, as integers (n,), or None where it is not given.
+
+    Raises:
+        ResetError: another shape or dtype, or a level outside 0..limit.
+    """
+    level = options.get("level")
+    if level is None:
+        return None
+    try:
+        levels = np.broadcast_to(as_array(level, "level"), (n,))
+    except ValueError:
+        raise ResetError(f"level {level!r}: expected one integer or {n} of them") from None
+    if levels.dtype.kind not in "iu" or levels.min() < 0 or levels.max() > limit:
+        raise ResetError(f"level {levels.tolist()}: expected integers in 0..{limit}")
+    return levels
+
+
 def check_history(frames: Any, actions: Any, n: int, frame: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Return real history as uint8 (N, T, *frame) and int64 (N, T - 1).
 
