@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
@@ -54,6 +56,50 @@ def real_envs(
         autoreset_mode="SameStep",
         frame_shape=frame,
     )
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where a batch of real games stands.
+
+    Attributes:
+        state: `envs.unwrapped.restore` returns to it.
+        past: uint8 (N, K, *frame), the last K frames; history: int64 (N, K - 1), the actions between them.
+        age: int64 (N,), steps since the episode began.
+        past_whole: bool (N,), whether the episode has so many frames.
+    """
+
+    state: bytes
+    past: np.ndarray
+    history: np.ndarray
+    age: np.ndarray
+    past_whole: np.ndarray
+
+
+def moments(envs: Any, policy: str, rng: np.random.Generator, context: int, spacing: int) -> Iterator[Moment]:
+    """Play on for ever, stopping every `spacing` steps; whoever asks for the next moment has restored the last one.
+
+    Args:
+        envs: of `real_envs`.
+        policy: who plays.
+        rng: decides levels and actions.
+        context: frames of the past, K.
+        spacing: steps from one moment to the next; of at least K.
+    """
+    check(spacing >= context, f"spacing {spacing}: must be >= the context of {context}")
+    actor = make_policy(policy, np.asarray(envs.unwrapped.game.bias))
+    frames, _ = envs.reset(seed=rng.integers(2**31 - 1, size=envs.num_envs).tolist())
+    age, first = np.zeros(envs.num_envs, np.int64), np.ones(envs.num_envs, bool)
+    while True:
+        past, taken = [frames], []
+        for _ in range(spacing):
+            chosen = actor.act(frames, first, rng)
+            frames, _, terminated, truncated, _ = envs.step(chosen)
+            first = terminated | truncated
+            age = np.where(first, 0, age + 1)
+            past, taken = [*past, frames][-context:], [*taken, chosen]
+        history = np.stack(taken, 1)[:, spacing + 1 - context :]
+        yield Moment(envs.unwrapped.snapshot(), np.stack(past, 1), history, age, age >= context - 1)
 
 
 def play_real(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from dreamenv.bundle import Bundle, GameFacts
 from dreamenv.config import check
 from dreamenv.contract.games import get_game
+from dreamenv.evaluation.chance import chance
 from dreamenv.evaluation.clips import HELD_OUT, cut_clips, play_real
 from dreamenv.evaluation.closed_loop import agreement, play_both
 from dreamenv.evaluation.controllability import (
@@ -151,6 +152,19 @@ def _random_player(
     return figures | {f"frame_shift_{s}": v for s, v in frame_shifts(clips, dream).items()}
 
 
+def _branched(
+    model: WorldModel, game: GameFacts, config: CompareConfig, sampler: SamplerConfig, result: Comparison
+) -> dict[str, float]:
+    """Figures of real moments continued under every distinct action; the branches themselves go to the result."""
+    count, steps, seed = config.branches, config.branch_steps, config.seed
+    where = (config.levels, config.policy, seed)
+    real = branch_real(game, count, model.context, steps, *where, frame=model.frame_shape)
+    dreamt = branch_dream(model, real, sampler, seed)
+    result.branches = real, dreamt
+    figures = {f"branch_{k}": v for k, v in branch_accuracy(real.real[:, :, -1], dreamt[:, :, -1]).items()}
+    return figures | {"branches": len(dreamt), "branch_steps": steps}
+
+
 def compare(
     bundle: Bundle, config: CompareConfig, sampler: SamplerConfig, progress: Callable[[str], None] = lambda stage: None
 ) -> Comparison:
@@ -187,12 +201,9 @@ def compare(
     for kind in ("action", "frame"):
         figures[f"{kind}_offset"] = max((-1, 0, 1), key=lambda s, kind=kind: figures[f"{kind}_shift_{s}"])
     progress("branches")
-    branches, steps = config.branches, config.branch_steps
-    real = branch_real(game, branches, model.context, steps, config.levels, config.policy, seed, frame=frame)
-    dreamt = branch_dream(model, real, sampler, seed)
-    result.branches = real, dreamt
-    figures |= {f"branch_{k}": v for k, v in branch_accuracy(real.real[:, :, -1], dreamt[:, :, -1]).items()}
-    figures |= {"branches": len(dreamt), "branch_steps": config.branch_steps}
+    figures |= _branched(model, game, config, sampler, result)
+    progress("other random numbers")
+    figures |= chance(game, config.branches, config.horizon, config.levels, config.policy, seed, frame=frame)
     if config.closed_loop:
         progress("closed loop")
         result.episodes = play_both(

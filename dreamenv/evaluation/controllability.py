@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,10 @@ from dreamenv.config import check
 from dreamenv.contract.actions import COMBOS, NUM_ACTIONS
 from dreamenv.contract.frames import NATIVE
 from dreamenv.contract.noise import philox
-from dreamenv.evaluation.clips import HELD_OUT, real_envs
+from dreamenv.evaluation.clips import HELD_OUT, moments, real_envs
 from dreamenv.evaluation.imagine import imagine, open_loop
 from dreamenv.evaluation.metrics import psnr, squared_error
 from dreamenv.flow import SamplerConfig
-from dreamenv.policies.simple import make_policy
 from dreamenv.types import Clips
 from dreamenv.world_model import WorldModel
 
@@ -129,40 +129,26 @@ def branch_real(
         ConfigError: `count` or `steps` < 1, or branches so long that hardly any stays within its episode.
     """
     check(count >= 1 and steps >= 1, f"branches {count} of {steps} steps: must both be >= 1")
-    num_envs = min(32, count)
-    envs = real_envs(game.name, num_envs, levels, game.distribution_mode, frame)
-    actor = make_policy(policy, np.asarray(envs.unwrapped.game.bias))
-    rng = philox((seed, 0xB2A2C4))
     actions = distinct_actions(game)
-    frames, _ = envs.reset(seed=rng.integers(2**31 - 1, size=num_envs).tolist())
-    past, taken = [frames], []
-    age, first = np.zeros(num_envs, np.int64), np.ones(num_envs, bool)
-    rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    found, rounds, share = 0, 0, -(-count // 10)
-    while found < count:
-        rounds += 1
-        check(
-            rounds < 50 or found >= rounds,
-            f"branch_steps {steps}: only {found} branches stayed within their episodes; hold "
-            "the actions for fewer steps",
-        )
-        for _ in range(spacing):
-            chosen = actor.act(frames, first, rng)
-            frames, _, terminated, truncated, _ = envs.step(chosen)
-            first = terminated | truncated
-            age = np.where(first, 0, age + 1)
-            past, taken = [*past, frames][-context:], [*taken, chosen][-context + 1 :] if context > 1 else []
-        moment = envs.unwrapped.snapshot()
-        usable = (age >= context - 1) & (age + steps < envs.unwrapped.game.max_steps) & (len(past) == context)
-        if not usable.any():
-            continue
-        real, whole = _branches_of(envs, moment, actions, steps)
-        usable &= whole
-        history = np.stack(taken, 1) if taken else np.zeros((num_envs, 0), np.int64)
-        kept = rng.permutation(np.flatnonzero(usable))[:share]
-        rows.append((np.stack(past, 1)[kept], history[kept], real[kept]))
-        found += len(kept)
-    envs.close()
+    with closing(real_envs(game.name, min(32, count), levels, game.distribution_mode, frame)) as envs:
+        rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        found, rounds, share = 0, 0, -(-count // 10)
+        rng = philox((seed, 0xB2A2C4))
+        for at in moments(envs, policy, rng, context, spacing):
+            rounds += 1
+            check(
+                rounds < 50 or found >= rounds,
+                f"branch_steps {steps}: only {found} branches stayed within their episodes; hold "
+                "the actions for fewer steps",
+            )
+            usable = at.past_whole & (at.age + steps < envs.unwrapped.game.max_steps)
+            if usable.any():
+                real, whole = _branches_of(envs, at.state, actions, steps)
+                kept = rng.permutation(np.flatnonzero(usable & whole))[:share]
+                rows.append((at.past[kept], at.history[kept], real[kept]))
+                found += len(kept)
+            if found >= count:
+                break
     contexts, histories, reals = (np.concatenate(column)[:count] for column in zip(*rows, strict=True))
     return Branches(contexts, histories, actions, reals)
 

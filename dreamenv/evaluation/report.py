@@ -174,6 +174,7 @@ def _seen(out: Path, bundle: Bundle, config: CompareConfig, result: Comparison, 
         "mean difference of neighbouring pixels relative to the real frames': 1 is as crisp, less is fog. The "
         "perceptual distance compares EfficientNet-Lite0 features: 0 is equal, 2 as far as can be; neither LPIPS nor "
         "FID.</p>",
+        *_chance(f),
         f"<p>Fréchet distance of the dreamt frames' features from the real ones': {_number(f.get('frechet'))}.</p>",
         *(
             [
@@ -187,6 +188,18 @@ def _seen(out: Path, bundle: Bundle, config: CompareConfig, result: Comparison, 
         ),
         f"<p>The model's own uncertainty ranks the error of its first step with Spearman "
         f"{f['uncertainty_error_spearman']:.2f}.</p>",
+    ]
+
+
+def _chance(f: dict[str, Any]) -> list[str]:
+    """How far the game's own chance lets its pictures be told."""
+    best = {key.rpartition("_")[2]: v for key, v in f.items() if key.startswith("chance_psnr_") and "still" not in key}
+    if not best:
+        return []
+    said = ", ".join(f"{value:.1f} dB after {step}" for step, value in best.items())
+    return [
+        f"<p>The real game was run again from {f['chance_moments']:g} moments with the same actions and other random "
+        f"numbers. Who knows all but these numbers can reach {said}; 100 dB means that nothing is left to chance.</p>"
     ]
 
 

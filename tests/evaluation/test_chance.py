@@ -1,0 +1,125 @@
+"""What chance leaves to know: reseeded games, and how far their futures are apart."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dreamenv.bundle import embedded_games, load_bundle
+from dreamenv.errors import ConfigError, ResetError
+from dreamenv.evaluation.chance import _spread, chance
+from dreamenv.evaluation.clips import moments, real_envs
+from envs.procgen import RealProcgenVectorEnv
+from envs.states import reseeded
+
+
+def play(env: RealProcgenVectorEnv, steps: int, seed: int = 0) -> np.ndarray:
+    """Frames uint8 (T, N, 64, 64, 3) of random actions that `seed` decides."""
+    actions = np.random.default_rng(seed).integers(15, size=(steps, env.num_envs))
+    return np.stack([env.step(a)[0] for a in actions])
+
+
+@pytest.mark.parametrize(("game", "by_chance"), [("bigfish", True), ("bossfight", True), ("maze", False)])
+def test_other_random_numbers_change_what_is_left_to_chance_and_nothing_else(game: str, by_chance: bool) -> None:
+    env = RealProcgenVectorEnv(3, game, start_level=10000, num_levels=100)
+    env.reset(seed=4)
+    play(env, 20)
+    moment = env.snapshot()
+    own = play(env, 40, 1)
+    futures = []
+    for seed in (5, 5, 2**63 - 1):
+        shown = env.restore(moment)
+        env.reseed(seed)
+        assert np.array_equal(env.restore(env.snapshot()), shown)
+        futures.append(play(env, 40, 1))
+    assert np.array_equal(futures[0], futures[1])
+    for a, b in ((own, futures[0]), (futures[0], futures[2])):
+        apart = [bool((a[:, i] != b[:, i]).any()) for i in range(3)]
+        assert apart == [by_chance] * 3
+    env.close()
+
+
+def test_an_environment_gets_the_numbers_of_its_place_in_any_batch() -> None:
+    seen = []
+    for n in (1, 4):
+        env = RealProcgenVectorEnv(n, "bigfish")
+        env.reset(options={"level": np.full(n, 7)})
+        env.reseed(3)
+        seen.append(np.stack([env.step(np.full(n, 4))[0] for _ in range(60)], 1))
+        env.close()
+    assert np.array_equal(seen[0][0], seen[1][0])
+    assert not np.array_equal(seen[1][0], seen[1][1]), "each has numbers of its own"
+
+
+def test_reseeding_refuses_what_it_cannot_do() -> None:
+    env = RealProcgenVectorEnv(1, "maze")
+    with pytest.raises(ResetError, match="reset"):
+        env.reseed(0)
+    env.reset(seed=0)
+    for wrong in (-1, 2**63, 1.5, None, True):
+        with pytest.raises(ConfigError, match="seed"):
+            env.reseed(wrong)  # pyright: ignore[reportArgumentType]
+    env.close()
+    with pytest.raises(ValueError, match="no random generator"):
+        reseeded(b"nothing", (0,))
+    words = b"1 " * 624 + b"624"
+    with pytest.raises(ValueError, match="not as long"):
+        reseeded(b"\0\0\0\0" + words, (0,))
+    assert reseeded(len(words).to_bytes(4, "little") + words + b"!", (0,))[-1:] == b"!"
+
+
+def test_the_best_prediction_of_a_coin_is_the_middle() -> None:
+    """Half of the picture is black in one future and white in the other, the rest stands still."""
+    last = np.zeros((1, 64, 64, 3), np.uint8)
+    futures = np.zeros((2, 6, 64, 64, 3), np.uint8)
+    futures[1, 2:, :32] = 255
+    variance, wrong, still = _spread(futures, last, np.array([1, 5]))
+    assert variance[0] == wrong[0] == 0 and still[0] == 64 * 64
+    assert variance[1] == pytest.approx(0.25)  # 2 runs: the sum of two squared halves, by one, over half of the picture
+    assert still[1] == pytest.approx((64 * 64 + 32 * 64) / 2)
+    assert wrong[1] == pytest.approx(32 * 64 / 2), "what stands still in the black future is white in the other"
+
+
+def test_what_chance_leaves_of_games() -> None:
+    facts = {game: load_bundle(embedded_games()[game], "cpu", game=game).game for game in ("maze", "bossfight")}
+    certain = chance(facts["maze"], 12, 10)
+    assert certain["chance_moments"] == 12
+    for step in (1, 5, 10):
+        assert certain[f"chance_psnr_{step}"] == certain[f"chance_psnr_still_{step}"] == 100
+    open_to = chance(facts["bossfight"], 12, 10)
+    assert 15 < open_to["chance_psnr_10"] < open_to["chance_psnr_5"] < 50
+    assert 15 < open_to["chance_psnr_still_10"] < 60
+    assert chance(facts["bossfight"], 12, 10) == open_to
+    for wrong in ({"count": 0}, {"steps": 0}, {"runs": 1}):
+        with pytest.raises(ConfigError, match=next(iter(wrong)).replace("count", "moments")):
+            chance(facts["maze"], **({"count": 2, "steps": 2} | wrong))
+    with pytest.raises(ConfigError, match="steps 500"):
+        chance(facts["maze"], 2, 500)
+
+
+def test_where_few_moments_are_found_they_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    maze = load_bundle(embedded_games()["maze"], "cpu", game="maze").game
+    monkeypatch.setattr("dreamenv.evaluation.chance._ROUNDS", 2)
+    assert chance(maze, 30, 5)["chance_moments"] == 6, "a tenth of them a round"
+    monkeypatch.setattr("dreamenv.evaluation.chance._ROUNDS", 0)
+    assert chance(maze, 30, 5) == {"chance_moments": 0}
+
+
+def test_a_moment_holds_the_last_frames_and_the_actions_between_them() -> None:
+    envs = real_envs("maze", 4, (10000, 100), "easy")
+    rng = np.random.default_rng(0)
+    played = moments(envs, "random", rng, 3, 5)
+    next(played)
+    moment = next(played)
+    frames = envs.unwrapped.restore(moment.state)
+    assert np.array_equal(frames, moment.past[:, -1])
+    assert moment.past.shape == (4, 3, 64, 64, 3) and moment.history.shape == (4, 2)
+    assert moment.age.tolist() == [10] * 4 and moment.past_whole.all()
+    # the same levels, played by the same actions as far as they are known
+    again = moments(envs, "random", np.random.default_rng(0), 5, 5)
+    first = next(again)
+    assert np.array_equal(next(again).past[:, -3:], moment.past)
+    envs.unwrapped.restore(first.state)
+    with pytest.raises(ConfigError, match="spacing"):
+        next(moments(envs, "random", rng, 6, 5))
+    envs.close()
