@@ -20,20 +20,22 @@ from dreamenv.flow import SamplerConfig
 from dreamenv.policies.simple import VectorPolicy, make_policy
 from dreamenv.vector import DreamVectorEnv
 
-_HELD = 4  # actions
-_OTHERS = ("random", "sticky", "biased", "bundled:0.5", "bundled")
+_HELD = 7  # actions
+_OTHERS = ("random", "sticky", "held", "biased", "mix")
+_BUNDLED = tuple(f"bundled:{epsilon:g}" for epsilon in (0.9, 0.75, 0.6, 0.5, 0.4, 0.25, 0.1)) + ("bundled",)
 
 
 def standard_policies(game: GameFacts) -> tuple[str, ...]:
-    """Policies of different skill for a game, by which a dream is judged.
+    """Policies of different skill for a game, by which a dream is judged: about twenty, where an agent ships.
 
-    No key and the game's four likeliest actions held, three random players, and the agent that ships with the bundle,
-    half at random and alone. The likeliest are those that the game's biased player takes most, each meaning once.
+    No key and the game's seven likeliest actions held, five players that learn nothing, and the agent that ships with
+    the bundle, alone and at random from a tenth to nine tenths of the time. The likeliest actions are those that the
+    game's biased player takes most, each meaning once.
     """
     bias = get_game(game.name).bias
     useful = sorted(distinct_actions(game).tolist(), key=lambda a: (-bias[a], len(COMBOS[a]), a))
     held = [NAMES[a] for a in useful if game.action_meanings[a] != "nothing"][:_HELD]
-    return tuple(f"hold:{name}" for name in ("noop", *held)) + _OTHERS
+    return tuple(f"hold:{name}" for name in ("noop", *held)) + _OTHERS + _BUNDLED
 
 
 @dataclass(frozen=True)

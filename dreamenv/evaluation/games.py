@@ -39,7 +39,7 @@ SETTINGS = CompareConfig(
     episodes=16,
     limit=200,
 )
-"""What each game is measured with: whole episodes of ten policies in sixteen games would take a day."""
+"""What each game is measured with: whole episodes of twenty policies in sixteen games would take a day."""
 Columns = dict[str, tuple[str, str]]  # figure -> its title and format
 PICTURES: Columns = {
     "psnr_1": ("PSNR, 1 step", ".1f"),

@@ -63,18 +63,22 @@ def test_policies_play_the_same_levels_in_both_worlds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("game", "held"),
     [
-        ("coinrun", {"noop", "right+up", "right", "up", "left"}),
-        ("bossfight", {"noop", "d", "left", "down", "up"}),  # d fires
-        ("climber", {"noop", "up", "left+up", "right+up", "left"}),
-        ("plunder", {"noop", "d", "left", "right"}),  # knows no more
+        ("coinrun", {"noop", "right+up", "right", "up", "left", "left+up", "down"}),
+        ("bossfight", {"noop", "d", "left", "down", "up", "right", "left+down", "left+up"}),  # d fires
+        ("climber", {"noop", "up", "left+up", "right+up", "left", "right"}),  # knows no more
+        ("plunder", {"noop", "d", "left", "right"}),
     ],
 )
 def test_each_game_is_judged_by_the_actions_that_it_has(game: str, held: set[str]) -> None:
     policies = standard_policies(GameFacts(game, "easy", 100))
     assert {p.removeprefix("hold:") for p in policies if p.startswith("hold:")} == held
-    assert policies[0] == "hold:noop" and policies[-5:] == ("random", "sticky", "biased", "bundled:0.5", "bundled")
+    assert policies[0] == "hold:noop" and policies[len(held) :][:5] == ("random", "sticky", "held", "biased", "mix")
+    agents = policies[len(held) + 5 :]
+    assert agents[-1] == "bundled" and len(agents) == 8, "the agent, ever less at random"
+    assert [float(agent.partition(":")[2]) for agent in agents[:-1]] == [0.9, 0.75, 0.6, 0.5, 0.4, 0.25, 0.1]
 
 
+@pytest.mark.slow
 def test_by_default_the_game_s_own_limit_and_policies_count(tmp_path: Path) -> None:
     bundle = load_bundle(write_toy_bundle(tmp_path / "toy", calm=9.0, limits=Limits(1e6, 1e6)), "cpu")
     results = play_both(bundle, episodes=2)
