@@ -14,15 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tyro
 import yaml
 
 from dreamenv.artifacts import atomic_file, read_json
-from dreamenv.bundle import GameFacts, Limits, Starts, load_bundle, save_bundle_of
+from dreamenv.bundle import GameFacts, Limits, load_bundle, save_bundle_of
 from dreamenv.config import check, from_dict, to_dict
 from dreamenv.console import errors_in_one_line
-from dreamenv.contract.frames import NATIVE, observe
 from dreamenv.contract.games import get_game, named
 from dreamenv.data import Dataset
 from dreamenv.errors import BundleError, ConfigError
@@ -31,8 +29,8 @@ from dreamenv.models.io import load_model, save_model
 from dreamenv.models.registry import build
 from dreamenv.policies.simple import parse_mix
 from dreamenv.stages import begun, program, run_command, stage
-from dreamenv.starts import pack_starts
 from dreamenv.world_model import WorldModel
+from trainers.bank import start_bank
 from trainers.dreams import dreams_for
 from trainers.recipe import Recipe, check_build, check_values, filled, load_recipe
 from trainers.train import check_overrides, of_stage, override
@@ -249,7 +247,7 @@ def make_bundle(
         stages: which are the codec, the dynamics and the head.
         recipe: by which they were trained.
         name: of the bundle's folder.
-        kib: most KiB that the start contexts of a game take, see `fitting_bank`.
+        kib: most KiB that the start contexts of a game take, see `start_bank`.
 
     Raises:
         BundleError: a stage is missing or damaged.
@@ -278,54 +276,11 @@ def make_bundle(
         "heads_also": facts["head"].get("also"),
     }
     world_model = WorldModel(codec, dynamics, head)
-    banks = {n: fitting_bank(dataset, starts, codec.frame, n, kib) for n in dataset.games}
+    banks = {n: start_bank(dataset, starts, codec.frame, n, kib) for n in dataset.games}
     bundle = save_bundle_of(games, out / name, world_model, limits, banks, provenance, {})
     for game in dataset.games:
         load_bundle(bundle, "cpu", game=game)  # what was written must be readable
     return bundle
-
-
-_LATE = 64  # steps into an episode; the recipes cut off episodes after 128
-
-
-def start_bank(dataset: Dataset, count: int, frame: tuple[int, int, int] = NATIVE, game: str | None = None) -> Starts:
-    """Frames where `count` dreams may start, of a dataset or a game's part of it, as `frame`.
-
-    First frames of different levels, evenly spread over those that there are. Where episodes are long, so that a
-    quarter of all steps lie 64 steps or more into theirs, half of the bank are such later moments, evenly spread too.
-    """
-    first: dict[int, tuple[int, int]] = {}
-    later: list[tuple[int, int]] = []
-    steps = 0
-    for k, shard in enumerate(dataset.shards):
-        if game not in (None, shard.game):
-            continue
-        for t in np.flatnonzero(shard.first):
-            first.setdefault(int(shard.level_seeds[t]), (k, int(t)))
-        age = np.arange(len(shard)) - np.maximum.accumulate(np.where(shard.first, np.arange(len(shard)), 0))
-        later += [(k, int(t)) for t in np.flatnonzero(age >= _LATE)]
-        steps += len(shard)
-    late = count // 2 if 4 * len(later) >= steps else 0
-    begins = [first[level] for level in sorted(first)]
-    chosen = _spread(begins, count - late) + _spread(later, late)
-    frames = np.stack([dataset.shards[k].frames[t] for k, t in chosen])[:, None]
-    levels = np.array([dataset.shards[k].level_seeds[t] for k, t in chosen], np.int32)
-    return Starts(observe(frames, frame), np.zeros((len(chosen), 0), np.uint8), levels)
-
-
-def fitting_bank(dataset: Dataset, count: int, frame: tuple[int, int, int], game: str, kib: int | None) -> Starts:
-    """As `start_bank`, but of so many frames that they take at most so many KiB, though of one at least."""
-    while True:
-        bank = start_bank(dataset, count, frame, game)
-        size = len(pack_starts(bank)) / 1024
-        if kib is None or size <= kib or count == 1:
-            return bank
-        count = max(int(0.9 * count * kib / size), 1)
-
-
-def _spread(items: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
-    """`count` of the items, or all if there are fewer, evenly spread."""
-    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int))]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -25,11 +25,11 @@ from dreamenv.stages import begun
 from dreamenv.starts import pack_starts
 from envs.collect import CollectConfig, collect
 from tests.here import brief
+from trainers.bank import start_bank
 from trainers.choose import choose
 from trainers.encode import encode_dataset
 from trainers.games import GamesConfig, main, mixed
 from trainers.latent_data import Joined, LatentDataset
-from trainers.pipeline import fitting_bank, start_bank
 from trainers.tasks.dynamics import DynamicsTask, DynamicsTaskConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -216,11 +216,32 @@ def test_dreams_start_late_too_where_episodes_are_long(tmp_path: Path) -> None:
 
 def test_a_bank_fits_into_its_room(parts: list[Path]) -> None:
     data = Dataset(parts[1])
-    whole = fitting_bank(data, 12, NATIVE, "maze", None)
-    part = fitting_bank(data, 12, NATIVE, "maze", 6)
+    whole = start_bank(data, 12, NATIVE, "maze")
+    part = start_bank(data, 12, NATIVE, "maze", 6)
     assert len(whole.frames) == len(start_bank(data, 12).frames) > len(part.frames) >= 1
     assert len(pack_starts(part)) <= 6 * 1024 < len(pack_starts(whole))
-    assert len(fitting_bank(data, 12, NATIVE, "maze", 1).frames) == 1, "one at least"
+    assert len(start_bank(data, 12, NATIVE, "maze", 1).frames) == 1, "one at least"
+
+
+def test_where_levels_are_dear_their_later_moments_fill_the_bank(tmp_path: Path) -> None:
+    """Bossfight's skies do not pack: eight moments of a level cost little more than one."""
+    shared = {"num_envs": 16, "shard_steps": 300, "steps": 4800, "num_levels": 500, "policy": "random"}
+    data = Dataset(collect(CollectConfig(game="bossfight", out=str(tmp_path / "b"), **shared), progress=False))  # pyright: ignore
+    bank = start_bank(data, 400, kib=60)
+    assert len(pack_starts(bank)) <= 60 * 1024
+    levels, counts = np.unique(bank.level_seeds, return_counts=True)
+    assert 2 <= len(levels) <= 12 and counts.max() == 8 and counts.min() >= 7, "the last may be cut off"
+    shard = data.shards[0]
+    begins = np.flatnonzero(shard.first).tolist()
+    longest: dict[int, tuple[int, int]] = {}
+    for begin, end in zip(begins, [*begins[1:], len(shard)], strict=True):
+        level = int(shard.level_seeds[begin])
+        longest[level] = max(longest.get(level, (0, 0)), (end - begin, begin))
+    for level in levels:
+        length, begin = longest[int(level)]
+        own = bank.frames[bank.level_seeds == level][:, 0]
+        assert all(np.array_equal(own[j], shard.frames[begin + length * j // 8]) for j in range(len(own)))
+    assert np.array_equal(bank.level_seeds[: len(levels)], levels), "first frames first"
 
 
 def test_one_command_makes_one_bundle_of_several_games(
