@@ -180,7 +180,7 @@ def compare(
     check(not (quick and thorough), "quick and thorough exclude each other: give one")
     settings = settings.quick() if quick else settings.thorough() if thorough else settings
     loaded = load_bundle(folder := _folder(bundle, game, distribution_mode), device, game=game)
-    stages = 6 + bool(settings.drift) + settings.closed_loop + bool(settings.endless_steps)
+    stages = 7 + bool(settings.drift) + settings.closed_loop + bool(settings.endless_steps)
     with tqdm(total=stages, unit="stage", bar_format="{l_bar}{bar}| {n}/{total} [{elapsed}]") as bar:
 
         def progress(stage: str) -> None:

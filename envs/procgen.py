@@ -228,11 +228,11 @@ class RealProcgenVectorEnv(WorldVectorEnv):
         Raises:
             ConfigError: another seed.
             ResetError: before the first reset.
+            SnapshotError: another build of Procgen, whose random generator is not found in what it saves.
         """
         self._check_started("reseed")
-        seed = whole(seed, "seed", 0, 2**63 - 1)
         for i in range(self.num_envs):
-            self._set(i, reseeded(self._get(i), (seed, i)))
+            self._set(i, reseeded(self._get(i), (whole(seed, "seed", 0, 2**63 - 1), i)))
 
     def snapshot(self) -> bytes:
         """Return the whole batch's state as bytes that `restore` accepts, in another process too.

@@ -114,6 +114,7 @@ def test_from_the_real_game_to_a_dream_through_the_command_line(tmp_path: Path) 
     page = (tmp_path / "compare" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 7 and "//" not in re.sub(r"base64,[^\"]*", "", page)
     figures = json.loads(compared.splitlines()[-1])
+    assert f"was run again from {figures['chance_moments']} moments" in page and figures["chance_psnr_5"] > 20
     assert figures["clips"] == 8 and 5 < figures["psnr_1"] < 60 and figures["autoencoder_psnr"] > figures["psnr_5"]
     assert [figures[k] for k in ("steps", "closed_loop_episodes", "endless_dreams")] == [3200, 1, 4]
     assert load_bundle(out / "bundle", "cpu").card == figures

@@ -14,6 +14,7 @@ from dreamenv.starts import Starts, pack_starts
 
 _LATE = 64  # steps into an episode; the recipes cut off episodes after 128
 _MOMENTS = 8  # of a level, where the pictures of levels are dear
+_FIRST, _NEAR = 64, 1.1  # places that are packed first, and how nearly they must fill their room
 _Item = TypeVar("_Item")
 Places = list[tuple[int, int]]  # (shard, step)
 
@@ -58,15 +59,21 @@ def _fitting(
     kib: int | None,
 ) -> Starts:
     """A bank of at most `count` chosen places, of so many that they fit, or of one."""
+    n, fitting, shrunk = count if kib is None else min(count, _FIRST), None, False
     while True:
-        chosen = choose(dataset, game, count)
+        chosen = choose(dataset, game, n)
         frames = np.stack([dataset.shards[k].frames[t] for k, t in chosen])[:, None]
         levels = np.array([dataset.shards[k].level_seeds[t] for k, t in chosen], np.int32)
         bank = Starts(observe(frames, frame), np.zeros((len(chosen), 0), np.uint8), levels)
-        size = 0.0 if kib is None else len(pack_starts(bank)) / 1024
-        if kib is None or size <= kib or count == 1:
-            return bank
-        count = max(int(0.9 * min(count, len(chosen)) * kib / size), 1)
+        room = math.inf if kib is None else kib * 1024 / len(pack_starts(bank))  # as often it would fit
+        if room >= 1 or n == 1:
+            if n >= count or shrunk or room < _NEAR:
+                return bank
+            fitting, n = bank, min(count, int(n * room))
+        else:
+            n, shrunk = max(int(0.9 * n * room), 1), True
+            if fitting is not None and n <= len(fitting.frames):
+                return fitting
 
 
 def _of_levels(dataset: Dataset, game: str | None, count: int) -> Places:
@@ -98,7 +105,7 @@ def _of_moments(dataset: Dataset, game: str | None, count: int) -> Places:
             level = int(shard.level_seeds[t])
             longest[level] = max(longest.get(level, (0, 0, 0)), (end - t, k, t))
     played = [longest[level] for level in sorted(longest) if longest[level][0] >= _MOMENTS]
-    levels = _spread(played, -(-count // _MOMENTS))
+    levels = _spread(played, max(count // _MOMENTS, 1))
     return [(k, t + length * j // _MOMENTS) for j in range(_MOMENTS) for length, k, t in levels][:count]
 
 

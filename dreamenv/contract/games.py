@@ -39,7 +39,7 @@ class View:
             direction in which it moves about. Empty where nothing scrolls.
         level: difficulty -> the level's width and height in tiles. Empty where nothing scrolls.
         tail: bytes of the game's own that its saved state holds after the level's tiles; the drawing state, from which
-            the camera is read, lies before these.
+            `envs.states.camera_of` reads the camera, lies before these.
     """
 
     tiles: dict[str, int]

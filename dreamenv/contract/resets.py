@@ -71,7 +71,7 @@ def check_level(options: dict[str, Any], n: int, limit: int) -> np.ndarray | Non
     """Return `options["level"]`, one for all or one each, as integers (n,), or None where it is not given.
 
     Raises:
-        ResetError: another shape or dtype, or a level outside 0..limit.
+        ResetError: another shape or dtype, or a level outside 0..`limit`.
     """
     level = options.get("level")
     if level is None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from contextlib import closing
-from itertools import islice
-from typing import Any
+from itertools import islice, permutations
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dreamenv.bundle import GameFacts
 from dreamenv.config import check
 from dreamenv.contract.frames import NATIVE
+from dreamenv.contract.games import get_game
 from dreamenv.contract.noise import philox
 from dreamenv.evaluation.clips import HELD_OUT, moments, real_envs
 from dreamenv.evaluation.metrics import psnr, squared_error, still_pixels
@@ -32,53 +33,67 @@ def chance(
 ) -> dict[str, float]:
     """How well the game's future can be told by who knows the game, but not its random numbers (needs procgen).
 
-    Real moments are continued `runs` times by the same actions, each time with other random numbers. What no picture
-    shows but the game has decided already, such as what will enter a level, is the same in all of them, so a model that
-    has only seen pictures may know less. Moments from which an episode ends within `steps` in any run are passed over.
+    Real moments are continued several times by the same actions, each time with other random numbers. The best
+    prediction is the mean of all futures, and its squared error is their variance. So no model does better on such
+    moments. It may have to do worse: what the game has decided but no picture shows yet, such as what will enter a
+    level, is the same in all runs.
+
+    The moments are not those of the clips. An episode must not end within `steps` in any run, so calm moments count for
+    more than they are.
 
     Args:
         game: which.
         count: moments.
         steps: how far they are continued.
         levels: first level and number of levels.
-        policy: who plays.
+        policy: who plays. It must not look at the pictures, lest the actions tell what the first run's chance was.
         seed: decides levels, actions and random numbers.
         runs: continuations of each moment, R >= 2.
         frame: (H, W, C) of a picture.
 
     Returns:
-        `chance_psnr_h`, for each of `HORIZONS` that is reached: of the best prediction in dB, the mean of all possible
-        futures, whose squared error is the variance of the runs; a single other run is 3 dB worse.
-        `chance_psnr_still_h`: of one run against another, in what stood still until then in that. 100 dB where the runs
-        are the same. `chance_moments`: how many were found; of fewer than `count` where episodes seldom last so long.
+        Of each of `HORIZONS` that is reached: `chance_psnr_h` of the best prediction in dB, 100 where all runs are the
+        same; `chance_copy_psnr_h` of copying the moment's picture; and `chance_psnr_still_h` of one run in what stands
+        still in another. The last is no bound, for what stands still is chosen by what happened. It is what a perfect
+        simulator scores that draws its own random numbers. `chance_moments`: how many were found, fewer than `count`
+        where episodes seldom last so long.
 
     Raises:
-        ConfigError: `count` or `steps` < 1, more steps than an episode has, or `runs` < 2.
+        ConfigError: `count` or `steps` < 1, more steps than an episode has, `runs` < 2, a negative seed, or a policy
+            that looks.
+        PolicyError: an unknown policy.
     """
     check(count >= 1 and steps >= 1, f"moments {count} of {steps} steps: must both be >= 1")
     check(runs >= 2, f"runs {runs}: must be >= 2")
-    check(
-        steps < game.max_steps, f"steps {steps}: an episode of {game.name} has {game.max_steps} at most; ask for fewer"
-    )
-    at = np.array([h for h in HORIZONS if h <= steps])
-    rng = philox((seed, 0xC4A2CE))
-    errors: list[np.ndarray] = []  # of each moment and horizon: the variance, and the still pixels' error and number
-    share = -(-count // 10)
+    check(seed >= 0, f"seed {seed}: must be >= 0")
+    most = game.max_steps
+    check(steps < most, f"steps {steps}: an episode of {game.name} has {most} at most; ask for fewer")
+    looks = make_policy(policy, np.asarray(get_game(game.name).bias)).looks
+    check(not looks, f"policy {policy}: goes by what it sees; take one that does not, such as mix")
+    horizons = np.array([h for h in HORIZONS if h <= steps])
+    found: list[Errors] = []
+    rng, share = philox((seed, 0xC4A2CE)), -(-count // 10)
     with closing(real_envs(game.name, min(32, count), levels, game.distribution_mode, frame)) as envs:
         for moment in islice(moments(envs, policy, rng, 1, _SPACING), _ROUNDS):
             futures, whole = _futures(envs, moment.state, policy, steps, runs, rng)
-            usable = whole & (moment.age + steps < game.max_steps)
-            for i in rng.permutation(np.flatnonzero(usable))[:share]:
-                errors.append(_spread(futures[:, i], moment.past[i], at))
-            if len(errors) >= count:
+            kept = rng.permutation(np.flatnonzero(whole))[:share]
+            found += [_errors(futures[:, i], moment.past[i], horizons) for i in kept]
+            if len(found) >= count:
                 break
-    figures = {"chance_moments": float(len(errors[:count]))}
-    if not errors:
+    return _figures(found[:count], horizons)
+
+
+def _figures(found: list[Errors], horizons: np.ndarray) -> dict[str, float]:
+    """The figures of what was found, in dB."""
+    figures: dict[str, float] = {"chance_moments": len(found)}
+    if not found:
         return figures
-    variance, wrong, still = np.stack(errors[:count]).mean(0)  # (H,) each
-    figures |= {f"chance_psnr_{h}": float(v) for h, v in zip(at, psnr(variance), strict=True)}
-    kept = psnr(wrong / np.maximum(still, 1e-12))
-    return figures | {f"chance_psnr_still_{h}": float(v) for h, v, n in zip(at, kept, still, strict=True) if n > 0}
+    best, copied, wrong, still = (np.mean(column, 0) for column in zip(*found, strict=True))
+    for i, h in enumerate(horizons.tolist()):
+        figures |= {f"chance_psnr_{h}": float(psnr(best[i])), f"chance_copy_psnr_{h}": float(psnr(copied[i]))}
+        if still[i] > 0:
+            figures[f"chance_psnr_still_{h}"] = float(psnr(wrong[i] / still[i]))
+    return figures
 
 
 def _futures(
@@ -89,11 +104,11 @@ def _futures(
     The first is the game's own; the others take its actions.
     """
     actor, actions = make_policy(policy, np.asarray(envs.unwrapped.game.bias)), []
-    frames = envs.unwrapped.restore(state)
-    futures = np.empty((runs, len(frames), steps, *frames.shape[1:]), np.uint8)
-    whole = np.ones(len(frames), bool)
+    n = envs.num_envs
+    futures = np.empty((runs, n, steps, *envs.single_observation_space.shape), np.uint8)
+    whole = np.ones(n, bool)
     for run in range(runs):
-        frames, first = envs.unwrapped.restore(state), np.ones(len(frames), bool)
+        frames, first = envs.unwrapped.restore(state), np.ones(n, bool)
         if run:
             envs.unwrapped.reseed(int(rng.integers(2**63 - 1)))
         for step in range(steps):
@@ -106,15 +121,28 @@ def _futures(
     return futures, whole
 
 
-def _spread(futures: np.ndarray, last: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """How far one moment's futures uint8 (R, T, ...) are apart at steps `at`, float64 (3, H); `last` is (1, ...).
+class Errors(NamedTuple):
+    """How far one moment's futures are apart, float64 (H,) each.
 
-    The squared error of the best prediction; the sum of squared errors of runs in what stands still in another; and how
-    many pixels do, both over all pairs.
+    Attributes:
+        best: mean squared error of the best prediction.
+        copied: mean squared error of the moment's own picture.
+        wrong: summed squared error of a run over the pixels that stand still in another, mean of all pairs.
+        still: how many these are.
     """
-    still = still_pixels(futures, np.broadcast_to(last[None], (len(futures), *last.shape)))[:, at - 1]
-    shown = futures[:, at - 1]
+
+    best: np.ndarray
+    copied: np.ndarray
+    wrong: np.ndarray
+    still: np.ndarray
+
+
+def _errors(futures: np.ndarray, last: np.ndarray, horizons: np.ndarray) -> Errors:
+    """Of futures uint8 (R, T, *frame) at some steps, of a moment whose picture is `last` (1, *frame)."""
+    still = still_pixels(futures, np.broadcast_to(last[None], (len(futures), *last.shape)))[:, horizons - 1]
+    shown = futures[:, horizons - 1]
     variance = (shown / 255.0).var(0, ddof=1).mean((1, 2, 3))
-    pairs = [(a, b) for a in range(len(futures)) for b in range(len(futures)) if a != b]
+    copied = squared_error(last[None], shown).mean((0, 2, 3))
+    pairs = permutations(range(len(futures)), 2)
     wrong = np.mean([(squared_error(shown[a], shown[b]) * still[b]).sum((1, 2)) for a, b in pairs], 0)
-    return np.stack([variance, wrong, still.sum((2, 3)).mean(0)])
+    return Errors(variance, copied, wrong, still.sum((2, 3)).mean(0))

@@ -64,9 +64,10 @@ class Moment:
 
     Attributes:
         state: `envs.unwrapped.restore` returns to it.
-        past: uint8 (N, K, *frame), the last K frames; history: int64 (N, K - 1), the actions between them.
+        past: uint8 (N, K, *frame), the last K frames.
+        history: int64 (N, K - 1), the actions between them.
         age: int64 (N,), steps since the episode began.
-        past_whole: bool (N,), whether the episode has so many frames.
+        past_whole: bool (N,), whether all K frames are of one episode.
     """
 
     state: bytes
@@ -77,29 +78,37 @@ class Moment:
 
 
 def moments(envs: Any, policy: str, rng: np.random.Generator, context: int, spacing: int) -> Iterator[Moment]:
-    """Play on for ever, stopping every `spacing` steps; whoever asks for the next moment has restored the last one.
+    """Play on for ever, and stop every `spacing` steps.
+
+    If you step the games yourself, restore the moment before you ask for the next one.
 
     Args:
         envs: of `real_envs`.
         policy: who plays.
         rng: decides levels and actions.
-        context: frames of the past, K.
-        spacing: steps from one moment to the next; of at least K.
+        context: frames of the past, K; there are fewer where so many were not played yet.
+        spacing: steps from one moment to the next.
+
+    Yields:
+        The moments.
+
+    Raises:
+        PolicyError: an unknown policy.
     """
-    check(spacing >= context, f"spacing {spacing}: must be >= the context of {context}")
     actor = make_policy(policy, np.asarray(envs.unwrapped.game.bias))
     frames, _ = envs.reset(seed=rng.integers(2**31 - 1, size=envs.num_envs).tolist())
     age, first = np.zeros(envs.num_envs, np.int64), np.ones(envs.num_envs, bool)
+    past, taken = [frames], []
     while True:
-        past, taken = [frames], []
         for _ in range(spacing):
             chosen = actor.act(frames, first, rng)
             frames, _, terminated, truncated, _ = envs.step(chosen)
             first = terminated | truncated
             age = np.where(first, 0, age + 1)
-            past, taken = [*past, frames][-context:], [*taken, chosen]
-        history = np.stack(taken, 1)[:, spacing + 1 - context :]
-        yield Moment(envs.unwrapped.snapshot(), np.stack(past, 1), history, age, age >= context - 1)
+            past, taken = [*past, frames][-context:], [*taken, chosen][-context + 1 :] if context > 1 else []
+        history = np.stack(taken, 1) if taken else np.zeros((envs.num_envs, 0), np.int64)
+        whole = (age >= context - 1) & (len(past) == context)
+        yield Moment(envs.unwrapped.snapshot(), np.stack(past, 1), history, age, whole)
 
 
 def play_real(

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from dreamenv.bundle import Bundle, GameFacts
 from dreamenv.config import check
+from dreamenv.contract.actions import NUM_ACTIONS
 from dreamenv.contract.games import get_game
 from dreamenv.evaluation.chance import chance
 from dreamenv.evaluation.clips import HELD_OUT, cut_clips, play_real
@@ -26,6 +29,7 @@ from dreamenv.evaluation.open_loop import FRAMES, Comparison, add_perceptual, co
 from dreamenv.evaluation.outcomes import outcome_figures, outcome_scores
 from dreamenv.evaluation.stability import endless
 from dreamenv.flow import SamplerConfig
+from dreamenv.policies.simple import make_policy
 from dreamenv.world_model import WorldModel
 
 
@@ -36,13 +40,14 @@ class CompareConfig:
     clips: int = 256
     """Real clips, each of which the model continues."""
     horizon: int = 50
-    """Steps dreamt in each."""
+    """Steps dreamt in each. The game is run again, with other random numbers, for as many."""
     random_clips: int = 128
     """More of them, of ten steps, of a player whose every action is random."""
     examined: int = 64
     """Clips used for the perceptual distance; the Fréchet distance and the codec's upper bound use twice as many."""
     policy: str = "mix"
-    """Who plays the real game for clips, events and branches; see `dreamenv.policies.simple.make_policy`."""
+    """Who plays the real game for clips, events and branches; see `dreamenv.policies.simple.make_policy`. What chance
+    leaves to know is measured only of players that do not look at the pictures."""
     levels: tuple[int, int] = HELD_OUT
     """First level and number of levels."""
     steps: int = 30_000
@@ -50,7 +55,7 @@ class CompareConfig:
     samples: int = 3
     """Dreams of each clip, for the best, the mean and the spread: by two evaluations if the sampler draws none."""
     branches: int = 128
-    """Real moments branched under every distinct action."""
+    """Real moments branched under every distinct action, and as many that are run again with other random numbers."""
     branch_steps: int = 4
     """Steps each branch holds its action."""
     negatives: int = 2_000
@@ -203,7 +208,8 @@ def compare(
     progress("branches")
     figures |= _branched(model, game, config, sampler, result)
     progress("other random numbers")
-    figures |= chance(game, config.branches, config.horizon, config.levels, config.policy, seed, frame=frame)
+    if not make_policy(config.policy, np.ones(NUM_ACTIONS)).looks:
+        figures |= chance(game, config.branches, config.horizon, config.levels, config.policy, seed, frame=frame)
     if config.closed_loop:
         progress("closed loop")
         result.episodes = play_both(

@@ -134,18 +134,18 @@ def branch_real(
         rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         found, rounds, share = 0, 0, -(-count // 10)
         rng = philox((seed, 0xB2A2C4))
-        for at in moments(envs, policy, rng, context, spacing):
+        for moment in moments(envs, policy, rng, context, spacing):
             rounds += 1
             check(
                 rounds < 50 or found >= rounds,
                 f"branch_steps {steps}: only {found} branches stayed within their episodes; hold "
                 "the actions for fewer steps",
             )
-            usable = at.past_whole & (at.age + steps < envs.unwrapped.game.max_steps)
+            usable = moment.past_whole & (moment.age + steps < envs.unwrapped.game.max_steps)
             if usable.any():
-                real, whole = _branches_of(envs, at.state, actions, steps)
+                real, whole = _branches_of(envs, moment.state, actions, steps)
                 kept = rng.permutation(np.flatnonzero(usable & whole))[:share]
-                rows.append((at.past[kept], at.history[kept], real[kept]))
+                rows.append((moment.past[kept], moment.history[kept], real[kept]))
                 found += len(kept)
             if found >= count:
                 break
@@ -170,10 +170,10 @@ def _branches_of(envs: Any, moment: bytes, actions: np.ndarray, steps: int) -> t
 def branch_dream(model: WorldModel, branches: Branches, sampler: SamplerConfig, seed: int = 0) -> np.ndarray:
     """The same branches, dreamt: uint8 (N, A, H, 64, 64, 3). All branches of a moment share their noise."""
     n, a, h = branches.real.shape[:3]
-    moments = np.repeat(np.arange(n), a)
+    keys = np.repeat(np.arange(n), a)
     held = np.tile(np.repeat(branches.actions[:, None], h, 1), (n, 1))
     dream, _ = imagine(
-        model, np.repeat(branches.context, a, 0), np.repeat(branches.history, a, 0), held, sampler, seed, keys=moments
+        model, np.repeat(branches.context, a, 0), np.repeat(branches.history, a, 0), held, sampler, seed, keys=keys
     )
     return dream.reshape(branches.real.shape)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import html
+import re
 from pathlib import Path
 from typing import Any
 
@@ -193,13 +194,14 @@ def _seen(out: Path, bundle: Bundle, config: CompareConfig, result: Comparison, 
 
 def _chance(f: dict[str, Any]) -> list[str]:
     """How far the game's own chance lets its pictures be told."""
-    best = {key.rpartition("_")[2]: v for key, v in f.items() if key.startswith("chance_psnr_") and "still" not in key}
+    best = {key.rpartition("_")[2]: v for key, v in f.items() if re.fullmatch(r"chance_psnr_\d+", key)}
     if not best:
         return []
     said = ", ".join(f"{value:.1f} dB after {step}" for step, value in best.items())
     return [
-        f"<p>The real game was run again from {f['chance_moments']:g} moments with the same actions and other random "
-        f"numbers. Who knows all but these numbers can reach {said}; 100 dB means that nothing is left to chance.</p>"
+        f"<p>The real game was run again from {f['chance_moments']} moments with the same actions and other random "
+        f"numbers. No model can do better there, on average, than {said} steps. A model that sees only pictures may "
+        "reach less: what the game has decided already, though it shows it later, is the same in all runs.</p>"
     ]
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from dreamenv.bundle import embedded_games, load_bundle
-from dreamenv.errors import ConfigError, ResetError
-from dreamenv.evaluation.chance import _spread, chance
+from dreamenv.errors import ConfigError, PolicyError, ResetError, SnapshotError
+from dreamenv.evaluation.chance import _errors, chance
 from dreamenv.evaluation.clips import moments, real_envs
+from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, save_agent
 from envs.procgen import RealProcgenVectorEnv
 from envs.states import reseeded
 
@@ -30,7 +33,7 @@ def test_other_random_numbers_change_what_is_left_to_chance_and_nothing_else(gam
     for seed in (5, 5, 2**63 - 1):
         shown = env.restore(moment)
         env.reseed(seed)
-        assert np.array_equal(env.restore(env.snapshot()), shown)
+        assert np.array_equal(env._envs.observe()[1]["rgb"], shown), "what the game itself shows"
         futures.append(play(env, 40, 1))
     assert np.array_equal(futures[0], futures[1])
     for a, b in ((own, futures[0]), (futures[0], futures[2])):
@@ -60,12 +63,18 @@ def test_reseeding_refuses_what_it_cannot_do() -> None:
         with pytest.raises(ConfigError, match="seed"):
             env.reseed(wrong)  # pyright: ignore[reportArgumentType]
     env.close()
-    with pytest.raises(ValueError, match="no random generator"):
+    with pytest.raises(SnapshotError, match="no random generator"):
         reseeded(b"nothing", (0,))
-    words = b"1 " * 624 + b"624"
-    with pytest.raises(ValueError, match="not as long"):
-        reseeded(b"\0\0\0\0" + words, (0,))
-    assert reseeded(len(words).to_bytes(4, "little") + words + b"!", (0,))[-1:] == b"!"
+    words = b"1 " * 624
+    for wrong in (b"\0\0\0\0" + words + b"624", b"\xff\x7f\0\0" + words + b"24", words + b"624"):
+        with pytest.raises(SnapshotError, match="not as long"):
+            reseeded(wrong, (0,))
+    for position in (b"624", b"24", b"2"):  # whatever follows, a digit too, is kept
+        text = words + position
+        changed = reseeded(b"7" + len(text).to_bytes(4, "little") + text + b"5!", (0,))
+        assert changed[:1] == b"7" and changed[-2:] == b"5!"
+        length = int.from_bytes(changed[1:5], "little")
+        assert len(changed) == 1 + 4 + length + 2 and len(changed[5 : 5 + length].split()) == 625
 
 
 def test_the_best_prediction_of_a_coin_is_the_middle() -> None:
@@ -73,11 +82,16 @@ def test_the_best_prediction_of_a_coin_is_the_middle() -> None:
     last = np.zeros((1, 64, 64, 3), np.uint8)
     futures = np.zeros((2, 6, 64, 64, 3), np.uint8)
     futures[1, 2:, :32] = 255
-    variance, wrong, still = _spread(futures, last, np.array([1, 5]))
-    assert variance[0] == wrong[0] == 0 and still[0] == 64 * 64
-    assert variance[1] == pytest.approx(0.25)  # 2 runs: the sum of two squared halves, by one, over half of the picture
-    assert still[1] == pytest.approx((64 * 64 + 32 * 64) / 2)
-    assert wrong[1] == pytest.approx(32 * 64 / 2), "what stands still in the black future is white in the other"
+    found = _errors(futures, last, np.array([1, 5]))
+    assert found.best[0] == found.copied[0] == found.wrong[0] == 0 and found.still[0] == 64 * 64
+    assert found.best[1] == pytest.approx(
+        0.25
+    )  # 2 runs: the sum of two squared halves, by one, over half of the picture
+    assert found.copied[1] == pytest.approx(0.25), "black is right in one run and wrong in half of the other's picture"
+    assert found.still[1] == pytest.approx((64 * 64 + 32 * 64) / 2)
+    assert found.wrong[1] == pytest.approx(32 * 64 / 2), "what stands still in the black future is white in the other"
+    moving = np.full((2, 6, 64, 64, 3), 9, np.uint8)
+    assert not _errors(moving, last, np.array([1])).still.any()
 
 
 def test_what_chance_leaves_of_games() -> None:
@@ -90,11 +104,21 @@ def test_what_chance_leaves_of_games() -> None:
     assert 15 < open_to["chance_psnr_10"] < open_to["chance_psnr_5"] < 50
     assert 15 < open_to["chance_psnr_still_10"] < 60
     assert chance(facts["bossfight"], 12, 10) == open_to
-    for wrong in ({"count": 0}, {"steps": 0}, {"runs": 1}):
+    assert 3 < open_to["chance_psnr_5"] - open_to["chance_copy_psnr_5"] < 40
+    for wrong in ({"count": 0}, {"steps": 0}, {"runs": 1}, {"seed": -1}):
         with pytest.raises(ConfigError, match=next(iter(wrong)).replace("count", "moments")):
             chance(facts["maze"], **({"count": 2, "steps": 2} | wrong))
     with pytest.raises(ConfigError, match="steps 500"):
         chance(facts["maze"], 2, 500)
+    with pytest.raises(PolicyError, match="fly"):
+        chance(facts["maze"], 2, 5, policy="fly")
+
+
+def test_who_looks_would_tell_what_chance_did(tmp_path: Path) -> None:
+    save_agent(tmp_path / "agent", ImpalaAgent(ImpalaConfig(channels=(4, 4, 4), features=8)), {})
+    maze = load_bundle(embedded_games()["maze"], "cpu", game="maze").game
+    with pytest.raises(ConfigError, match="goes by what it sees"):
+        chance(maze, 2, 5, policy=f"random=0.5,agent:{tmp_path / 'agent'}=0.5")
 
 
 def test_where_few_moments_are_found_they_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,21 +129,21 @@ def test_where_few_moments_are_found_they_are_counted(monkeypatch: pytest.Monkey
     assert chance(maze, 30, 5) == {"chance_moments": 0}
 
 
-def test_a_moment_holds_the_last_frames_and_the_actions_between_them() -> None:
+@pytest.mark.parametrize("context", [1, 3, 9])  # 9: further back than the last moment
+def test_a_moment_holds_the_last_frames_and_the_actions_between_them(context: int) -> None:
     envs = real_envs("maze", 4, (10000, 100), "easy")
-    rng = np.random.default_rng(0)
-    played = moments(envs, "random", rng, 3, 5)
-    next(played)
-    moment = next(played)
-    frames = envs.unwrapped.restore(moment.state)
-    assert np.array_equal(frames, moment.past[:, -1])
-    assert moment.past.shape == (4, 3, 64, 64, 3) and moment.history.shape == (4, 2)
-    assert moment.age.tolist() == [10] * 4 and moment.past_whole.all()
-    # the same levels, played by the same actions as far as they are known
-    again = moments(envs, "random", np.random.default_rng(0), 5, 5)
-    first = next(again)
-    assert np.array_equal(next(again).past[:, -3:], moment.past)
-    envs.unwrapped.restore(first.state)
-    with pytest.raises(ConfigError, match="spacing"):
-        next(moments(envs, "random", rng, 6, 5))
+    played = moments(envs, "random", np.random.default_rng(0), context, 5)
+    found = [next(played) for _ in range(3)]
+    assert [m.past_whole.all() for m in found] == [len(m.past[0]) == context for m in found]
+    assert [m.past.shape[1] for m in found] == [min(context, 6 + 5 * i) for i in range(3)]
+    before, moment = found[1:]
+    assert moment.age.tolist() == [15] * 4 and moment.history.shape == (4, context - 1)
+    whole = moments(envs, "random", np.random.default_rng(0), 6, 5)  # the same play, of which more is kept
+    next(whole), next(whole)
+    actions = next(whole).history
+    frames = [envs.unwrapped.restore(before.state), *(envs.step(a)[0] for a in actions.T)]
+    n = min(context, 6)
+    assert np.array_equal(np.stack(frames[-n:], 1), moment.past[:, -n:])
+    assert np.array_equal(actions[:, 5 - (n - 1) :], moment.history[:, context - n :])
+    assert np.array_equal(envs.unwrapped.restore(moment.state), moment.past[:, -1])
     envs.close()
