@@ -20,7 +20,7 @@ from trainers.models import check_told, of_game
 
 _STEPS = 20
 _STILL = 0.1  # what a decibel of what stands still counts beside one of the picture
-_UNSEEN = 0.01  # share of the picture's error below which that of what stands still no longer counts
+_UNSEEN = 1e-4  # share of the picture's error below which that of what stands still no longer counts
 
 
 def choose(model: Path, latents: Path, out: Path, clips: int = 48, device: str = "auto") -> dict[str, list[float]]:

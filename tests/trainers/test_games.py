@@ -154,7 +154,7 @@ def test_what_is_left_open_is_chosen_by_how_it_dreams(
     seen = data.gather(begin[:, None] + np.arange(model.context - 1, model.context + trainers.choose._STEPS)).numpy()
     whole = np.square(seen[:, 1:].astype(float) - seen[:, :1]).mean((0, 2, 3, 4))  # of a dream in which nothing moves
     copied = trainers.choose._score(trainers.choose._with(model.eval(), {"rest": (256.0,) * len(GAMES)}), data, begin)
-    assert copied == pytest.approx((1.1 * np.log(whole) + 0.1 * np.log(0.01)).mean(), abs=1e-3), (
+    assert copied == pytest.approx((1.1 * np.log(whole) + 0.1 * np.log(1e-4)).mean(), abs=1e-3), (
         "what stands still does"
     )
     assert copied < trainers.choose._score(model, data, begin)
