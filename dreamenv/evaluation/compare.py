@@ -11,6 +11,7 @@ from dreamenv.bundle import Bundle, GameFacts
 from dreamenv.config import check
 from dreamenv.contract.actions import NUM_ACTIONS
 from dreamenv.contract.games import get_game
+from dreamenv.errors import SnapshotError
 from dreamenv.evaluation.chance import chance
 from dreamenv.evaluation.clips import HELD_OUT, cut_clips, play_real
 from dreamenv.evaluation.closed_loop import agreement, play_both
@@ -170,6 +171,16 @@ def _branched(
     return figures | {"branches": len(dreamt), "branch_steps": steps}
 
 
+def _left_to_chance(game: GameFacts, config: CompareConfig, frame: tuple[int, int, int]) -> dict[str, float]:
+    """Figures of what chance leaves to know; none of players that look, or if Procgen's numbers cannot be changed."""
+    if make_policy(config.policy, np.ones(NUM_ACTIONS)).looks:
+        return {}
+    try:
+        return chance(game, config.branches, config.horizon, config.levels, config.policy, config.seed, frame=frame)
+    except SnapshotError:  # other builds of Procgen save their random generators otherwise
+        return {}
+
+
 def compare(
     bundle: Bundle, config: CompareConfig, sampler: SamplerConfig, progress: Callable[[str], None] = lambda stage: None
 ) -> Comparison:
@@ -208,8 +219,7 @@ def compare(
     progress("branches")
     figures |= _branched(model, game, config, sampler, result)
     progress("other random numbers")
-    if not make_policy(config.policy, np.ones(NUM_ACTIONS)).looks:
-        figures |= chance(game, config.branches, config.horizon, config.levels, config.policy, seed, frame=frame)
+    figures |= _left_to_chance(game, config, frame)
     if config.closed_loop:
         progress("closed loop")
         result.episodes = play_both(

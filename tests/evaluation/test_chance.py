@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from dreamenv.bundle import embedded_games, load_bundle
 from dreamenv.errors import ConfigError, PolicyError, ResetError, SnapshotError
 from dreamenv.evaluation.chance import _errors, chance
 from dreamenv.evaluation.clips import moments, real_envs
+from dreamenv.evaluation.compare import CompareConfig, _left_to_chance
 from dreamenv.policies.agent import ImpalaAgent, ImpalaConfig, save_agent
 from envs.procgen import RealProcgenVectorEnv
 from envs.states import reseeded
@@ -127,6 +130,16 @@ def test_where_few_moments_are_found_they_are_counted(monkeypatch: pytest.Monkey
     assert chance(maze, 30, 5)["chance_moments"] == 6, "a tenth of them a round"
     monkeypatch.setattr("dreamenv.evaluation.chance._ROUNDS", 0)
     assert chance(maze, 30, 5) == {"chance_moments": 0}
+
+
+def test_a_comparison_goes_on_where_chance_cannot_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    maze = load_bundle(embedded_games()["maze"], "cpu", game="maze").game
+    config = CompareConfig(horizon=6, branches=2)
+    assert _left_to_chance(maze, config, (64, 64, 3))["chance_moments"] == 2
+    save_agent(tmp_path / "agent", ImpalaAgent(ImpalaConfig(channels=(4, 4, 4), features=8)), {})
+    assert _left_to_chance(maze, replace(config, policy=f"agent:{tmp_path / 'agent'}"), (64, 64, 3)) == {}
+    monkeypatch.setattr("envs.states._GENERATOR", re.compile(rb"another build of Procgen"))
+    assert _left_to_chance(maze, config, (64, 64, 3)) == {}
 
 
 @pytest.mark.parametrize("context", [1, 3, 9])  # 9: further back than the last moment
