@@ -37,6 +37,9 @@ def start_bank(
         frame: (H, W, C) of a frame.
         game: of whose part of the dataset; None for all.
         kib: most KiB that they take, packed, though one frame is taken at least; None for no limit.
+
+    Returns:
+        The bank: frames uint8 (S, 1, *frame), without actions, with the level of each.
     """
     bank = _fitting(_of_levels, dataset, count, frame, game, kib)
     if kib is None or len(bank.frames) == len(_of_levels(dataset, game, count)):

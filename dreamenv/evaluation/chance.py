@@ -15,7 +15,7 @@ from dreamenv.contract.games import get_game
 from dreamenv.contract.noise import philox
 from dreamenv.evaluation.clips import HELD_OUT, moments, real_envs
 from dreamenv.evaluation.metrics import psnr, squared_error, still_pixels
-from dreamenv.evaluation.open_loop import HORIZONS
+from dreamenv.evaluation.open_loop import horizons_within
 from dreamenv.policies.simple import make_policy
 
 _SPACING, _ROUNDS = 12, 64  # steps between moments, and how many times a batch of games is looked at
@@ -70,7 +70,7 @@ def chance(
     check(steps < most, f"steps {steps}: an episode of {game.name} has {most} at most; ask for fewer")
     looks = make_policy(policy, np.asarray(get_game(game.name).bias)).looks
     check(not looks, f"policy {policy}: goes by what it sees; take one that does not, such as mix")
-    horizons = np.array([h for h in HORIZONS if h <= steps])
+    horizons = horizons_within(steps)
     found: list[Errors] = []
     rng, share = philox((seed, 0xC4A2CE)), -(-count // 10)
     with closing(real_envs(game.name, min(32, count), levels, game.distribution_mode, frame)) as envs:

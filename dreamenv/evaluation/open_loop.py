@@ -90,7 +90,7 @@ def compare_open_loop(
     k = clips.context
     real, before, last = clips.frames[:, k:], clips.frames[:, k - 1 : -1], clips.frames[:, k - 1 : k]
     dream, uncertainty = open_loop(model, clips, sampler, seed)
-    steps = _steps(clips)
+    steps = horizons_within(clips.horizon)
     truth = real[:, steps - 1]
     ceiling = np.stack([model.decode(model.encode(frames)).numpy() for frames in truth[:encoded]])
     whole = {"dream": dream, "copy last frame": np.broadcast_to(last, real.shape)}
@@ -142,7 +142,7 @@ def add_perceptual(result: Comparison, clips: int = 64, later: int = 10) -> None
         later: frames of every so many steps go into the Fréchet distance, over twice as many clips.
     """
     real = result.clips.frames[:, result.clips.context :]
-    at = _steps(result.clips).tolist()
+    at = horizons_within(result.clips.horizon).tolist()
     truth = {step: features(real[:clips, step - 1])[0] for step in at}
     for row in result.table:
         frames = result.rows[row["what"]][:clips, at.index(row["step"])]
@@ -154,9 +154,9 @@ def add_perceptual(result: Comparison, clips: int = 64, later: int = 10) -> None
         result.figures["frechet"] = frechet_distance(*(features(frames)[1] for frames in worlds))
 
 
-def _steps(clips: Clips) -> np.ndarray:
-    """Those of `HORIZONS` that the clips reach."""
-    return np.array([h for h in HORIZONS if h <= clips.horizon])
+def horizons_within(steps: int) -> np.ndarray:
+    """Those of `HORIZONS` that so many steps reach, int64 (H,), in ascending order."""
+    return np.array([h for h in HORIZONS if h <= steps], np.int64)
 
 
 def _table(rows: dict[str, np.ndarray], steps: np.ndarray, *beside: np.ndarray) -> list[dict[str, Any]]:
