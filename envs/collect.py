@@ -20,16 +20,18 @@ from gymnasium.vector import AutoresetMode
 from dreamenv.artifacts import free_bytes, only_writer
 from dreamenv.config import check
 from dreamenv.console import errors_in_one_line
+from dreamenv.contract.actions import NUM_ACTIONS
 from dreamenv.contract.games import check_levels, get_game
 from dreamenv.contract.noise import philox
+from dreamenv.data.manifest import OPTIONAL
 from dreamenv.data.windows import HELD_OUT_FROM
-from dreamenv.data.writer import COLUMNS, OPTIONAL, DatasetWriter
+from dreamenv.data.writer import COLUMNS, DatasetWriter
 from dreamenv.errors import StorageError
 from dreamenv.policies.simple import make_policy, parse_mix
 from envs.making import procgen_version
 
 _MOST_SHARDS = 10**5
-_UNSET = ("events", "most", "limit")  # what a manifest does not name where it is 0
+_UNSET = ("events", "most", "limit", "contingent")  # what a manifest does not name where it is 0
 _LARGE = 200_000  # steps from which starting more processes pays
 
 
@@ -66,6 +68,9 @@ class CollectConfig:
     limit: int = 0
     """Steps after which an episode is left for one of another level; 0 plays each to its end. Where episodes are long,
     so many steps show few levels, and a model of few levels knows only these."""
+    contingent: bool = False
+    """Also record which pixels of the next picture the action decides, for the loss term of that name: the game is
+    stepped from the same moment by another action, too."""
     workers: int = 0
     """Processes; 1 collects in this one, 0 is one a core, 8 at most, for 200,000 steps or more, and 1 for fewer."""
 
@@ -84,7 +89,7 @@ class CollectConfig:
             check(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be >= 1")
         shards = -(-self.steps // (self.num_envs * self.shard_steps))
         check(shards <= _MOST_SHARDS, f"steps {self.steps}: {shards} shards, at most {_MOST_SHARDS}; raise shard_steps")
-        for name in _UNSET:
+        for name in ("events", "most", "limit"):
             check(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: must be >= 0")
         check(self.workers >= 0, f"workers {self.workers}: must be >= 0")
         check(0 <= self.seed < 2**63, f"seed {self.seed}: must be in 0..2^63-1")
@@ -98,8 +103,9 @@ class CollectConfig:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The optional columns that this game has: where the camera is, if it moves."""
-        return ("camera",) if get_game(self.game).view.camera(self.distribution_mode) else ()
+        """The optional columns: where the camera is, if it moves, and what the actions decide, if that is asked for."""
+        moves = get_game(self.game).view.camera(self.distribution_mode)
+        return (("camera",) if moves else ()) + (("contingent",) if self.contingent else ())
 
     def facts(self) -> dict[str, Any]:
         """What the manifest records: everything that decides the bytes, and the game's facts."""
@@ -127,7 +133,7 @@ def collect_shard(config: CollectConfig, index: int, envs: Any = None) -> dict[s
     from envs.procgen import RealProcgenVectorEnv
 
     n, length = config.num_envs, config.shard_lengths[index]
-    rng = philox((config.seed, index))
+    rng, others = philox((config.seed, index)), philox((config.seed, index), (1, 0, 0, 0))
     envs = envs or make_envs(config)
     assert isinstance(envs, RealProcgenVectorEnv)
     policy = make_policy(config.policy, np.asarray(get_game(config.game).bias))
@@ -142,19 +148,33 @@ def collect_shard(config: CollectConfig, index: int, envs: Any = None) -> dict[s
         columns["actions"][:, t] = actions
         columns["level_seeds"][:, t] = infos["level_seed"]
         columns["policies"][:, t] = policy.component
-        for name in config.columns:
-            columns[name][:, t] = getattr(envs, name)()
+        if "camera" in config.columns:
+            columns["camera"][:, t] = envs.camera()
+        other = _other(envs, actions, others) if config.contingent else None
         frames, rewards, terminated, truncated, infos = envs.step(actions)
         columns["rewards"][:, t] = rewards
         columns["terminated"][:, t] = terminated
         columns["truncated"][:, t] = truncated
         first = terminated | truncated
+        if other is not None:
+            differs = (frames != other[0]).any(-1) & ~(first | other[1])[:, None, None]
+            columns["contingent"][:, t] = np.packbits(differs.reshape(n, -1), axis=1)
     if config.events:
         kept = _before_events(columns["rewards"], columns["terminated"], columns["truncated"], config, rng)
         kept[0, 0] |= not kept.any()  # no shard is empty
         columns["first"][:, 1:] |= ~kept[:, :-1]
         return {k: v[kept] for k, v in columns.items()}
     return {k: v.reshape(n * length, *v.shape[2:]) for k, v in columns.items()}
+
+
+def _other(envs: Any, actions: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Frames that other actions than `actions` (N,) would show, and whether these end episodes; the games stay."""
+    moment = envs.snapshot()
+    frames, _, terminated, truncated, _ = envs.step(
+        (actions + rng.integers(1, NUM_ACTIONS, len(actions))) % NUM_ACTIONS
+    )
+    envs.restore(moment)
+    return frames, terminated | truncated
 
 
 def _before_events(

@@ -25,7 +25,7 @@ from dreamenv.stages import begun, stage
 from trainers.dreams import dreams_for
 from trainers.encode import load_codec
 from trainers.pipeline import encode, make_bundle, train_stage
-from trainers.recipe import check_values, load_recipe, recipes
+from trainers.recipe import check_values, fed, load_recipe, recipes
 from trainers.train import override
 
 _SHARES = {"dynamics": 0.97, "head": 0.03}  # of the minutes: the head soon knows its events
@@ -138,12 +138,14 @@ def finetune(config: FinetuneConfig) -> Path:
     """
     out, latents = config.out, config.latents or config.out / "latents"
     bundle = load_bundle(resolve_bundle(config.bundle, config.game), "cpu", game=config.game)
-    games, own = Dataset(config.data).modes, bundle_games(bundle.folder)
+    data, own = Dataset(config.data), bundle_games(bundle.folder)
+    games = data.modes
     check(
         len(games) == 1 == len(own) or list(games.items()) == list(own.items()),
         f"data {config.data}: is of {named(games)}, the bundle of {named(own)}; they must be the same",
     )
-    stages = {kind: stage_values(config, bundle, kind, latents) for kind in ("dynamics", "head")}
+    columns = data.manifest["columns"]
+    stages = {kind: fed(stage_values(config, bundle, kind, latents), columns) for kind in ("dynamics", "head")}
     for values in stages.values():
         check_values(values)
     with begun(out, {k: str(v) for k, v in to_dict(config).items() if k != "out"}):

@@ -152,15 +152,17 @@ def _collect(config: GamesConfig, game: str) -> None:
         }
         stage(config.out, f"{game}-agent", lambda: run_command(program("agents.train", **options)))
         policy = mixed(config.policy, f"agent:{agent / 'agent'}:0.1", config.agent_share)
+    recipe = load_recipe(config.run(game).recipe)
+    marks = {"contingent": recipe.stages[recipe.data]["collect"].get("contingent")}
     shared = {"game": game, "distribution_mode": mode}
     played = shared | {"steps": config.steps, "policy": policy, "seed": seed, "out": out / "data", "workers": 1}
     cut = {"limit": config.limit or None}
-    stage(config.out, f"{game}-data", lambda: run_command(program("envs.collect", **played, **cut)))
+    stage(config.out, f"{game}-data", lambda: run_command(program("envs.collect", **played, **marks, **cut)))
     if how := config.events(game):
         rare = played | how | {"steps": config.event_steps, "seed": seed + 2, "out": out / "events", "num-envs": 64}
         stage(config.out, f"{game}-events", lambda: run_command(program("envs.collect", **rare)))
     firsts = {"steps": config.starts, "num-envs": config.starts, "shard-steps": 1, "seed": seed + 1, "workers": 1}
-    begin = shared | firsts | {"out": out / "starts"}
+    begin = shared | firsts | marks | {"out": out / "starts"}
     stage(config.out, f"{game}-starts", lambda: run_command(program("envs.collect", **begin)))
 
 

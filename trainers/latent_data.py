@@ -57,6 +57,7 @@ class LatentDataset:
         actions: int64 (N,); rewards: float32 (N,); terminated: bool (N,).
         game: int64 (N,), which of the dataset's games a step is of.
         columns: the optional columns of the dataset that the codec wants, each (N, ...).
+        contingent: uint8 (N, 512), see `dreamenv.data.writer`; None if the dataset has no such column.
         start: int64 (N,), index of the first step of each step's episode or segment.
         validation: bool (N,), steps of validation levels.
         codec: the one that encoded them.
@@ -91,6 +92,8 @@ class LatentDataset:
         self.rewards = np.concatenate([s.rewards for s in shards])
         self.terminated = np.concatenate([s.terminated for s in shards])
         self.columns = {n: np.concatenate([s.columns[n] for s in shards]) for n in self.codec.columns}
+        has = "contingent" in self.dataset.manifest["columns"]
+        self.contingent = Joined([s.columns["contingent"] for s in shards]) if has else None
         self.games = self.dataset.games
         self.game = np.concatenate([np.full(len(s), self.games.index(s.game), np.int64) for s in shards])
         self.first = np.concatenate([s.first for s in shards])

@@ -32,7 +32,7 @@ from dreamenv.stages import begun, program, run_command, stage
 from dreamenv.world_model import WorldModel
 from trainers.bank import start_bank
 from trainers.dreams import dreams_for
-from trainers.recipe import Recipe, check_build, check_values, filled, load_recipe
+from trainers.recipe import Recipe, check_build, check_values, fed, filled, load_recipe
 from trainers.train import check_overrides, of_stage, override
 
 
@@ -200,7 +200,12 @@ def _work(
     check(
         "task" in settings, f"recipe {recipe.name}: stage {name} says neither collect, encode, choose, build nor task"
     )
-    return partial(train_stage, config.stage_values(recipe, name, made), out)
+    return lambda: train_stage(fed(config.stage_values(recipe, name, made), _columns(made[recipe.data])), out)
+
+
+def _columns(data: Path) -> list[str]:
+    """The optional columns of a dataset."""
+    return Dataset(data).manifest["columns"]
 
 
 def _collect(config: PipelineConfig, name: str, wanted: dict[str, Any], out: Path) -> str:

@@ -9,6 +9,7 @@ in its settings is what the stage of that name made: a dataset, a folder of late
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,15 @@ def _read(path: Path, below: tuple[str, ...] = ()) -> dict[str, Any]:
             settings = {name: {**before.get(name, {}), **keys} for name, keys in settings.items()}
         values[part] = {**before, **settings} if isinstance(settings, dict) else settings
     return values
+
+
+def fed(values: dict[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    """A stage's sections without the terms of the loss that need optional columns which its data have not."""
+    task = values["task"]
+    if "terms" not in task:
+        return values
+    kept = {n: s for n, s in task["terms"].items() if set(lookup("term", n, "task.terms")[0].columns) <= set(columns)}
+    return values | {"task": task | {"terms": kept}}
 
 
 def filled(value: Any, made: dict[str, Any], where: str) -> Any:

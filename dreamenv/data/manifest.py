@@ -9,6 +9,8 @@ from dreamenv.artifacts import read_json
 from dreamenv.errors import DatasetError
 
 FORMAT_VERSION = 3
+OPTIONAL: dict[str, tuple[str, tuple[int, ...]]] = {"camera": ("float32", (2,)), "contingent": ("uint8", (512,))}
+"""What a dataset may have besides what every one has, dtype and shape of a step; its manifest names them."""
 _COLUMNS_OF_2 = ["camera"]  # version 2 had this one in every dataset
 _REMEDY = "collect the dataset again"
 
@@ -27,8 +29,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     elif version != FORMAT_VERSION:
         raise DatasetError(f"{path}: format_version {version!r}; this release reads 2 and {FORMAT_VERSION}; {_REMEDY}")
     columns = manifest.get("columns")
-    if not isinstance(columns, list) or not set(map(str, columns)) <= set(_COLUMNS_OF_2):
-        raise DatasetError(f"{path}: columns {columns!r}: there are {', '.join(_COLUMNS_OF_2)}; {_REMEDY}")
+    if not isinstance(columns, list) or not set(map(str, columns)) <= set(OPTIONAL):
+        raise DatasetError(f"{path}: columns {columns!r}: there are {', '.join(OPTIONAL)}; {_REMEDY}")
     facts, shards = manifest.get("facts"), manifest.get("shards")
     if not isinstance(facts, dict) or not isinstance(shards, list) or type(facts.get("num_shards")) is not int:
         raise DatasetError(f"{path}: facts, facts.num_shards or shards is missing or of another type; {_REMEDY}")

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from dreamenv.artifacts import checksum, open_array, present, read_json, sha256_file
-from dreamenv.data.manifest import games_of, read_manifest
-from dreamenv.data.writer import COLUMNS, OPTIONAL
+from dreamenv.data.manifest import OPTIONAL, games_of, read_manifest
+from dreamenv.data.writer import COLUMNS
 from dreamenv.errors import DatasetError
 
 _HEADER = 4096  # bytes; more than any .npy file of ours begins with

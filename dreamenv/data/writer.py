@@ -14,6 +14,7 @@ a segment:
 | policies.npy | uint8 (S,) | which component of the policy mix acted |
 | shard.json | | a digest of the settings that made the shard |
 | camera.npy | float32 (S, 2) | the picture's top left corner in tiles, x right, y down; only of games that scroll |
+| contingent.npy | uint8 (S, 512) | a bit of each pixel of the next frame: would another action show another colour? |
 
 A terminal transition keeps its reward and flags; there is no next frame, because Procgen never shows one.
 
@@ -31,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from dreamenv.artifacts import atomic_folder, check_same, checksum, present, recover_folder, sha256_file, write_json
-from dreamenv.data.manifest import FORMAT_VERSION, read_manifest, shard_name
+from dreamenv.data.manifest import FORMAT_VERSION, OPTIONAL, read_manifest, shard_name
 from dreamenv.errors import DatasetError
 
 COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -45,8 +46,6 @@ COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
     "policies": ("uint8", ()),
 }
 """What every dataset has."""
-OPTIONAL: dict[str, tuple[str, tuple[int, ...]]] = {"camera": ("float32", (2,))}
-"""What a dataset may have besides; its manifest names them."""
 
 
 class DatasetWriter:

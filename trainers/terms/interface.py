@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -34,10 +34,15 @@ class Setting:
 class Term(nn.Module, ABC):
     """One term of the loss of dynamics. Its parameters, if any, are trained beside the model and not saved with it.
 
+    Attributes:
+        columns: optional columns of a dataset that it needs, see `dreamenv.data.manifest`.
+
     Args:
         config: its settings.
         setting: what it is set among.
     """
+
+    columns: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any, setting: Setting) -> None:
         super().__init__()

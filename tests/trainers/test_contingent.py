@@ -1,0 +1,120 @@
+"""Pixels that depend on the action: what is recorded of the real game, and the loss term that asks for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dreamenv.data import Dataset
+from dreamenv.errors import ConfigError
+from dreamenv.models.io import save_model
+from dreamenv.models.registry import build
+from envs.collect import CollectConfig, collect, make_envs
+from trainers.encode import encode_dataset
+from trainers.tasks.dynamics import DynamicsTask, DynamicsTaskConfig
+
+CANVAS = {"type": "canvas_flow", "backbone": {"type": "unet", "channels": [16, 16], "blocks": [1, 1]}, "embedding": 16}
+PLAY: dict[str, Any] = {"game": "starpilot", "steps": 1600, "num_envs": 4, "shard_steps": 400, "policy": "random"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return collect(CollectConfig(out=str(tmp_path_factory.mktemp("c") / "d"), contingent=True, **PLAY), progress=False)
+
+
+@pytest.fixture(scope="module")
+def latents(data: Path) -> Path:
+    save_model(data.parent / "codec", build("codec", {"type": "exact_patches"}), {})
+    return encode_dataset(data, data.parent / "codec", data.parent / "latents", "cpu")
+
+
+def pixels(dataset: Dataset) -> np.ndarray:
+    """Bool (N, 64, 64)."""
+    found = np.concatenate([shard.columns["contingent"] for shard in dataset.shards])
+    return np.unpackbits(found, axis=1).reshape(-1, 64, 64).astype(bool)
+
+
+def test_they_are_where_another_action_shows_something_else(data: Path) -> None:
+    """Play the same game again, and at some steps try every other action: one of them tells just these pixels."""
+    dataset = Dataset(data, verify="sha256")
+    shard, marked = dataset.shards[0], pixels(dataset)
+    frames, actions = (x.reshape(4, 400, *x.shape[1:]) for x in (shard.frames, shard.actions))
+    marked = marked.reshape(4, 400, 64, 64)
+    envs = make_envs(CollectConfig(**PLAY))
+    envs.reset(options={"level": shard.level_seeds.reshape(4, 400)[:, 0].astype(np.int64)})
+    whole = ~shard.terminated.reshape(4, 400)
+    compared = 0
+    for t in range(40):
+        moment = envs.snapshot()
+        taken = envs.step(actions[:, t])[0]
+        others = []
+        for k in range(1, 15):
+            envs.restore(moment)
+            seen, _, terminated, _, _ = envs.step((actions[:, t].astype(np.int64) + k) % 15)
+            others.append((seen != taken).any(-1) & ~terminated[:, None, None])
+        envs.restore(moment)
+        envs.step(actions[:, t])
+        for i in np.flatnonzero(whole[:, : t + 1].all(1)):
+            assert np.array_equal(taken[i], frames[i, t + 1])
+            assert any(np.array_equal(marked[i, t], other[i]) for other in others)
+            compared += 1
+    envs.close()
+    assert compared > 100 and 0.001 < marked.mean() < 0.01, "the ship and what it fires are a few pixels"
+
+
+def test_nothing_else_is_played_for_it(data: Path, tmp_path: Path) -> None:
+    plain = Dataset(collect(CollectConfig(out=str(tmp_path / "d"), **PLAY), progress=False))
+    asked = Dataset(data)
+    assert plain.manifest["columns"] == [] and asked.manifest["columns"] == ["contingent"]
+    assert "contingent" not in plain.facts and asked.facts["contingent"] is True
+    for one, other in zip(plain.shards, asked.shards, strict=True):
+        for name in ("frames", "actions", "rewards", "first", "level_seeds"):
+            assert np.array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_no_pixel_is_marked_where_an_episode_ends(data: Path) -> None:
+    dataset = Dataset(data)
+    ended = np.concatenate([shard.terminated | shard.truncated for shard in dataset.shards])
+    assert ended.any() and not pixels(dataset)[ended].any()
+
+
+def task(latents: Path, **options: Any) -> DynamicsTask:
+    plain = {"val_ratio": 0.2, "pad": 0.0, "drop_actions": 0.0, "context_noise": 0.0}
+    return DynamicsTask(DynamicsTaskConfig(str(latents), **plain | options), CANVAS, 0)  # pyright: ignore
+
+
+def test_the_error_is_that_of_these_pixels(data: Path, latents: Path) -> None:
+    """A model that copies errs by what changes, first by one step's and then by two steps' change."""
+    asked = task(latents, terms={"contingent": {"weight": 2.0}}, unroll=2)
+    nn.init.zeros_(asked.model.out.weight)  # type: ignore[union-attr, arg-type]
+    with torch.no_grad():
+        asked.model.out.bias.fill_(-12.0)  # type: ignore[union-attr]  # nothing is new
+    now = asked.train[:: len(asked.train) // 50]
+    batch = asked.batch(np.random.default_rng(0), len(now), now).to(torch.device("cpu"))
+    loss, metrics = asked.loss(asked.model, batch, torch.Generator().manual_seed(0), 0.0)
+    dataset = Dataset(data)
+    frames = np.concatenate([shard.frames for shard in dataset.shards]) / 255.0
+    marked = pixels(dataset)
+    expected = []
+    for u in (0, 1):
+        off = np.square(frames[now + 1 + u] - frames[now]).mean(-1)
+        expected.append((off * marked[now + u]).sum() / (len(now) * 64 * 64 * marked.mean()))
+    assert min(expected) > 0.01
+    assert [float(metrics[f"contingent_{u}"]) for u in (1, 2)] == pytest.approx(expected, rel=1e-2)
+    assert loss.item() == pytest.approx(2 * np.mean(expected), rel=1e-2)
+
+
+def test_what_cannot_be_asked_for(data: Path, latents: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="crop 8: terms contingent want whole pictures"):
+        task(latents, terms={"squared": {}, "contingent": {}}, crop=8)
+    with pytest.raises(ConfigError, match="weight -1"):
+        task(latents, terms={"contingent": {"weight": -1.0}})
+    plain = collect(CollectConfig(out=str(tmp_path / "d"), **PLAY), progress=False)
+    without = encode_dataset(plain, data.parent / "codec", tmp_path / "latents", "cpu")
+    with pytest.raises(ConfigError, match="collect it with --contingent"):
+        task(without, terms={"contingent": {}})
