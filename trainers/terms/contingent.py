@@ -17,7 +17,8 @@ from trainers.rollout import DynamicsBatch, Rollouts
 from trainers.terms.interface import Setting, Term
 
 _SIDES = NATIVE[:2]
-_SAMPLED = 4096  # steps that tell how many pixels are contingent
+_LEAST = 8  # pixels: where fewer are contingent, each counts as if there were so many
+_TINY = 1e-6  # squared error of copying below which there is nothing to learn
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class ContingentConfig:
     """Settings of the error of contingent pixels."""
 
     weight: float = 0.5
-    """Its weight."""
+    """Its weight: with 1, to err by as much as copying does in contingent pixels costs as much as to err so in whole
+    pictures."""
 
     def __post_init__(self) -> None:
         """Validate ranges; raises `ConfigError`."""
@@ -34,12 +36,15 @@ class ContingentConfig:
 
 @register("term", "contingent", ContingentConfig)
 class Contingent(Term):
-    """Squared error of decoded pixels, in [0, 1], where the action decides what is seen: mean over such pixels.
+    """Squared error where the action decides what is seen, of decoded pixels: their mean in each sample.
 
     In many games the player is a few pixels of thousands. A squared error of the whole picture hardly sees it, so
     dreams lose it first, and with it all that an agent does. Contingent regions (Bellemare et al. 2012) are found by
-    trying another action from the same moment: `envs.collect` with `contingent`. The error is divided by how many
-    pixels of the data are contingent, not of the batch, so that samples in which more depends on the action count more.
+    trying another action from the same moment: `envs.collect` with `contingent`. Samples count alike, whether a few
+    pixels turn with the player or the whole picture scrolls. Those without any such pixel count as without error.
+
+    The errors are divided by what copying the frame before costs in such pixels, and multiplied by what it costs in
+    whole pictures, by the `squared` term. So the weight means the same in every game.
     """
 
     columns = ("contingent",)
@@ -56,9 +61,7 @@ class Contingent(Term):
         assert found is not None
         sound = codec.frame == NATIVE and not codec.keeps
         check(sound, f"task.terms.contingent: wants pictures of {NATIVE} from latents alone; leave it out")
-        sample = found[:: max(len(found) // _SAMPLED, 1)]
-        self._found, self._share = found, float(np.unpackbits(sample).mean())
-        check(self._share > 0, "task.terms.contingent: no action decides anything in this data; leave it out")
+        self._found = found
 
     def extra(self, rng: np.random.Generator, indices: np.ndarray, live: np.ndarray) -> dict[str, Tensor]:
         """Which pixels are contingent, bool (B, U, 64, 64)."""
@@ -69,15 +72,26 @@ class Contingent(Term):
     def forward(self, rollouts: Rollouts, batch: DynamicsBatch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Term.forward`."""
         total, metrics = torch.zeros((), device=batch.actions.device), {}
-        found, steps = rollouts.batch.extra["contingent"], rollouts.mean.steps
-        size = found[:, 0].numel() * self._share
+        found, steps, k = rollouts.batch.extra["contingent"], rollouts.mean.steps, rollouts.dynamics.context
         for u, step in enumerate(steps):
-            predicted = step.prediction.latent.float()
-            with contextlib.nullcontext() if rollouts.codec.autocast else fp32(predicted):
-                off = rollouts.codec.decode(predicted) - rollouts.codec.decode(step.target.float())
-            counts = found[:, u] * rollouts.batch.live[:, u, None, None]
-            error = (off.float().square().mean(1) * counts).sum() / size
-            total = total + self.config.weight * error / len(steps)
+            counts = (found[:, u] & rollouts.batch.live[:, u, None, None]).float()
+            before, target = rollouts.batch.latents[:, k - 1 + u].float(), step.target.float()
+            true = self._decoded(rollouts, target)
+            error = self._mean(self._decoded(rollouts, step.prediction.latent.float()) - true, counts)
+            copied = self._mean(self._decoded(rollouts, before) - true, counts)
+            whole = (rollouts.error(before, target) * step.live * step.cells).mean()
+            total = total + self.config.weight * whole * error / copied.clamp_min(_TINY) / len(steps)
             if u in (0, len(steps) - 1):
-                metrics[f"contingent_{u + 1}"] = error.detach()
+                metrics[f"contingent_{u + 1}"] = (error / copied.clamp_min(_TINY)).detach()
         return total, metrics
+
+    @staticmethod
+    def _decoded(rollouts: Rollouts, latents: Tensor) -> Tensor:
+        """The images (B, 3, 64, 64) of latents."""
+        with contextlib.nullcontext() if rollouts.codec.autocast else fp32(latents):
+            return rollouts.codec.decode(latents).float()
+
+    @staticmethod
+    def _mean(off: Tensor, counts: Tensor) -> Tensor:
+        """Mean over samples of the mean square of differences (B, 3, 64, 64) where (B, 64, 64) is 1."""
+        return ((off.square().mean(1) * counts).sum((1, 2)) / counts.sum((1, 2)).clamp_min(_LEAST)).mean()
