@@ -117,6 +117,7 @@ def _row(config: RealStepsConfig, game: str, steps: int) -> dict[str, Any]:
     shared |= {"seed": config.seed, "resume": True}
     model: dict[str, Any] = {"game": game, "steps": steps, "events": 0, "minutes": config.minutes, "seed": config.seed}
     model |= {"recipe": config.recipe or None, "stage_steps": config.stage_steps, "set": list(config.set) or None}
+    model |= {"contingent": "False"}  # which would step the game twice as often
     dream = {"steps": config.imagined, "bundle": here / "model" / "bundle", "starts": here / "model" / "data"}
     commands = {"model": program("trainers.pipeline", out=here / "model", **model)}
     if config.critic_minutes:

@@ -50,6 +50,9 @@ class LoopConfig:
     """Share of episodes that the agent plays as it is."""
     explorer: float = 0.4
     """Share that it plays with every fifth action random; the rest is the game's mix of simple policies."""
+    contingent: bool | None = None
+    """Also record which pixels depend on the action, see `envs.collect`: for bundles of a recipe that wants it, such as
+    `canvas`. What `data` holds must say so too."""
     collect_limit: int | None = None
     """Steps after which an episode that is collected is cut off; the game's own limit by default."""
     minutes: float = 30.0
@@ -145,6 +148,7 @@ def _round(
     policy, steps = collection_policy(agent, config.expert, config.explorer), config.collect_steps
     options: dict[str, Any] = {"game": config.game, "steps": steps, "policy": policy, "seed": config.seed + r}
     options |= {"distribution_mode": bundle_mode(bundle, config.game), "limit": config.collect_limit}
+    options |= {"contingent": config.contingent}
     stage(out, f"collect-{r}", partial(run_command, program("envs.collect", out=collected, **options)))
     sources.append(collected)
     merging = program("dreamenv.data.merge", *sources, out=merged)

@@ -20,7 +20,6 @@ from gymnasium.vector import AutoresetMode
 from dreamenv.artifacts import free_bytes, only_writer
 from dreamenv.config import check
 from dreamenv.console import errors_in_one_line
-from dreamenv.contract.actions import NUM_ACTIONS
 from dreamenv.contract.games import check_levels, get_game
 from dreamenv.contract.noise import philox
 from dreamenv.data.manifest import OPTIONAL
@@ -69,8 +68,8 @@ class CollectConfig:
     """Steps after which an episode is left for one of another level; 0 plays each to its end. Where episodes are long,
     so many steps show few levels, and a model of few levels knows only these."""
     contingent: bool = False
-    """Also record which pixels of the next picture the action decides, for the loss term of that name: the game is
-    stepped from the same moment by another action, too."""
+    """Also record which pixels of the next frame depend on the action, for the loss term of that name. Each step of the
+    game is taken twice for it, once by another action, so it takes about three times as long."""
     workers: int = 0
     """Processes; 1 collects in this one, 0 is one a core, 8 at most, for 200,000 steps or more, and 1 for fewer."""
 
@@ -133,7 +132,7 @@ def collect_shard(config: CollectConfig, index: int, envs: Any = None) -> dict[s
     from envs.procgen import RealProcgenVectorEnv
 
     n, length = config.num_envs, config.shard_lengths[index]
-    rng, others = philox((config.seed, index)), philox((config.seed, index), (1, 0, 0, 0))
+    rng, others = philox((config.seed, index)), philox((config.seed, index), (0, 0, 0, 1))
     envs = envs or make_envs(config)
     assert isinstance(envs, RealProcgenVectorEnv)
     policy = make_policy(config.policy, np.asarray(get_game(config.game).bias))
@@ -150,7 +149,7 @@ def collect_shard(config: CollectConfig, index: int, envs: Any = None) -> dict[s
         columns["policies"][:, t] = policy.component
         if "camera" in config.columns:
             columns["camera"][:, t] = envs.camera()
-        other = _other(envs, actions, others) if config.contingent else None
+        other = _other(config, envs, actions, others) if config.contingent else None
         frames, rewards, terminated, truncated, infos = envs.step(actions)
         columns["rewards"][:, t] = rewards
         columns["terminated"][:, t] = terminated
@@ -167,12 +166,18 @@ def collect_shard(config: CollectConfig, index: int, envs: Any = None) -> dict[s
     return {k: v.reshape(n * length, *v.shape[2:]) for k, v in columns.items()}
 
 
-def _other(envs: Any, actions: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Frames that other actions than `actions` (N,) would show, and whether these end episodes; the games stay."""
+def _other(
+    config: CollectConfig, envs: Any, actions: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Frames that actions of other meanings than `actions` (N,) show, and whether these end episodes; the games stay.
+
+    Each other meaning is as likely, whether one action has it or eleven.
+    """
+    meanings = np.array(get_game(config.game).meanings)
+    further = [rng.choice(np.setdiff1d(meanings, meanings[action])) for action in actions]
+    tried = np.array([np.flatnonzero(meanings == meaning)[0] for meaning in further])
     moment = envs.snapshot()
-    frames, _, terminated, truncated, _ = envs.step(
-        (actions + rng.integers(1, NUM_ACTIONS, len(actions))) % NUM_ACTIONS
-    )
+    frames, _, terminated, truncated, _ = envs.step(tried)
     envs.restore(moment)
     return frames, terminated | truncated
 

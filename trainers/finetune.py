@@ -145,7 +145,10 @@ def finetune(config: FinetuneConfig) -> Path:
         f"data {config.data}: is of {named(games)}, the bundle of {named(own)}; they must be the same",
     )
     columns = data.manifest["columns"]
-    stages = {kind: fed(stage_values(config, bundle, kind, latents), columns) for kind in ("dynamics", "head")}
+    stages = {
+        kind: fed(stage_values(config, bundle, kind, latents), columns, f"{kind}, data {config.data}")
+        for kind in ("dynamics", "head")
+    }
     for values in stages.values():
         check_values(values)
     with begun(out, {k: str(v) for k, v in to_dict(config).items() if k != "out"}):

@@ -152,8 +152,7 @@ def _collect(config: GamesConfig, game: str) -> None:
         }
         stage(config.out, f"{game}-agent", lambda: run_command(program("agents.train", **options)))
         policy = mixed(config.policy, f"agent:{agent / 'agent'}:0.1", config.agent_share)
-    recipe = load_recipe(config.run(game).recipe)
-    marks = {"contingent": recipe.stages[recipe.data]["collect"].get("contingent")}
+    marks = {"contingent": load_recipe(config.run(game).recipe).contingent}
     shared = {"game": game, "distribution_mode": mode}
     played = shared | {"steps": config.steps, "policy": policy, "seed": seed, "out": out / "data", "workers": 1}
     cut = {"limit": config.limit or None}

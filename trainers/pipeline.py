@@ -23,6 +23,7 @@ from dreamenv.config import check, from_dict, to_dict
 from dreamenv.console import errors_in_one_line
 from dreamenv.contract.games import get_game, named
 from dreamenv.data import Dataset
+from dreamenv.data.manifest import read_manifest
 from dreamenv.errors import BundleError, ConfigError
 from dreamenv.models.interface import Codec, Dynamics, OutcomeHead
 from dreamenv.models.io import load_model, save_model
@@ -60,6 +61,9 @@ class PipelineConfig:
     """A dataset of such events, of the games of `data`, in place of collecting one."""
     policy: str = "mix"
     """See `python -m envs.collect --help`."""
+    contingent: bool | None = None
+    """False leaves out which pixels depend on the action, for which the game is stepped twice, and the loss term that
+    wants it; by default the recipe decides."""
     distribution_mode: str = "easy"
     """Procgen's difficulty."""
     seed: int = 0
@@ -200,12 +204,12 @@ def _work(
     check(
         "task" in settings, f"recipe {recipe.name}: stage {name} says neither collect, encode, choose, build nor task"
     )
-    return lambda: train_stage(fed(config.stage_values(recipe, name, made), _columns(made[recipe.data])), out)
+    return lambda: train_stage(_fed(config.stage_values(recipe, name, made), made[recipe.data], name), out)
 
 
-def _columns(data: Path) -> list[str]:
-    """The optional columns of a dataset."""
-    return Dataset(data).manifest["columns"]
+def _fed(values: dict[str, Any], data: Path, stage_name: str) -> dict[str, Any]:
+    """A stage's sections, less the loss terms for which the data lack a column."""
+    return fed(values, read_manifest(data)["columns"], f"stage {stage_name}, data {data}")
 
 
 def _collect(config: PipelineConfig, name: str, wanted: dict[str, Any], out: Path) -> str:
@@ -213,6 +217,8 @@ def _collect(config: PipelineConfig, name: str, wanted: dict[str, Any], out: Pat
     seed = config.seed if "events" not in wanted else (config.seed + 1) % 2**63
     settings = {"game": config.game, "policy": config.policy, "seed": seed, "workers": config.workers}
     settings |= {"distribution_mode": config.distribution_mode, "out": out, **wanted}
+    if config.contingent is not None and "contingent" in wanted:
+        settings["contingent"] = config.contingent
     return run_command(program("envs.collect", **settings))
 
 

@@ -9,6 +9,7 @@ in its settings is what the stage of that name made: a dataset, a folder of late
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -52,6 +53,11 @@ class Recipe:
     def events(self) -> str:
         """The stage that collects rare events; empty if none does."""
         return next((name for name, settings in self.stages.items() if "events" in settings.get("collect", ())), "")
+
+    @property
+    def contingent(self) -> bool:
+        """Whether it wants data that say which pixels depend on the action."""
+        return bool(self.stages[self.data]["collect"].get("contingent"))
 
     @property
     def trained(self) -> list[str]:
@@ -146,13 +152,26 @@ def _read(path: Path, below: tuple[str, ...] = ()) -> dict[str, Any]:
     return values
 
 
-def fed(values: dict[str, Any], columns: Sequence[str]) -> dict[str, Any]:
-    """A stage's sections without the terms of the loss that need optional columns which its data have not."""
-    task = values["task"]
-    if "terms" not in task:
-        return values
-    kept = {n: s for n, s in task["terms"].items() if set(lookup("term", n, "task.terms")[0].columns) <= set(columns)}
-    return values | {"task": task | {"terms": kept}}
+def fed(values: dict[str, Any], columns: Sequence[str], where: str) -> dict[str, Any]:
+    """A stage's sections, less the loss terms that need optional columns which the data lack; says which.
+
+    Args:
+        values: the sections.
+        columns: the optional columns of the data.
+        where: what the data and the stage are called.
+
+    Raises:
+        ConfigError: an unknown term, or no term is left.
+    """
+    terms = values["task"].get("terms", {})
+    needed = {name: lookup("term", name, "task.terms")[0].columns for name in terms}
+    lacking = {name: sorted(set(needs) - set(columns)) for name, needs in needed.items()}
+    for name, missing in lacking.items():
+        if missing:
+            print(f"{where}: without the term {name}, for there is no column {', '.join(missing)}", file=sys.stderr)
+    kept = {name: settings for name, settings in terms.items() if not lacking[name]}
+    check(bool(kept) or not terms, f"{where}: has no column for any of its terms; collect it with those")
+    return values if kept == terms else values | {"task": values["task"] | {"terms": kept}}
 
 
 def filled(value: Any, made: dict[str, Any], where: str) -> Any:

@@ -230,6 +230,7 @@ def run_table(config: TableConfig) -> dict[str, dict[str, Any]]:
     with begun(out, {k: str(v) for k, v in to_dict(config).items() if k not in free}):
         data = out / "data"
         options = {"game": config.game, "steps": config.steps, "seed": config.seed, "out": data}
+        options |= {"contingent": any(load_recipe(name).contingent for name in config.recipes)}
         stage(out, "data", lambda: run_command(program("envs.collect", **options)))
         runs = [(name, config.run(name, data)) for name in config.recipes]
         together(config.jobs, [partial(stage, out, name, lambda run=run: str(run_pipeline(run))) for name, run in runs])

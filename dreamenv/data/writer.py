@@ -14,7 +14,10 @@ a segment:
 | policies.npy | uint8 (S,) | which component of the policy mix acted |
 | shard.json | | a digest of the settings that made the shard |
 | camera.npy | float32 (S, 2) | the picture's top left corner in tiles, x right, y down; only of games that scroll |
-| contingent.npy | uint8 (S, 512) | a bit of each pixel of the next frame: would another action show another colour? |
+| contingent.npy | uint8 (S, 512) | a bit of each pixel of the next frame, see below; only if asked for |
+
+`contingent` says where one action of another meaning, drawn at random, showed another colour: row by row, the highest
+bit first. It is 0 where either action ended the episode.
 
 A terminal transition keeps its reward and flags; there is no next frame, because Procgen never shows one.
 

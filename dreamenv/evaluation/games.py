@@ -85,7 +85,7 @@ SHORT: Columns = {
     "copy_psnr_1": ("copying", ".1f"),
     "psnr_10": ("10 steps", ".1f"),
     "copy_psnr_10": ("copying", ".1f"),
-    "psnr_still_30": ("still pixels, 30 steps", ".1f"),
+    "branch_accuracy": ("futures matched", ".0%"),
     "reward_ap": ("reward AP", ".2f"),
     "end_ap": ("end AP", ".2f"),
     "closed_loop_pearson": ("values: Pearson", ".2f"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import nn
 
 import trainers.choose
@@ -269,6 +270,10 @@ def test_one_command_makes_one_bundle_of_several_games(
     events = Dataset(tmp_path / "g" / "all-events")
     assert events.games == GAMES and events.facts["events"] == 8 and 0 < len(events) < 12800
     assert load_bundle(folder, "cpu", game="maze").provenance["heads_also"] == events.facts
+    assert "contingent" in Dataset(tmp_path / "g" / "all-data").manifest["columns"]
+    for name in ("predictor", "dynamics"):
+        terms = yaml.safe_load((tmp_path / "g" / "all" / f"{name}.yaml").read_text())["task"]["terms"]
+        assert set(terms) == {"squared", "changed", "contingent"}
     players = dict(Dataset(tmp_path / "g" / "maze" / "data").facts["policy_mix"])
     assert players[f"agent:{tmp_path}/g/maze/agent/agent:0.1"] == pytest.approx(0.4) and len(players) == 4
     written = (tmp_path / "g" / "all" / "bundle" / "bundle.json").stat().st_mtime_ns
