@@ -69,7 +69,7 @@ class CollectConfig:
     so many steps show few levels, and a model of few levels knows only these."""
     contingent: bool = False
     """Also record which pixels of the next frame depend on the action, for the loss term of that name. Each step of the
-    game is taken twice for it, once by another action, so it takes about three times as long."""
+    game is taken twice for it, once by another action, and it takes some six times as long."""
     workers: int = 0
     """Processes; 1 collects in this one, 0 is one a core, 8 at most, for 200,000 steps or more, and 1 for fewer."""
 
