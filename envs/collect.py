@@ -20,7 +20,7 @@ from gymnasium.vector import AutoresetMode
 from dreamenv.artifacts import free_bytes, only_writer
 from dreamenv.config import check
 from dreamenv.console import errors_in_one_line
-from dreamenv.contract.games import check_levels, get_game
+from dreamenv.contract.games import Game, check_levels, get_game
 from dreamenv.contract.noise import philox
 from dreamenv.data.manifest import OPTIONAL
 from dreamenv.data.windows import HELD_OUT_FROM
@@ -132,10 +132,11 @@ def collect_shard(config: CollectConfig, index: int, envs: Any = None) -> dict[s
     from envs.procgen import RealProcgenVectorEnv
 
     n, length = config.num_envs, config.shard_lengths[index]
-    rng, others = philox((config.seed, index)), philox((config.seed, index), (0, 0, 0, 1))
+    rng, tries = philox((config.seed, index)), philox((config.seed, index), (0, 0, 0, 1))
     envs = envs or make_envs(config)
     assert isinstance(envs, RealProcgenVectorEnv)
-    policy = make_policy(config.policy, np.asarray(get_game(config.game).bias))
+    game = get_game(config.game)
+    policy, others = make_policy(config.policy, np.asarray(game.bias)), _others(game)
     wanted = COLUMNS | {name: OPTIONAL[name] for name in config.columns}
     columns = {name: np.zeros((n, length, *shape), dtype) for name, (dtype, shape) in wanted.items()}
     first = np.ones(n, bool)
@@ -149,7 +150,7 @@ def collect_shard(config: CollectConfig, index: int, envs: Any = None) -> dict[s
         columns["policies"][:, t] = policy.component
         if "camera" in config.columns:
             columns["camera"][:, t] = envs.camera()
-        other = _other(config, envs, actions, others) if config.contingent else None
+        other = _other(envs, actions, others, tries) if config.contingent else None
         frames, rewards, terminated, truncated, infos = envs.step(actions)
         columns["rewards"][:, t] = rewards
         columns["terminated"][:, t] = terminated
@@ -166,20 +167,19 @@ def collect_shard(config: CollectConfig, index: int, envs: Any = None) -> dict[s
     return {k: v.reshape(n * length, *v.shape[2:]) for k, v in columns.items()}
 
 
-def _other(
-    config: CollectConfig, envs: Any, actions: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Frames that actions of other meanings than `actions` (N,) show, and whether these end episodes; the games stay.
-
-    Each other meaning is as likely, whether one action has it or eleven.
-    """
-    meanings = np.array(get_game(config.game).meanings)
-    further = [rng.choice(np.setdiff1d(meanings, meanings[action])) for action in actions]
-    tried = np.array([np.flatnonzero(meanings == meaning)[0] for meaning in further])
-    moment = envs.snapshot()
+def _other(envs: Any, actions: np.ndarray, others: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    """Frames that actions drawn of `others` show, see `_others`, and whether these end episodes; the games stay."""
+    moment, tried = envs.snapshot(), others[actions, rng.integers(others.shape[1], size=len(actions))]
     frames, _, terminated, truncated, _ = envs.step(tried)
     envs.restore(moment)
     return frames, terminated | truncated
+
+
+def _others(game: Game) -> np.ndarray:
+    """For each of the 15 actions one of each other meaning that the game knows, int64 (15, M - 1)."""
+    meanings = np.array(game.meanings)
+    distinct, first = np.unique(meanings, return_index=True)
+    return np.stack([first[distinct != meaning] for meaning in meanings])
 
 
 def _before_events(

@@ -17,6 +17,7 @@ from dreamenv.errors import DatasetError
 from dreamenv.models.interface import Codec
 from trainers.encode import FORMAT_VERSION, latents_identity, load_codec, shard_names
 
+_PROBED = 64  # latents that tell how much each channel weighs
 _REMEDY = "encode the dataset: python -m trainers.encode DATA CODEC OUT"
 
 
@@ -129,6 +130,11 @@ class LatentDataset:
     def latents_at(self, indices: np.ndarray | slice) -> Tensor:
         """Latents float16 (..., C, H, W) at flat indices (...)."""
         return self.codec.unpack(torch.from_numpy(self.stored[indices]))
+
+    def probed(self) -> Tensor:
+        """A few latents of the whole dataset, always the same, float32 (B, C, H, W)."""
+        drawn = np.random.default_rng(0).choice(len(self.stored), _PROBED)
+        return self.latents_at(np.sort(drawn)).float()
 
     def gather(self, indices: np.ndarray) -> Tensor:
         """Latents float16 (B, T, C, H, W) at flat indices (B, T), in time's order; one may repeat the one before."""

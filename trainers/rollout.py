@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from dreamenv.config import check
 from dreamenv.flow import interpolate
+from dreamenv.models.blocks import fp32
 from dreamenv.models.interface import NULL_ACTION, Codec, Dynamics, Prediction, State
 from trainers.batch import Batch
 from trainers.models import of_game
@@ -162,6 +164,12 @@ class Rollouts:
     def normal(self, shape: torch.Size) -> Tensor:
         """Standard normal noise."""
         return torch.randn(shape, generator=self.generator, device=self.channels.device)
+
+    def decoded(self, latents: Tensor) -> Tensor:
+        """The images float32 (B, c, h, w) of latents (B, C, H, W), in [0, 1], not clamped."""
+        latents = latents.float()
+        with contextlib.nullcontext() if self.codec.autocast else fp32(latents):
+            return self.codec.decode(latents).float()
 
     def error(self, predicted: Tensor, target: Tensor) -> Tensor:
         """Squared error of latents (B, C, H, W) in each cell (B, H, W), channels weighted."""

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+from dreamenv.contract.games import GAMES
 from dreamenv.data import Dataset, DatasetWriter
 from dreamenv.data.writer import COLUMNS
 from dreamenv.errors import ConfigError
 from dreamenv.models.io import save_model
 from dreamenv.models.registry import build
-from envs.collect import CollectConfig, collect, make_envs
+from envs.collect import CollectConfig, _others, collect, make_envs
 from trainers.encode import encode_dataset
 from trainers.recipe import fed
 from trainers.tasks.dynamics import DynamicsTask, DynamicsTaskConfig
@@ -89,6 +90,11 @@ def test_the_other_action_is_never_one_of_the_same_meaning(tmp_path: Path) -> No
     dataset = Dataset(collect(CollectConfig(out=str(tmp_path / "d"), contingent=True, **asked), progress=False))
     empty = ~pixels(dataset).any((1, 2))
     assert empty.mean() < 0.2
+    for game in GAMES.values():
+        others = _others(game)
+        assert others.shape == (15, len(set(game.meanings)) - 1)
+        for action, row in enumerate(others):
+            assert sorted([game.meanings[action], *(game.meanings[k] for k in row)]) == sorted(set(game.meanings))
 
 
 def test_no_pixel_is_marked_where_an_episode_ends(data: Path) -> None:
@@ -103,7 +109,7 @@ def task(latents: Path, **options: Any) -> DynamicsTask:
 
 
 def test_the_error_is_that_of_these_pixels(data: Path, latents: Path) -> None:
-    """A model that copies errs by as much as copying at the first step, and at the second by two steps' change."""
+    """Of a model that copies it is one step's change, then two steps', as shares of what copying costs."""
     asked = task(latents, terms={"contingent": {"weight": 2.0}}, unroll=2, importance=0.0)
     nn.init.zeros_(asked.model.out.weight)  # type: ignore[union-attr, arg-type]
     with torch.no_grad():

@@ -26,7 +26,6 @@ from trainers.rollout import DynamicsBatch, RolloutConfig, Rollouts
 from trainers.terms.interface import Setting, Term
 
 _HORIZON = 10  # steps of the validation's open loop
-_PROBED = 64  # latents that tell how much each channel weighs
 
 
 @dataclass(frozen=True)
@@ -133,9 +132,7 @@ class DynamicsTask:
         self.auxiliary: nn.Module | None = networks if len(networks) else None
         self._check_crop()
         self._split()
-        probe = np.random.default_rng(0).choice(len(self.data.stored), _PROBED)
-        latents = self.data.latents_at(np.sort(probe)).float()
-        self.channels = channel_weights(self.codec, latents)[:, None, None]
+        self.channels = channel_weights(self.codec, self.data.probed())[:, None, None]
         self._weigh()
 
     def _check_crop(self) -> None:

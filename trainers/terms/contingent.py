@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +11,6 @@ from torch import Tensor
 from dreamenv.config import check
 from dreamenv.contract.frames import NATIVE
 from dreamenv.errors import ConfigError
-from dreamenv.models.blocks import fp32
 from dreamenv.models.interface import to_images
 from dreamenv.models.registry import register
 from trainers.latent_data import Joined, LatentDataset
@@ -68,8 +66,7 @@ class Contingent(Term):
             not without,
             f"task.terms.contingent: in {', '.join(without)} of {where} no action decides anything; leave the term out",
         )
-        self.copied: Tensor
-        self.register_buffer("copied", copied, persistent=False)
+        self._copied = copied
 
     def extra(self, rng: np.random.Generator, indices: np.ndarray, live: np.ndarray) -> dict[str, Tensor]:
         """Which pixels are contingent, bool (B, U, 64, 64)."""
@@ -81,24 +78,17 @@ class Contingent(Term):
         """See `Term.forward`."""
         total, metrics = torch.zeros((), device=batch.actions.device), {}
         own, steps, k = rollouts.batch, rollouts.mean.steps, rollouts.dynamics.context
-        copied = self.copied.to(batch.actions.device)
-        copied = copied[0] if own.game is None else copied[own.game]
+        self._copied = self._copied.to(batch.actions.device)  # once: no copy may come into a CUDA graph
+        copied = self._copied[0] if own.game is None else self._copied[own.game]
         for u, step in enumerate(steps):
             counts = (own.extra["contingent"][:, u] & own.live[:, u, None, None]).float()
-            target = step.target.float()
-            off = self._decoded(rollouts, step.prediction.latent.float()) - self._decoded(rollouts, target)
+            off = rollouts.decoded(step.prediction.latent) - rollouts.decoded(step.target)
             share = (_means(off, counts) / copied).mean()
-            whole = (rollouts.error(own.latents[:, k - 1 + u], target) * step.live * step.cells).mean()
+            whole = (rollouts.error(own.latents[:, k - 1 + u], step.target) * step.live * step.cells).mean()
             total = total + self.config.weight * whole * share / len(steps)
             if u in (0, len(steps) - 1):
                 metrics[f"contingent_{u + 1}"] = share.detach()
         return total, metrics
-
-    @staticmethod
-    def _decoded(rollouts: Rollouts, latents: Tensor) -> Tensor:
-        """The images (B, 3, 64, 64) of latents."""
-        with contextlib.nullcontext() if rollouts.codec.autocast else fp32(latents):
-            return rollouts.codec.decode(latents).float()
 
 
 def _means(off: Tensor, counts: Tensor) -> Tensor:

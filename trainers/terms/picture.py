@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 
 from dreamenv.config import check
-from dreamenv.models.blocks import fp32
 from dreamenv.models.interface import to_images
 from dreamenv.models.registry import register
 from trainers.rollout import DynamicsBatch, Rollouts
@@ -61,10 +59,8 @@ class Decoded(Term):
         extra, rollout = rollouts.batch.extra, rollouts.mean
         step, k = extra[f"{self.name}.step"], rollouts.dynamics.context
         rows = torch.arange(len(rollout.trail), device=step.device)
-        latents = rollout.trail[rows, k - 1 + step].float()
-        with contextlib.nullcontext() if rollouts.codec.autocast else fp32(latents):
-            images = rollouts.codec.decode(latents)
-        return images.float(), to_images(extra[f"{self.name}.frames"]), extra[f"{self.name}.live"].float()
+        images = rollouts.decoded(rollout.trail[rows, k - 1 + step])
+        return images, to_images(extra[f"{self.name}.frames"]), extra[f"{self.name}.live"].float()
 
 
 @register("term", "picture", PictureConfig)
